@@ -1,0 +1,787 @@
+// The CPU operations: the readable statement of what each kernel of the trainer computes, the oracle of the GPU tests,
+// and the CPU backend. Same names and arguments as the kernels' launchers, everything in fp32.
+//
+// The includer defines struct LighthouseShape before. Compile with OpenMP; with -DUSE_CBLAS the matmuls go through
+// cblas_sgemm. Every result is owned by one loop iteration, so that with the same number of threads the same bits
+// come out. Counts that involve the number of tokens are 64-bit.
+#pragma once
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <algorithm>
+#include <cmath>
+#ifdef USE_CBLAS
+#include <cblas.h>
+extern "C" void openblas_set_num_threads(int) __attribute__((weak));  // NULL where the library is not OpenBLAS
+#endif
+
+namespace cpu {
+
+typedef float floatX;
+
+// ---- small things ---------------------------------------------------------------------------------------------
+
+static void* allocate(size_t count, size_t size) {
+    void* p = NULL;
+    if (posix_memalign(&p, 64, count * size + 64) != 0) {
+        fprintf(stderr, "CPU operations: out of memory, %zu bytes asked for; lower the batch or the context\n", count * size);
+        exit(EXIT_FAILURE);
+    }
+    return p;
+}
+static float* allocate_floats(size_t count) { return (float*)allocate(count, sizeof(float)); }
+
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// exp to 1e-7 relative, without branches or calls, so that the loops round it vectorize. x = i ln2 + f with |f| at most
+// ln2/2: 2^i goes into the exponent bits, e^f is a polynomial. Below the smallest normal number it is 0. (The test
+// build, in which float is double, takes the library's.)
+static inline float exp_fast(float x) {
+    if (sizeof(float) == sizeof(double)) return std::exp(x);
+    float c = x < -87.3f ? -87.3f : x > 88.7f ? 88.7f : x;
+    int32_t biased = (int32_t)(c * 1.44269504f + 127.5f);
+    float i = (float)(biased - 127);
+    float f = (c - i * 0.693145752f) - i * 1.42860682e-6f;
+    float g = 0.49999993f + f * (0.16666521f + f * (0.041668388f + f * (0.0083687169f + f * 0.0013814598f)));
+    union { int32_t bits; float value; } power;
+    power.bits = biased << 23;
+    float e = (1.0f + f + f * f * g) * power.value;
+    return x < -87.3f ? 0.0f : e;
+}
+
+// ---- matrix products ------------------------------------------------------------------------------------------
+// block_product is the one inner loop of this file: C (M,N) = A (M,K) B (K,N), or += when accumulate. Element (i,k) of
+// A is A[i*ai + k*ak], so that A may be transposed; rows of B and C are contiguous. M is a multiple of MR, N of NR, the
+// rows of B and C are aligned to a vector: callers pad. MR x NR accumulators stay in registers.
+
+#if defined(__AVX512F__)
+static const int LANES = 16, MR = 8;
+#elif defined(__AVX__)
+static const int LANES = 8, MR = 4;
+#else
+static const int LANES = 4, MR = 4;
+#endif
+static const int NR = 2 * LANES;
+typedef float vector_t __attribute__((vector_size(LANES * sizeof(float)), may_alias));
+
+static inline void block_product(float* C, int64_t ldc, const float* A, int64_t ai, int64_t ak,
+                                 const float* B, int64_t ldb, int64_t M, int64_t N, int64_t K, bool accumulate) {
+    for (int64_t i = 0; i < M; i += MR) {
+        for (int64_t j = 0; j < N; j += NR) {
+            vector_t acc[MR][2];
+            for (int r = 0; r < MR; r++) acc[r][0] = acc[r][1] = vector_t{};
+            const float* a = A + i * ai;
+            const float* b = B + j;
+            for (int64_t k = 0; k < K; k++, a += ak, b += ldb) {
+                vector_t b0 = *(const vector_t*)b, b1 = *(const vector_t*)(b + LANES);
+                for (int r = 0; r < MR; r++) {
+                    acc[r][0] += a[r * ai] * b0;
+                    acc[r][1] += a[r * ai] * b1;
+                }
+            }
+            for (int r = 0; r < MR; r++) {
+                vector_t* c = (vector_t*)(C + (i + r) * ldc + j);
+                c[0] = accumulate ? c[0] + acc[r][0] : acc[r][0];
+                c[1] = accumulate ? c[1] + acc[r][1] : acc[r][1];
+            }
+        }
+    }
+}
+
+// Packs rows of x (row r at x + r*stride, each of D) into out (padded_rows, padded), zeros round it.
+static inline void pack_rows(float* out, int64_t padded_rows, int64_t padded, const float* x, int64_t stride,
+                             int64_t rows, int64_t D, float scale) {
+    for (int64_t r = 0; r < padded_rows; r++) {
+        int64_t width = r < rows ? D : 0;
+        for (int64_t d = 0; d < width; d++) out[r * padded + d] = x[r * stride + d] * scale;
+        for (int64_t d = width; d < padded; d++) out[r * padded + d] = 0;
+    }
+}
+
+// The same, transposed: out (D, padded_rows).
+static inline void pack_columns(float* out, int64_t padded_rows, const float* x, int64_t stride,
+                                int64_t rows, int64_t D, float scale) {
+    for (int64_t d = 0; d < D; d++) {
+        for (int64_t r = 0; r < rows; r++) out[d * padded_rows + r] = x[r * stride + d] * scale;
+        for (int64_t r = rows; r < padded_rows; r++) out[d * padded_rows + r] = 0;
+    }
+}
+
+// C (M,N) = op(A) op(B), or += when accumulate; all row-major and dense. ta: A is stored (K,M); tb: B is stored (N,K).
+#ifdef USE_CBLAS
+// Our threads split the longer side and each calls a one-threaded sgemm: two thread pools, OpenMP's and the library's,
+// would wait for each other's spinning threads.
+static void matmul(float* C, const float* A, bool ta, const float* B, bool tb,
+                   int64_t M, int64_t N, int64_t K, bool accumulate) {
+    if (openblas_set_num_threads) openblas_set_num_threads(1);
+    #pragma omp parallel
+    {
+        int64_t side = M > N ? M : N, parts = omp_get_num_threads(), part = omp_get_thread_num();
+        int64_t chunk = ((side + parts - 1) / parts + 15) / 16 * 16;
+        int64_t first = min64(side, part * chunk), count = min64(side - first, chunk);
+        int64_t i = M > N ? first : 0, j = M > N ? 0 : first;
+        int64_t m = M > N ? count : M, n = M > N ? N : count;
+        if (m > 0 && n > 0) {
+            cblas_sgemm(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, m, n, K, 1.0f,
+                        A + (ta ? i : i * K), ta ? M : K, B + (tb ? j * K : j), tb ? K : N,
+                        accumulate ? 1.0f : 0.0f, C + i * N + j, N);
+        }
+    }
+}
+#else
+static void matmul(float* C, const float* A, bool ta, const float* B, bool tb,
+                   int64_t M, int64_t N, int64_t K, bool accumulate) {
+    const int64_t TILE = 128, DEPTH = 256;  // a packed tile of B is 128 KiB, within a core's cache
+    int64_t tiles_m = (M + TILE - 1) / TILE, tiles_n = (N + TILE - 1) / TILE;
+    #pragma omp parallel
+    {
+        float* a = allocate_floats(TILE * DEPTH);
+        float* b = allocate_floats(TILE * DEPTH);
+        float* c = allocate_floats(TILE * TILE);
+        #pragma omp for schedule(dynamic)
+        for (int64_t job = 0; job < tiles_m * tiles_n; job++) {
+            int64_t i0 = job / tiles_n * TILE, m = min64(TILE, M - i0);
+            int64_t j0 = job % tiles_n * TILE, n = min64(TILE, N - j0);
+            int64_t padded_m = (m + MR - 1) / MR * MR, padded_n = (n + NR - 1) / NR * NR;
+            for (int64_t k0 = 0; k0 < K; k0 += DEPTH) {
+                int64_t depth = min64(DEPTH, K - k0);
+                if (ta) pack_columns(a, DEPTH, A + k0 * M + i0, M, depth, m, 1);
+                else pack_rows(a, m, DEPTH, A + i0 * K + k0, K, m, depth, 1);
+                for (int64_t i = m; i < padded_m; i++) memset(a + i * DEPTH, 0, DEPTH * sizeof(float));
+                if (tb) pack_columns(b, padded_n, B + j0 * K + k0, K, n, depth, 1);
+                else pack_rows(b, depth, padded_n, B + k0 * N + j0, N, depth, n, 1);
+                block_product(c, TILE, a, DEPTH, 1, b, padded_n, padded_m, padded_n, depth, k0 > 0);
+            }
+            for (int64_t i = 0; i < m; i++) {
+                float* row = C + (i0 + i) * N + j0;
+                for (int64_t j = 0; j < n; j++) row[j] = accumulate ? row[j] + c[i * TILE + j] : c[i * TILE + j];
+            }
+        }
+        free(a); free(b); free(c);
+    }
+}
+#endif
+
+void matmul_forward(floatX* out /*(N,OC)*/, const floatX* inp /*(N,C)*/, const floatX* weight /*(OC,C)*/,
+                    const floatX* bias /*(OC) or NULL*/, const floatX* addend /*(N,OC) or NULL, may not alias out*/,
+                    int64_t N, int C, int OC) {
+    if (bias || addend) {
+        #pragma omp parallel for
+        for (int64_t i = 0; i < N; i++) {
+            for (int64_t o = 0; o < OC; o++) out[i * OC + o] = (bias ? bias[o] : 0) + (addend ? addend[i * OC + o] : 0);
+        }
+    }
+    matmul(out, inp, false, weight, true, N, OC, C, bias || addend);
+}
+
+void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC,C) +=*/, float* dbias /*(OC) += or NULL*/,
+                     const floatX* dout /*(N,OC)*/, const floatX* inp, const floatX* weight, int64_t N, int C, int OC) {
+    if (dinp) matmul(dinp, dout, false, weight, false, N, C, OC, false);
+    matmul(dweight, dout, true, inp, false, OC, C, N, true);
+    if (dbias) {
+        #pragma omp parallel for
+        for (int64_t o0 = 0; o0 < OC; o0 += 64) {
+            int64_t o1 = min64(OC, o0 + 64);
+            float sum[64] = {0};
+            for (int64_t i = 0; i < N; i++) {
+                for (int64_t o = o0; o < o1; o++) sum[o - o0] += dout[i * OC + o];
+            }
+            for (int64_t o = o0; o < o1; o++) dbias[o] += sum[o - o0];
+        }
+    }
+}
+
+// ---- embedding, LayerNorm, GELU, cross-entropy ----------------------------------------------------------------
+
+void encoder_forward(floatX* out /*(B,T,C)*/, const int* tokens /*(B,T)*/, const floatX* wte /*(Vp,C)*/,
+                     const floatX* wpe /*(maxT,C) or NULL*/, int B, int64_t T, int C, int64_t t0 /*position of token 0*/) {
+    #pragma omp parallel for
+    for (int64_t bt = 0; bt < B * T; bt++) {
+        const floatX* token = wte + (int64_t)tokens[bt] * C;
+        const floatX* position = wpe ? wpe + (t0 + bt % T) * C : NULL;
+        for (int64_t c = 0; c < C; c++) out[bt * C + c] = token[c] + (position ? position[c] : 0);
+    }
+}
+
+// A thread owns a range of channels, because tokens repeat: rows of dwte have many writers.
+void encoder_backward(float* dwte /*+=*/, float* dwpe /*+= or NULL*/, const floatX* dout, const int* tokens,
+                      int B, int64_t T, int C, int64_t t0, int Vp) {
+    (void)Vp;
+    #pragma omp parallel for
+    for (int64_t c0 = 0; c0 < C; c0 += 32) {
+        int64_t c1 = min64(C, c0 + 32);
+        for (int64_t bt = 0; bt < B * T; bt++) {
+            float* token = dwte + (int64_t)tokens[bt] * C;
+            for (int64_t c = c0; c < c1; c++) token[c] += dout[bt * C + c];
+            if (dwpe) {
+                float* position = dwpe + (t0 + bt % T) * C;
+                for (int64_t c = c0; c < c1; c++) position[c] += dout[bt * C + c];
+            }
+        }
+    }
+}
+
+void layernorm_forward(floatX* out, float* mean, float* rstd, const floatX* inp, const floatX* weight,
+                       const floatX* bias, int64_t N, int C) {
+    #pragma omp parallel for
+    for (int64_t i = 0; i < N; i++) {
+        const floatX* x = inp + i * C;
+        float sum = 0, square = 0;
+        #pragma omp simd reduction(+ : sum)
+        for (int64_t c = 0; c < C; c++) sum += x[c];
+        float m = sum / C;
+        #pragma omp simd reduction(+ : square)
+        for (int64_t c = 0; c < C; c++) square += (x[c] - m) * (x[c] - m);
+        float r = 1 / std::sqrt(square / C + (float)1e-5);
+        for (int64_t c = 0; c < C; c++) out[i * C + c] = (x[c] - m) * r * weight[c] + bias[c];
+        mean[i] = m;
+        rstd[i] = r;
+    }
+}
+
+void layernorm_backward(floatX* dinp /*+=*/, float* dweight /*+=*/, float* dbias /*+=*/, const floatX* dout,
+                        const floatX* inp, const floatX* weight, const float* mean, const float* rstd, int64_t N, int C) {
+    #pragma omp parallel for
+    for (int64_t i = 0; i < N; i++) {
+        const floatX* x = inp + i * C;
+        const floatX* dy = dout + i * C;
+        float m = mean[i], r = rstd[i], sum = 0, dot = 0;  // of dnorm = weight * dout, and of dnorm * norm
+        #pragma omp simd reduction(+ : sum, dot)
+        for (int64_t c = 0; c < C; c++) {
+            float dnorm = weight[c] * dy[c];
+            sum += dnorm;
+            dot += dnorm * (x[c] - m) * r;
+        }
+        sum /= C;
+        dot /= C;
+        for (int64_t c = 0; c < C; c++) dinp[i * C + c] += (weight[c] * dy[c] - sum - (x[c] - m) * r * dot) * r;
+    }
+    #pragma omp parallel for
+    for (int64_t c0 = 0; c0 < C; c0 += 32) {
+        int64_t c1 = min64(C, c0 + 32);
+        float dw[32] = {0}, db[32] = {0};
+        for (int64_t i = 0; i < N; i++) {
+            for (int64_t c = c0; c < c1; c++) {
+                dw[c - c0] += dout[i * C + c] * (inp[i * C + c] - mean[i]) * rstd[i];
+                db[c - c0] += dout[i * C + c];
+            }
+        }
+        for (int64_t c = c0; c < c1; c++) {
+            dweight[c] += dw[c - c0];
+            dbias[c] += db[c - c0];
+        }
+    }
+}
+
+// The tanh approximation, 0.5 x (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3), written as x sigmoid(2u): no
+// cancellation for large negative x.
+static inline float gelu_2u(float x) { return (float)1.5957691216057308 * (x + (float)0.044715 * x * x * x); }
+
+void gelu_forward(floatX* out, const floatX* inp, int64_t n) {
+    #pragma omp parallel for simd
+    for (int64_t i = 0; i < n; i++) out[i] = inp[i] / (1 + exp_fast(-gelu_2u(inp[i])));
+}
+
+void gelu_backward(floatX* dinp, const floatX* dout, const floatX* inp, int64_t n) {  // dinp may be dout
+    #pragma omp parallel for simd
+    for (int64_t i = 0; i < n; i++) {
+        float x = inp[i], sigmoid = 1 / (1 + exp_fast(-gelu_2u(x)));
+        float slope = (float)1.5957691216057308 * (1 + (float)0.134145 * x * x);  // of 2u
+        dinp[i] = dout[i] * sigmoid * (1 + x * (1 - sigmoid) * slope);
+    }
+}
+
+// Columns from V on are padding, outside the softmax; their gradient is 0. A target below 0: no loss, no gradient.
+void crossentropy_forward_backward(floatX* logits /*(N,Vp) in, dlogits out when grad*/, float* losses /*(N)*/,
+                                   const int* targets /*(N)*/, float dloss /*gradient of each row's loss*/,
+                                   int64_t N, int V, int Vp, bool grad) {
+    #pragma omp parallel for
+    for (int64_t i = 0; i < N; i++) {
+        floatX* x = logits + i * Vp;
+        int target = targets[i];
+        losses[i] = 0;
+        if (target < 0) {
+            if (grad) memset(x, 0, Vp * sizeof(floatX));
+            continue;
+        }
+        float top = x[0], sum = 0;
+        #pragma omp simd reduction(max : top)
+        for (int64_t v = 0; v < V; v++) top = x[v] > top ? x[v] : top;
+        #pragma omp simd reduction(+ : sum)
+        for (int64_t v = 0; v < V; v++) sum += exp_fast(x[v] - top);
+        losses[i] = std::log(sum) + top - x[target];
+        if (!grad) continue;
+        float scale = dloss / sum;
+        for (int64_t v = 0; v < V; v++) x[v] = exp_fast(x[v] - top) * scale;
+        x[target] -= dloss;
+        for (int64_t v = V; v < Vp; v++) x[v] = 0;
+    }
+}
+
+// ---- rotary positions -----------------------------------------------------------------------------------------
+
+// Rows 0..1023: positions 0..1023; row 1024+j: position 1024 j. Made in double: at position 2^21 an angle in fp32 is off
+// by a tenth of a radian.
+void rope_table(float* table /*(1024 + ceil(T/1024), D/2, 2) cos,sin*/, int64_t T, int D, double theta) {
+    int64_t rows = 1024 + (T + 1023) / 1024;
+    for (int64_t row = 0; row < rows; row++) {
+        double position = row < 1024 ? (double)row : (row - 1024) * 1024.0;
+        for (int64_t d = 0; d < D / 2; d++) {
+            double angle = position * std::pow(theta, -2.0 * d / D);
+            table[(row * (D / 2) + d) * 2] = std::cos(angle);
+            table[(row * (D / 2) + d) * 2 + 1] = std::sin(angle);
+        }
+    }
+}
+
+// Turns one head's vector: dimension d is paired with d + D/2. direction -1 turns back, which is also the gradient.
+static inline void rope_turn(floatX* x /*(D)*/, const float* table, int64_t position, int direction, int D) {
+    int64_t half = D / 2;
+    const float* fine = table + (position & 1023) * D;
+    const float* coarse = table + (1024 + (position >> 10)) * D;
+    for (int64_t d = 0; d < half; d++) {
+        float cosine = fine[2 * d] * coarse[2 * d] - fine[2 * d + 1] * coarse[2 * d + 1];
+        float sine = (fine[2 * d] * coarse[2 * d + 1] + fine[2 * d + 1] * coarse[2 * d]) * direction;
+        float re = x[d], im = x[d + half];
+        x[d] = re * cosine - im * sine;
+        x[d + half] = re * sine + im * cosine;
+    }
+}
+
+void rope_rotate(floatX* qkv /*(B,T,3,H,D), q and k in place*/, const float* table,
+                 int direction /*+1 forward, -1 inverse = backward*/, int B, int64_t T, int H, int D) {
+    #pragma omp parallel for
+    for (int64_t bt = 0; bt < B * T; bt++) {
+        for (int64_t h = 0; h < 2 * H; h++) rope_turn(qkv + (bt * 3 * H + h) * D, table, bt % T, direction, D);
+    }
+}
+
+// ---- causal attention -----------------------------------------------------------------------------------------
+// Blocks of queries times blocks of keys, never a (T,T) buffer. A work item owns one block of outputs and walks the
+// blocks that it needs in a fixed order. The block that stays (queries in the forward and in dQ, keys in dK and dV) lies
+// transposed along the vector lanes. Rows past T are zeros, masked or never written.
+
+static const int64_t BLOCK = 64;
+
+void sdpa_forward(floatX* out /*(B,T,H,D)*/, float* stats /*(B,H,T) natural-log logsumexp of scaled scores*/,
+                  const floatX* qkv, int B, int64_t T, int H, int D) {
+    int64_t blocks = (T + BLOCK - 1) / BLOCK, padded = (D + NR - 1) / NR * NR;
+    int64_t C = (int64_t)H * D, stride = 3 * C;
+    float scale = 1 / std::sqrt((float)D);
+    #pragma omp parallel
+    {
+        float* q = allocate_floats(D * BLOCK);        // (D, queries), scaled
+        float* k = allocate_floats(BLOCK * padded);   // (keys, D)
+        float* v = allocate_floats(BLOCK * padded);   // (keys, D)
+        float* p = allocate_floats(BLOCK * BLOCK);    // (keys, queries): scores, then their exponentials
+        float* o = allocate_floats(BLOCK * padded);   // (queries, D)
+        float top[BLOCK], sum[BLOCK], shrink[BLOCK];  // per query: running maximum, sum; factor on what came before
+        #pragma omp for schedule(dynamic)
+        for (int64_t job = 0; job < blocks * B * H; job++) {
+            int64_t qb = blocks - 1 - job / (B * H), bh = job % (B * H), b = bh / H, h = bh % H;  // longest first
+            int64_t q0 = qb * BLOCK, rows = min64(BLOCK, T - q0);
+            const floatX* base = qkv + b * T * stride + h * D;
+            pack_columns(q, BLOCK, base + q0 * stride, stride, rows, D, scale);
+            memset(o, 0, BLOCK * padded * sizeof(float));
+            for (int64_t i = 0; i < BLOCK; i++) { top[i] = -INFINITY; sum[i] = 0; }
+            for (int64_t kb = 0; kb <= qb; kb++) {
+                int64_t k0 = kb * BLOCK, keys = min64(BLOCK, T - k0);
+                pack_rows(k, BLOCK, padded, base + k0 * stride + C, stride, keys, D, 1);
+                pack_rows(v, BLOCK, padded, base + k0 * stride + 2 * C, stride, keys, D, 1);
+                block_product(p, BLOCK, k, padded, 1, q, BLOCK, BLOCK, BLOCK, D, false);
+                if (kb == qb) {
+                    for (int64_t j = 0; j < BLOCK; j++) {
+                        for (int64_t i = 0; i < j; i++) p[j * BLOCK + i] = -INFINITY;
+                    }
+                }
+                float before[BLOCK];
+                memcpy(before, top, sizeof(top));
+                for (int64_t j = 0; j < BLOCK; j++) {
+                    #pragma omp simd
+                    for (int64_t i = 0; i < BLOCK; i++) top[i] = p[j * BLOCK + i] > top[i] ? p[j * BLOCK + i] : top[i];
+                }
+                #pragma omp simd
+                for (int64_t i = 0; i < BLOCK; i++) {
+                    shrink[i] = exp_fast(before[i] - top[i]);
+                    sum[i] *= shrink[i];
+                }
+                for (int64_t j = 0; j < BLOCK; j++) {
+                    #pragma omp simd
+                    for (int64_t i = 0; i < BLOCK; i++) {
+                        p[j * BLOCK + i] = exp_fast(p[j * BLOCK + i] - top[i]);
+                        sum[i] += p[j * BLOCK + i];
+                    }
+                }
+                for (int64_t i = 0; i < BLOCK; i++) {
+                    for (int64_t d = 0; d < padded; d++) o[i * padded + d] *= shrink[i];
+                }
+                block_product(o, padded, p, 1, BLOCK, v, padded, BLOCK, padded, BLOCK, true);
+            }
+            for (int64_t i = 0; i < rows; i++) {
+                floatX* row = out + (b * T + q0 + i) * C + h * D;
+                for (int64_t d = 0; d < D; d++) row[d] = o[i * padded + d] / sum[i];
+                stats[bh * T + q0 + i] = top[i] + std::log(sum[i]);
+            }
+        }
+        free(q); free(k); free(v); free(p); free(o);
+    }
+}
+
+// With P = exp(S - stats) and delta = sum(dout * out) of a row: dS = P (dout V^T - delta), dV = P^T dout,
+// dQ = scale dS K, dK = scale dS^T Q. Two passes, one that owns keys and one that owns queries, make S twice, so that
+// no output is shared between threads.
+void sdpa_backward(floatX* dqkv, const floatX* dout, const floatX* qkv, const floatX* out, const float* stats,
+                   int B, int64_t T, int H, int D) {
+    int64_t blocks = (T + BLOCK - 1) / BLOCK, padded = (D + NR - 1) / NR * NR;
+    int64_t C = (int64_t)H * D, stride = 3 * C;
+    float scale = 1 / std::sqrt((float)D);
+    float* delta = allocate_floats((size_t)B * H * T);  // (B,H,T)
+    #pragma omp parallel
+    {
+        #pragma omp for
+        for (int64_t bt = 0; bt < B * T; bt++) {
+            for (int64_t h = 0; h < H; h++) {
+                float dot = 0;
+                #pragma omp simd reduction(+ : dot)
+                for (int64_t d = 0; d < D; d++) dot += dout[bt * C + h * D + d] * out[bt * C + h * D + d];
+                delta[(bt / T * H + h) * T + bt % T] = dot;
+            }
+        }
+        float* stay0 = allocate_floats(D * BLOCK);       // the owned block, (D, rows): k and v, or q and dout
+        float* stay1 = allocate_floats(D * BLOCK);
+        float* walk0 = allocate_floats(BLOCK * padded);  // the walking block, (rows, D): q and dout, or k and v
+        float* walk1 = allocate_floats(BLOCK * padded);
+        float* p = allocate_floats(BLOCK * BLOCK);       // (walking rows, owned rows)
+        float* ds = allocate_floats(BLOCK * BLOCK);
+        float* grad0 = allocate_floats(BLOCK * padded);  // (owned rows, D): dk and dv, or dq
+        float* grad1 = allocate_floats(BLOCK * padded);
+        #pragma omp for schedule(dynamic)
+        for (int64_t job = 0; job < blocks * B * H; job++) {  // dK and dV; the first keys have the most queries
+            int64_t kb = job / (B * H), bh = job % (B * H), b = bh / H, h = bh % H;
+            int64_t k0 = kb * BLOCK, keys = min64(BLOCK, T - k0);
+            const floatX* base = qkv + b * T * stride + h * D;
+            pack_columns(stay0, BLOCK, base + k0 * stride + C, stride, keys, D, 1);
+            pack_columns(stay1, BLOCK, base + k0 * stride + 2 * C, stride, keys, D, 1);
+            memset(grad0, 0, BLOCK * padded * sizeof(float));
+            memset(grad1, 0, BLOCK * padded * sizeof(float));
+            for (int64_t qb = kb; qb < blocks; qb++) {
+                int64_t q0 = qb * BLOCK, rows = min64(BLOCK, T - q0);
+                pack_rows(walk0, BLOCK, padded, base + q0 * stride, stride, rows, D, scale);
+                pack_rows(walk1, BLOCK, padded, dout + (b * T + q0) * C + h * D, C, rows, D, 1);
+                block_product(p, BLOCK, walk0, padded, 1, stay0, BLOCK, BLOCK, BLOCK, D, false);
+                block_product(ds, BLOCK, walk1, padded, 1, stay1, BLOCK, BLOCK, BLOCK, D, false);
+                for (int64_t i = 0; i < BLOCK; i++) {
+                    int64_t seen = i >= rows ? 0 : kb == qb ? i + 1 : BLOCK;  // keys that query i may see
+                    float stat = i < rows ? stats[bh * T + q0 + i] : 0, del = i < rows ? delta[bh * T + q0 + i] : 0;
+                    #pragma omp simd
+                    for (int64_t j = 0; j < BLOCK; j++) {
+                        float e = j < seen ? exp_fast(p[i * BLOCK + j] - stat) : 0;
+                        p[i * BLOCK + j] = e;
+                        ds[i * BLOCK + j] = e * (ds[i * BLOCK + j] - del);
+                    }
+                }
+                block_product(grad0, padded, ds, 1, BLOCK, walk0, padded, BLOCK, padded, BLOCK, true);
+                block_product(grad1, padded, p, 1, BLOCK, walk1, padded, BLOCK, padded, BLOCK, true);
+            }
+            for (int64_t j = 0; j < keys; j++) {
+                floatX* dk = dqkv + (b * T + k0 + j) * stride + C + h * D;
+                for (int64_t d = 0; d < D; d++) { dk[d] = grad0[j * padded + d]; dk[C + d] = grad1[j * padded + d]; }
+            }
+        }
+        #pragma omp for schedule(dynamic)
+        for (int64_t job = 0; job < blocks * B * H; job++) {  // dQ; the last queries have the most keys
+            int64_t qb = blocks - 1 - job / (B * H), bh = job % (B * H), b = bh / H, h = bh % H;
+            int64_t q0 = qb * BLOCK, rows = min64(BLOCK, T - q0);
+            const floatX* base = qkv + b * T * stride + h * D;
+            float stat[BLOCK] = {0}, del[BLOCK] = {0};
+            memcpy(stat, stats + bh * T + q0, rows * sizeof(float));
+            memcpy(del, delta + bh * T + q0, rows * sizeof(float));
+            pack_columns(stay0, BLOCK, base + q0 * stride, stride, rows, D, scale);
+            pack_columns(stay1, BLOCK, dout + (b * T + q0) * C + h * D, C, rows, D, 1);
+            memset(grad0, 0, BLOCK * padded * sizeof(float));
+            for (int64_t kb = 0; kb <= qb; kb++) {
+                int64_t k0 = kb * BLOCK, keys = min64(BLOCK, T - k0);
+                pack_rows(walk0, BLOCK, padded, base + k0 * stride + C, stride, keys, D, 1);
+                pack_rows(walk1, BLOCK, padded, base + k0 * stride + 2 * C, stride, keys, D, 1);
+                block_product(p, BLOCK, walk0, padded, 1, stay0, BLOCK, BLOCK, BLOCK, D, false);
+                block_product(ds, BLOCK, walk1, padded, 1, stay1, BLOCK, BLOCK, BLOCK, D, false);
+                for (int64_t j = 0; j < BLOCK; j++) {
+                    int64_t first = kb == qb ? j : 0;  // the first query that may see key j
+                    #pragma omp simd
+                    for (int64_t i = 0; i < BLOCK; i++) {
+                        float e = i >= first ? exp_fast(p[j * BLOCK + i] - stat[i]) : 0;
+                        ds[j * BLOCK + i] = e * (ds[j * BLOCK + i] - del[i]);
+                    }
+                }
+                block_product(grad0, padded, ds, 1, BLOCK, walk0, padded, BLOCK, padded, BLOCK, true);
+            }
+            for (int64_t i = 0; i < rows; i++) {
+                floatX* dq = dqkv + (b * T + q0 + i) * stride + h * D;
+                for (int64_t d = 0; d < D; d++) dq[d] = grad0[i * padded + d] * scale;
+            }
+        }
+        free(stay0); free(stay1); free(walk0); free(walk1); free(p); free(ds); free(grad0); free(grad1);
+    }
+    free(delta);
+}
+
+// ---- Lighthouse -----------------------------------------------------------------------------------------------
+// Entry (l, i) stands for the c_l = pool^l tokens from i c_l on; its flat index is off[l] + i. Its last token, where it
+// is rotated and from where on it is written back, is (i+1) c_l - 1.
+
+static inline int64_t entry_level(int64_t* i /*out: entry within the level*/, int64_t* width /*out: c_l*/, int64_t flat,
+                                  const LighthouseShape* s) {
+    int64_t l = 0, w = 1;
+    for (; flat >= s->off[l + 1]; l++) w *= s->pool;
+    *i = flat - s->off[l];
+    *width = w;
+    return l;
+}
+
+// The norms of q and k at level 0; above, the maximum over the tokens covered, which is the maximum over the children.
+void lighthouse_scores(float* scores /*(2,B,H,E): a then b*/, const floatX* qkv /*raw, before RoPE*/, int B,
+                       const LighthouseShape* s) {
+    int64_t T = s->T, H = s->H, D = s->D, E = s->off[s->levels];
+    #pragma omp parallel for collapse(3)
+    for (int64_t part = 0; part < 2; part++) {
+        for (int64_t b = 0; b < B; b++) {
+            for (int64_t h = 0; h < H; h++) {
+                float* score = scores + ((part * B + b) * H + h) * E;
+                for (int64_t t = 0; t < T; t++) {
+                    const floatX* x = qkv + (((b * T + t) * 3 + part) * H + h) * D;
+                    float square = 0;
+                    #pragma omp simd reduction(+ : square)
+                    for (int64_t d = 0; d < D; d++) square += x[d] * x[d];
+                    score[t] = std::sqrt(square);
+                }
+                for (int l = 1; l < s->levels; l++) {
+                    for (int64_t i = 0; i < s->n[l]; i++) {
+                        const float* child = score + s->off[l - 1] + i * s->pool;
+                        float top = child[0];
+                        for (int64_t c = 1; c < s->pool; c++) top = child[c] > top ? child[c] : top;
+                        score[s->off[l] + i] = top;
+                    }
+                }
+            }
+        }
+    }
+}
+
+// What one tile keeps while it is selected: per level, its candidates in ascending order and whether each is expanded.
+// The children of the e-th expanded candidate of level l are candidates e p ... e p + p - 1 of level l-1.
+struct TileSelection {
+    int64_t* candidate[LH_MAX_LEVELS];
+    char* expanded[LH_MAX_LEVELS];
+    int64_t emitted[LH_MAX_LEVELS];  // expanded candidates of the level that the walk has passed
+};
+
+// Writes the subtree of candidate j of level l in post-order: by the end of the window, children before their parent.
+static int32_t* emit_subtree(int32_t* out, TileSelection* tile, int l, int64_t j, const LighthouseShape* s) {
+    if (tile->expanded[l][j]) {
+        int64_t first = tile->emitted[l]++ * s->pool;
+        for (int64_t c = 0; c < s->pool; c++) out = emit_subtree(out, tile, l - 1, first + c, s);
+    }
+    *out++ = (int32_t)(s->off[l] + tile->candidate[l][j]);
+    return out;
+}
+
+// Marks the count best by score among those not yet expanded. Ties: the lower index. NaN counts as infinity, so that the
+// order is total and the selection has its size whatever the scores are.
+static void mark_best(char* expanded, int64_t* order /*scratch*/, const int64_t* candidate, int64_t n,
+                      const float* score, int64_t count) {
+    int64_t open = 0;
+    for (int64_t j = 0; j < n; j++) {
+        if (!expanded[j]) order[open++] = j;
+    }
+    std::nth_element(order, order + count - 1, order + open, [=](int64_t x, int64_t y) {
+        float sx = score[candidate[x]], sy = score[candidate[y]];
+        if (sx != sx) sx = INFINITY;
+        if (sy != sy) sy = INFINITY;
+        return sx > sy || (sx == sy && x < y);
+    });
+    for (int64_t r = 0; r < count; r++) expanded[order[r]] = 1;
+}
+
+void lighthouse_select(int32_t* index /*(B,H,S) flat entry index in sequence order*/, const float* scores, int B,
+                       const LighthouseShape* s) {
+    int64_t E = s->off[s->levels], heads = (int64_t)B * s->H, coarse = s->n[s->levels - 1] / s->tiles;
+    int64_t below = (int64_t)s->pool * s->tile, most = coarse > below ? coarse : below;
+    #pragma omp parallel
+    {
+        int64_t* order = (int64_t*)allocate(most, sizeof(int64_t));
+        TileSelection tile;
+        for (int l = 0; l < s->levels; l++) {
+            tile.candidate[l] = (int64_t*)allocate(most, sizeof(int64_t));
+            tile.expanded[l] = (char*)allocate(most, 1);
+        }
+        #pragma omp for schedule(dynamic)
+        for (int64_t job = 0; job < heads * s->tiles; job++) {
+            const float* a = scores + job / s->tiles * E;
+            const float* b = a + heads * E;
+            int64_t n = coarse;
+            for (int64_t j = 0; j < n; j++) tile.candidate[s->levels - 1][j] = job % s->tiles * coarse + j;
+            for (int l = s->levels - 1; l >= 0; l--) {
+                tile.emitted[l] = 0;
+                memset(tile.expanded[l], 0, n);
+                if (l == 0) break;
+                mark_best(tile.expanded[l], order, tile.candidate[l], n, a + s->off[l], s->tile / 2);
+                mark_best(tile.expanded[l], order, tile.candidate[l], n, b + s->off[l], s->tile / 2);
+                int64_t children = 0;
+                for (int64_t j = 0; j < n; j++) {
+                    for (int64_t c = 0; c < s->pool && tile.expanded[l][j]; c++) {
+                        tile.candidate[l - 1][children++] = tile.candidate[l][j] * s->pool + c;
+                    }
+                }
+                n = children;
+            }
+            int32_t* out = index + job * s->tile_slots;
+            for (int64_t j = 0; j < coarse; j++) out = emit_subtree(out, &tile, s->levels - 1, j, s);
+        }
+        free(order);
+        for (int l = 0; l < s->levels; l++) { free(tile.candidate[l]); free(tile.expanded[l]); }
+    }
+}
+
+void lighthouse_invert(int32_t* slot /*(B,H,E) slot of the entry, or -1*/, const int32_t* index, int B,
+                       const LighthouseShape* s) {
+    int64_t E = s->off[s->levels];
+    #pragma omp parallel for
+    for (int64_t bh = 0; bh < (int64_t)B * s->H; bh++) {
+        for (int64_t e = 0; e < E; e++) slot[bh * E + e] = -1;
+        for (int64_t r = 0; r < s->S; r++) slot[bh * E + index[bh * s->S + r]] = (int32_t)r;
+    }
+}
+
+// A slot holds the mean of q, of k and of v over its tokens; q and k are rotated after pooling, at the last token covered.
+void lighthouse_gather(floatX* slots /*(B,S,3,H,D)*/, const floatX* qkv, const int32_t* index,
+                       const float* rope /*table or NULL*/, int B, const LighthouseShape* s) {
+    int64_t T = s->T, H = s->H, D = s->D, S = s->S;
+    #pragma omp parallel for
+    for (int64_t br = 0; br < B * S; br++) {
+        int64_t b = br / S, r = br % S;
+        for (int64_t h = 0; h < H; h++) {
+            int64_t i, width;
+            entry_level(&i, &width, index[(b * H + h) * S + r], s);
+            for (int64_t part = 0; part < 3; part++) {
+                floatX* x = slots + ((br * 3 + part) * H + h) * D;
+                for (int64_t d = 0; d < D; d++) x[d] = 0;
+                for (int64_t t = i * width; t < (i + 1) * width; t++) {
+                    for (int64_t d = 0; d < D; d++) x[d] += qkv[(((b * T + t) * 3 + part) * H + h) * D + d];
+                }
+                for (int64_t d = 0; d < D; d++) x[d] /= width;
+                if (rope && part < 2) rope_turn(x, rope, (i + 1) * width - 1, +1, s->D);
+            }
+        }
+    }
+}
+
+// Slot (l, i) is added to c_l tokens from the last one it covers on, so token t receives from each level entry
+// floor((t+1)/c_l) - 1 where that is in the sequence. Tokens that nothing reaches are zero.
+void lighthouse_scatter(floatX* out /*(B,T,H,D)*/, const floatX* attn /*(B,S,H,D)*/, const int32_t* slot, int B,
+                        const LighthouseShape* s) {
+    int64_t T = s->T, H = s->H, D = s->D, S = s->S, E = s->off[s->levels];
+    #pragma omp parallel for
+    for (int64_t bt = 0; bt < B * T; bt++) {
+        int64_t b = bt / T, t = bt % T;
+        for (int64_t h = 0; h < H; h++) {
+            floatX* x = out + (bt * H + h) * D;
+            for (int64_t d = 0; d < D; d++) x[d] = 0;
+            for (int64_t l = 0, width = 1; l < s->levels; l++, width *= s->pool) {
+                int64_t i = (t + 1) / width - 1;
+                int64_t r = i < 0 ? -1 : slot[(b * H + h) * E + s->off[l] + i];
+                if (r < 0) continue;
+                for (int64_t d = 0; d < D; d++) x[d] += attn[((b * S + r) * H + h) * D + d];
+            }
+        }
+    }
+}
+
+void lighthouse_scatter_backward(floatX* dattn /*(B,S,H,D)*/, const floatX* dout /*(B,T,H,D)*/, const int32_t* index,
+                                 int B, const LighthouseShape* s) {
+    int64_t T = s->T, H = s->H, D = s->D, S = s->S;
+    #pragma omp parallel for
+    for (int64_t br = 0; br < B * S; br++) {
+        int64_t b = br / S, r = br % S;
+        for (int64_t h = 0; h < H; h++) {
+            int64_t i, width;
+            entry_level(&i, &width, index[(b * H + h) * S + r], s);
+            floatX* x = dattn + (br * H + h) * D;
+            for (int64_t d = 0; d < D; d++) x[d] = 0;
+            for (int64_t t = (i + 1) * width - 1; t < min64((i + 2) * width - 1, T); t++) {
+                for (int64_t d = 0; d < D; d++) x[d] += dout[((b * T + t) * H + h) * D + d];
+            }
+        }
+    }
+}
+
+// Each token adds, for every level whose entry floor(t/c_l) is in the sequence, that slot's gradient / c_l, with the
+// rotation undone.
+void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dslots /*(B,S,3,H,D)*/, const int32_t* index,
+                                const int32_t* slot, const float* rope, int B, const LighthouseShape* s) {
+    int64_t T = s->T, H = s->H, D = s->D, S = s->S, E = s->off[s->levels];
+    (void)index;
+    #pragma omp parallel
+    {
+        float* turned = allocate_floats(D);
+        #pragma omp for
+        for (int64_t bt = 0; bt < B * T; bt++) {
+            int64_t b = bt / T, t = bt % T;
+            for (int64_t h = 0; h < H; h++) {
+                for (int64_t part = 0; part < 3; part++) {
+                    floatX* x = dqkv + ((bt * 3 + part) * H + h) * D;
+                    for (int64_t d = 0; d < D; d++) x[d] = 0;
+                    for (int64_t l = 0, width = 1; l < s->levels; l++, width *= s->pool) {
+                        int64_t i = t / width, r = slot[(b * H + h) * E + s->off[l] + i];
+                        if (r < 0) continue;
+                        memcpy(turned, dslots + (((b * S + r) * 3 + part) * H + h) * D, D * sizeof(float));
+                        if (rope && part < 2) rope_turn(turned, rope, (i + 1) * width - 1, -1, s->D);
+                        for (int64_t d = 0; d < D; d++) x[d] += turned[d] / width;
+                    }
+                }
+            }
+        }
+        free(turned);
+    }
+}
+
+// ---- sums and the optimizer -----------------------------------------------------------------------------------
+
+// Partial sums over fixed pieces, added in order: the same bits with any number of threads.
+static double sum_pieces(const float* x, int64_t n, bool square) {
+    const int64_t PIECE = 1 << 16;
+    int64_t pieces = (n + PIECE - 1) / PIECE;
+    double* partial = (double*)allocate(pieces, sizeof(double));
+    #pragma omp parallel for
+    for (int64_t j = 0; j < pieces; j++) {
+        double sum = 0;
+        #pragma omp simd reduction(+ : sum)
+        for (int64_t i = j * PIECE; i < min64(n, (j + 1) * PIECE); i++) sum += square ? (double)x[i] * x[i] : (double)x[i];
+        partial[j] = sum;
+    }
+    double total = 0;
+    for (int64_t j = 0; j < pieces; j++) total += partial[j];
+    free(partial);
+    return total;
+}
+double sum_squares(const float* x, int64_t n) { return sum_pieces(x, n, true); }
+double sum_losses(const float* x, int64_t n) { return sum_pieces(x, n, false); }
+
+void adamw_update(floatX* params, float* master /*or NULL: params are fp32*/, float* m, float* v, const float* grads,
+                  int64_t n, float lr, float beta1, float beta2, float beta1_correction /*1-beta1^t*/,
+                  float beta2_correction, float eps, float weight_decay, float grad_scale) {
+    #pragma omp parallel for simd
+    for (int64_t i = 0; i < n; i++) {
+        float g = grads[i] * grad_scale;
+        m[i] = beta1 * m[i] + (1 - beta1) * g;
+        v[i] = beta2 * v[i] + (1 - beta2) * g * g;
+        float p = master ? master[i] : (float)params[i];
+        p -= lr * (m[i] / beta1_correction / (std::sqrt(v[i] / beta2_correction) + eps) + weight_decay * p);
+        if (master) master[i] = p;
+        params[i] = (floatX)p;
+    }
+}
+
+}  // namespace cpu
