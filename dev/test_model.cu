@@ -1,0 +1,106 @@
+// Proves that the whole model's loss, logits and every gradient, dense and under Lighthouse, agree with PyTorch's, for every
+// recompute level; and that all recompute levels give the same bits. Reference files are made by dev/oracle.py.
+//   make build/test_model && build/test_model FILE...
+// On the CPU (fp32) the bound is 1e-5 of each tensor's norm: the oracle computes in fp64, the deepest sums here are fp32.
+#define TRAINER_NO_MAIN
+#include "../train_gpt_lighthouse.cu"
+
+static const double BOUND = 1e-5;
+static const char* tensor_name[TENSORS] = {"wte", "wpe", "ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb",
+                                           "ln2w", "ln2b", "fcw", "fcb", "fcprojw", "fcprojb", "lnfw", "lnfb"};
+static int passed = 0, failed = 0;
+
+static void check(bool ok, const char* name, const char* figures) {
+    printf("%s %s: %s\n", ok ? "ok  " : "FAIL", name, figures);
+    ok ? passed++ : failed++;
+}
+
+// ||a - b|| / ||b||; a NaN anywhere makes it NaN, which no bound accepts.
+static double relative_error(const float* a, const float* b, int64_t n) {
+    double difference = 0, norm = 0;
+    for (int64_t i = 0; i < n; i++) {
+        difference += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
+        norm += (double)b[i] * b[i];
+    }
+    return norm > 0 ? sqrt(difference / norm) : sqrt(difference);
+}
+
+static void test_file(const char* path) {
+    int fd = open_to_read(path);
+    int h[64];
+    read_at(fd, h, sizeof h, 0, path);
+    if (h[0] != 20260520 || h[1] != 1) fatal("%s is no reference file of dev/oracle.py", path);
+    Config c;
+    char* no_arguments[] = {(char*)"test_model"};
+    parse_options(&c, 1, no_arguments);
+    c.batch_size = h[2]; c.seq_len = h[3];
+    c.levels = h[10]; c.pool = h[11]; c.topk = h[12]; c.tile = h[13];
+    int64_t at = sizeof h, B = h[2], T = h[3], N = B * T, V = h[4];
+    double reference[3];  // theta, loss under Lighthouse, loss under dense
+    read_at(fd, reference, sizeof reference, at, path);
+    at += sizeof reference;
+
+    static Model model;
+    Model* m = &model;
+    memset(m, 0, sizeof *m);
+    model_layout(m, {T, h[4], h[5], h[6], h[7], h[8], h[9] == 0, (float)reference[0]});
+    for (int l = 0; l < h[6]; l++) m->lighthouse_layer[l] = true;
+    for (int i = 0; i < h[14]; i++) m->lighthouse_layer[h[15 + i]] = false;
+    m->has_lighthouse = true;
+    char why[512];
+    if (!lighthouse_shape(&m->shape, T, h[7], h[8] / h[7], h[10], h[11], h[12], h[13], why, sizeof why)) fatal("%s: %s", path, why);
+    Plan plan = memory_plan(m, &c, 0, 0, (int)B);
+    model_allocate(m, &c, &plan);
+
+    int64_t n = m->parameters;
+    float *weights = (float*)host_alloc(n * 4), *logits[2], *grads[2], *mine = (float*)host_alloc(n * 4), *first = (float*)host_alloc(n * 4);
+    int* batch = (int*)host_alloc(2 * N * sizeof(int));
+    read_at(fd, weights, n * 4, at, path); at += n * 4;
+    read_at(fd, batch, 2 * N * 4, at, path); at += 2 * N * 4;
+    for (int phase = DENSE; phase >= LIGHTHOUSE; phase--, at += N * V * 4) read_at(fd, logits[phase] = (float*)host_alloc(N * V * 4), N * V * 4, at, path);
+    for (int phase = LIGHTHOUSE; phase <= DENSE; phase++, at += n * 4) read_at(fd, grads[phase] = (float*)host_alloc(n * 4), n * 4, at, path);
+    if (at != file_size(fd, path)) fatal("%s: %lld bytes, %lld were expected", path, (long long)file_size(fd, path), (long long)at);
+    close(fd);
+    params_from_host(m, weights);
+
+    for (int phase = LIGHTHOUSE; phase <= DENSE; phase++) {
+        const char* kind = phase_name[phase];
+        Run eval = {(int)B, T, (Phase)phase, false, 0};
+        float* out = (float*)host_alloc(N * V * 4);
+        model_trunk(m, batch, eval);
+        model_logits(m, 0, N, out);
+        double error = relative_error(out, logits[phase], N * V);
+        double loss = model_head(m, batch + N, eval, 0) / N;
+        check(error < BOUND && fabs(loss - reference[1 + phase]) < BOUND, text("%s %s forward", path, kind),
+              text("loss %.6f, PyTorch %.6f; logits differ by %.1e", loss, reference[1 + phase], error));
+        free(out);
+        for (int level = 0; level <= 4; level++) {
+            Run r = {(int)B, T, (Phase)phase, true, level};
+            memset(m->arena.base, 0xFF, plan_part(&plan, "activations"));  // NaN: whatever is read must have been written
+            device_zero(m->grads, n * 4);
+            loss = model_micro_step(m, batch, batch + N, r, 1.0f / N) / N;
+            copy_to_host(mine, m->grads, n * 4);
+            if (level == 0) {
+                double worst = 0;
+                for (int t = 0; t < TENSORS; t++) {
+                    if (m->size[t] == 0) continue;
+                    double e = relative_error(mine + m->offset[t], grads[phase] + m->offset[t], m->size[t]);
+                    if (!(e <= worst)) worst = e;
+                    if (!(e < BOUND)) printf("     gradient of %s differs by %.1e\n", tensor_name[t], e);
+                }
+                check(worst < BOUND && fabs(loss - reference[1 + phase]) < BOUND, text("%s %s gradients", path, kind),
+                      text("the worst of %d tensors differs by %.1e", m->dims.rope ? TENSORS - 1 : TENSORS, worst));
+                memcpy(first, mine, n * 4);
+            } else {
+                check(!memcmp(first, mine, n * 4), text("%s %s recompute %d", path, kind, level), "same bits as recompute 0");
+            }
+        }
+    }
+}
+
+int main(int argc, char** argv) {
+    if (argc < 2) fatal("usage: %s FILE...: reference files made by dev/oracle.py", argv[0]);
+    for (int i = 1; i < argc; i++) test_file(argv[i]);
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed != 0;
+}
