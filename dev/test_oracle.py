@@ -13,6 +13,7 @@ import oracle
 
 DEV = Path(__file__).resolve().parent
 VECTORS = DEV / "vectors"
+torch.set_num_threads(1)  # the tensors are small: on a busy machine, more threads only wait for each other
 TOLERANCE = 1e-5  # relative l2; the vectors were computed in fp32, whose rounding leaves a few 1e-7
 
 
