@@ -1,0 +1,314 @@
+// Proves the small parts of the trainer that a whole run does not show one by one: the permutation of an epoch, the windows
+// of the loader, the detector of outliers, the tokenizer's encoder, JSON strings, the checksum, the random numbers.
+//   make build/test_units && build/test_units
+// or  g++ -x c++ -std=c++17 -O2 -fopenmp -DCPU_BACKEND dev/test_units.cu -o build/test_units
+// With an argument it serves dev/test_trainer.py: `options` prints the table of options, `encode TOKENIZER` the token ids of
+// each line of standard input (with \n, \t and \\ escaped), `json` standard input as a JSON string.
+#define TRAINER_NO_MAIN
+#include "../train_gpt_lighthouse.cu"
+
+static int passed = 0, failed = 0;
+
+static void check(bool ok, const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    printf(ok ? "ok   " : "FAIL ");
+    vprintf(format, args);
+    printf("\n");
+    va_end(args);
+    ok ? passed++ : failed++;
+}
+
+// ---- the permutation
+
+// Every n: each of 0..n-1 exactly once, in every epoch; from 16 windows on no two epochs, and no two seeds, agree.
+static void test_permutation() {
+    const int64_t sizes[] = {1, 2, 3, 4, 5, 15, 16, 17, 64, 65, 100, 1000, 1023, 1024, 1025, 4096, 4097, 100003};
+    for (int64_t n : sizes) {
+        const int epochs = 4;
+        int64_t* order = (int64_t*)host_alloc(epochs * n * sizeof(int64_t));
+        char* seen = (char*)host_alloc(n);
+        bool once = true, differ = true;
+        for (int e = 0; e < epochs; e++) {
+            memset(seen, 0, n);
+            for (int64_t i = 0; i < n; i++) {
+                int64_t x = permute(i, n, mix64(1337) ^ (uint64_t)e);
+                order[e * n + i] = x;
+                if (x < 0 || x >= n || seen[x]++) once = false;
+            }
+            for (int f = 0; f < e; f++) differ &= memcmp(order + e * n, order + f * n, n * sizeof(int64_t)) != 0;
+        }
+        check(once, "permutation of %lld: each index once in each of %d epochs", (long long)n, epochs);
+        if (n >= 16) check(differ, "permutation of %lld: another order in every epoch", (long long)n);
+        free(order); free(seen);
+    }
+    // Mixed well: neighbours end up far apart. The mean distance of two independent places is n/3; a lazy cipher gives less.
+    const int64_t n = 10000;
+    double distance = 0, displacement = 0;
+    for (int64_t i = 0; i + 1 < n; i++) {
+        distance += llabs(permute(i + 1, n, mix64(7)) - permute(i, n, mix64(7))) / (double)(n - 1);
+        displacement += llabs(permute(i, n, mix64(7)) - i) / (double)n;
+    }
+    check(fabs(distance * 3 / n - 1) < 0.1, "permutation: mean distance of neighbours %.0f, of random places %.0f", distance, n / 3.0);
+    check(fabs(displacement * 3 / n - 1) < 0.1, "permutation: mean displacement %.0f, of random places %.0f", displacement, n / 3.0);
+    int64_t large = (1ll << 40) + 12345, x = permute(large - 1, large, 99);
+    check(x >= 0 && x < large, "permutation of 2^40 + 12345 stays inside");
+}
+
+// ---- the loader
+
+// A shard whose token at place i is (base + i) mod 251: a window's first token tells where it began.
+static void write_shard(const char* path, int64_t tokens, int base, int width) {
+    FILE* f = fopen(path, "wb");
+    if (!f) fatal("cannot write %s", path);
+    int32_t header[256] = {width == 2 ? 20240520 : 20240801, width == 2 ? 1 : 7, (int32_t)tokens};
+    fwrite(header, 4, 256, f);
+    for (int64_t i = 0; i < tokens; i++) {
+        uint32_t id = (uint32_t)((base + i) % 251);
+        fwrite(&id, width, 1, f);
+    }
+    fclose(f);
+}
+
+static void test_loader() {
+    char dir[] = "/tmp/test_units_XXXXXX";
+    if (!mkdtemp(dir)) fatal("cannot make a directory in /tmp");
+    const int64_t T = 10;
+    // 5, 0 (too short), 1 (exactly one window) and 3 windows; bases 0, 60, 100, 200
+    char* path[4];
+    int64_t tokens[4] = {5 * T + 1 + 3, T, T + 1, 3 * T + 1};
+    int base[4] = {0, 60, 100, 200}, width[4] = {2, 2, 4, 2};
+    for (int i = 0; i < 4; i++) {
+        path[i] = text("%s/train_%06d.bin", dir, i);
+        write_shard(path[i], tokens[i], base[i], width[i]);
+    }
+    char* pattern = text("%s/train_*.bin", dir);
+    int starts[9] = {0, 10, 20, 30, 40, 100, 200, 210, 220};
+    Loader d;
+    loader_open(&d, pattern, T, 257, false, 1);
+    check(d.windows == 9, "loader: 9 windows in shards of 54, 10, 11 and 31 tokens at T = 10 (%lld)", (long long)d.windows);
+    bool order = true, shifted = true, shared = true;
+    int inputs[T], targets[T], last_target = -1;
+    for (int64_t i = 0; i < 27; i++) {  // three epochs
+        loader_sequence(&d, i, inputs, targets);
+        order &= inputs[0] == starts[i % 9];
+        for (int t = 0; t < T; t++) shifted &= inputs[t] == (starts[i % 9] + t) % 251 && targets[t] == (starts[i % 9] + t + 1) % 251;
+        int w = i % 9;
+        if (w > 0 && w != 5 && w != 6) shared &= inputs[0] == last_target;  // windows of one shard share one token
+        last_target = targets[T - 1];
+    }
+    check(order, "loader: without shuffling the windows come in the order of the shards, the same in every epoch");
+    check(shifted, "loader: targets are the inputs one token on");
+    check(shared, "loader: a window's last target is the next window's first input, and nothing else is shared");
+    loader_close(&d);
+
+    loader_open(&d, pattern, T, 257, true, 1);
+    bool once = true;
+    int first[4][9], differ = 0;
+    for (int e = 0; e < 4; e++) {
+        int seen[9] = {0};
+        for (int i = 0; i < 9; i++) {
+            loader_sequence(&d, e * 9 + i, inputs, targets);
+            first[e][i] = inputs[0];
+            for (int w = 0; w < 9; w++) seen[w] += inputs[0] == starts[w] && targets[T - 1] == (starts[w] + T) % 251;
+        }
+        for (int w = 0; w < 9; w++) once &= seen[w] == 1;
+        if (e) differ += memcmp(first[e], first[e - 1], sizeof first[e]) != 0;
+    }
+    check(once, "loader: with shuffling every epoch visits every window of every shard exactly once");
+    check(differ == 3, "loader: with shuffling the epochs' orders differ");
+    loader_close(&d);
+    Loader other;
+    loader_open(&d, pattern, T, 257, true, 1);
+    loader_open(&other, pattern, T, 257, true, 2);
+    int a[T], seeds_differ = 0;
+    for (int i = 0; i < 9; i++) {
+        loader_sequence(&d, i, inputs, targets);
+        loader_sequence(&other, i, a, targets);
+        seeds_differ += a[0] != inputs[0];
+    }
+    check(seeds_differ > 0, "loader: another seed, another order");
+    loader_close(&d); loader_close(&other);
+    for (int i = 0; i < 4; i++) { unlink(path[i]); free(path[i]); }
+    rmdir(dir);
+    free(pattern);
+}
+
+// ---- the detector
+
+static void test_detector() {
+    static Detector d;
+    memset(&d, 0, sizeof d);
+    bool silent = true;
+    for (int i = 0; i < 128; i++) silent &= detector_score(&d, i == 50 ? 1e6 : i % 2 ? 1.0 : -1.0) == 0;
+    check(silent, "detector: no score before 128 values are seen, whatever they are");
+    memset(&d, 0, sizeof d);
+    for (int i = 0; i < 128; i++) detector_score(&d, i % 2 ? 1.0 : -1.0);  // mean 0, deviation 1
+    double z = detector_score(&d, 5.0);
+    check(fabs(z - 5) < 1e-9, "detector: 5 deviations above the mean score 5 (%.9f)", z);
+    double mean = 6.0 / 128, var = 0;  // a -1 made room for the 5
+    for (int i = 0; i < 128; i++) {
+        double x = i == 0 ? 5 : i % 2 ? 1 : -1;
+        var += (x - mean) * (x - mean) / 128;
+    }
+    z = detector_score(&d, -3.0);
+    check(fabs(z - (-3 - mean) / sqrt(var)) < 1e-9, "detector: the newest value has replaced the oldest, and low values score below 0 (%.6f)", z);
+    z = detector_score(&d, NAN);
+    int64_t seen = d.seen;
+    detector_score(&d, INFINITY);
+    check(d.seen == seen, "detector: values that are not finite do not join the window");
+    z = detector_score(&d, 1.0);
+    check(isfinite(z), "detector: and leave no trace in the next score (%.3f)", z);
+    memset(&d, 0, sizeof d);
+    for (int i = 0; i < 128; i++) detector_score(&d, 2.0);
+    z = detector_score(&d, 2.0);
+    check(z == 0, "detector: a constant window scores its own value 0 (%.3g)", z);
+}
+
+// ---- learning rates at the ends of the run; dev/test_trainer.py compares every step of whole runs
+
+static void test_schedules() {
+    Config c;
+    char* arguments[] = {(char*)"test"};
+    const char* names[] = {"cosine", "linear", "constant", "wsd"};
+    for (const char* name : names) {
+        parse_options(&c, 1, arguments);
+        c.lr_schedule = name;
+        c.learning_rate = 1; c.final_lr_frac = 0.25; c.warmup_steps = 10;
+        bool falls = true, bounded = true;
+        for (int64_t s = 0; s < 100; s++) {
+            double lr = learning_rate(&c, s, 100);
+            bounded &= lr > 0 && lr <= 1 && (s < 10 || lr >= 0.25);
+            if (s > 10) falls &= lr <= learning_rate(&c, s - 1, 100);
+        }
+        check(bounded && falls, "schedule %s: within its bounds, never rising after the warmup", name);
+        check(fabs(learning_rate(&c, 0, 100) - 0.1) < 1e-12 && fabs(learning_rate(&c, 9, 100) - 1) < 1e-12,
+              "schedule %s: the warmup goes from 1/10 to the peak in 10 steps", name);
+        double end = learning_rate(&c, 100, 100);
+        check(fabs(end - (strcmp(name, "constant") ? 0.25 : 1)) < 1e-12, "schedule %s: reaches its final rate (%.3f)", name, end);
+    }
+}
+
+// ---- the tokenizer
+
+static void test_words() {
+    struct { const char* text; int length; } cases[] = {
+        {"the cat", 3}, {" the", 4}, {"  the", 1}, {"   ", 3}, {" ", 1}, {"\n\nx", 1}, {"\n", 1}, {"\nx", 1}, {" \n x", 2},
+        {"it's", 2}, {"'s", 2}, {"'ll go", 3}, {"'x", 1}, {" 's", 2}, {"''s", 2}, {"12ab", 2}, {" 12ab", 3}, {"ab12", 2}, {"!?a", 2},
+        {" !?a", 3}, {"a!", 1}, {"caf\xC3\xA9 x", 5}, {"\xC3\xA9t\xC3\xA9.", 5}, {"_x", 1}};
+    for (auto& c : cases) {
+        int n = word_length(c.text);
+        char* shown = json_string(c.text);
+        check(n == c.length, "first word of %s: %d bytes (%d)", shown, c.length, n);
+        free(shown);
+    }
+}
+
+// ---- JSON strings
+
+static void test_json() {
+    struct { const char *in, *out; } cases[] = {
+        {"", "\"\""}, {"plain", "\"plain\""}, {"\"\\", "\"\\\"\\\\\""}, {"\n\t\x01\x7F", "\"\\u000a\\u0009\\u0001\\u007f\""},
+        {"\xC3\xA9", "\"\xC3\xA9\""}, {"\xE2\x82\xAC", "\"\xE2\x82\xAC\""}, {"\xF0\x9F\x98\x80", "\"\xF0\x9F\x98\x80\""},
+        {"\x80", "\"\\ufffd\""}, {"\xC3", "\"\\ufffd\""}, {"\xC3(", "\"\\ufffd(\""}, {"\xE2\x82", "\"\\ufffd\\ufffd\""},
+        {"\xC0\x80", "\"\\ufffd\\ufffd\""}, {"\xED\xA0\x80", "\"\\ufffd\\ufffd\\ufffd\""}, {"\xF5\x80", "\"\\ufffd\\ufffd\""},
+        {"\xF4\x90\x80\x80", "\"\\ufffd\\ufffd\\ufffd\\ufffd\""}, {"\xE0\x80\xAF", "\"\\ufffd\\ufffd\\ufffd\""}};
+    for (auto& c : cases) {
+        char* s = json_string(c.in);
+        check(!strcmp(s, c.out), "JSON %s (%s)", c.out, s);
+        free(s);
+    }
+}
+
+// ---- checksum, random numbers
+
+static void test_checksum() {
+    unsigned char data[83];
+    for (int i = 0; i < 83; i++) data[i] = (unsigned char)mix64(i);
+    uint64_t whole = checksum(data, 83);
+    bool noticed = true;
+    for (int i = 0; i < 83 * 8; i++) {
+        data[i / 8] ^= 1 << i % 8;
+        noticed &= checksum(data, 83) != whole;
+        data[i / 8] ^= 1 << i % 8;
+    }
+    check(noticed, "checksum: every flipped bit of 83 bytes is noticed");
+    bool lengths = true;
+    memset(data, 0, sizeof data);
+    for (int n = 1; n <= 83; n++) lengths &= checksum(data, n) != checksum(data, n - 1);
+    check(lengths, "checksum: of zeros of every length differs from one byte less");
+}
+
+static void test_random() {
+    const int n = 200000;
+    double mean = 0, var = 0, fourth = 0, lowest = 1, highest = 0, u = 0;
+    for (int i = 0; i < n; i++) {
+        double g = gaussian(1337, i), x = uniform(1337, i);
+        mean += g / n; var += g * g / n; fourth += g * g * g * g / n;
+        u += x / n;
+        lowest = fmin(lowest, x); highest = fmax(highest, x);
+    }
+    // four standard errors each
+    check(fabs(mean) < 4 / sqrt(n), "gaussian: mean %.5f", mean);
+    check(fabs(var - 1) < 4 * sqrt(2.0 / n), "gaussian: variance %.5f", var);
+    check(fabs(fourth - 3) < 4 * sqrt(96.0 / n), "gaussian: fourth moment %.4f, a normal's is 3", fourth);
+    check(fabs(u - 0.5) < 4 / sqrt(12.0 * n) && lowest > 0 && highest < 1, "uniform: mean %.5f, inside (0, 1)", u);
+}
+
+// ---- what dev/test_trainer.py asks for
+
+static int print_options() {
+    for (int i = 0; i < option_count; i++) {
+        const Option* o = &options[i];
+        const char* types[] = {"int", "real", "text", "flag"};
+        printf("%s\t%s\t%s\t%.17g\t%.17g\t%s\n", o->name, o->letter, types[o->type], o->min, o->max, o->fallback);
+    }
+    return 0;
+}
+
+static int print_encoded(const char* path) {
+    Tokenizer k;
+    if (!tokenizer_open(&k, path, 1 << 24)) fatal("cannot read %s", path);
+    char* line = NULL;
+    size_t room = 0;
+    for (ssize_t n; (n = getline(&line, &room, stdin)) > 0;) {
+        char *w = line, *r = line, *end = line + n;
+        if (end[-1] == '\n') end--;
+        while (r < end) {
+            if (*r != '\\') { *w++ = *r++; continue; }
+            *w++ = r[1] == 'n' ? '\n' : r[1] == 't' ? '\t' : r[1];
+            r += 2;
+        }
+        *w = 0;
+        int* ids = (int*)host_alloc((strlen(line) + 1) * sizeof(int));
+        int count = tokenizer_encode(&k, line, ids, (int)strlen(line));
+        for (int i = 0; i < count; i++) printf("%s%d", i ? " " : "", ids[i]);
+        printf("%s\n", count < 0 ? "none" : "");
+        free(ids);
+    }
+    return 0;
+}
+
+static int print_json() {
+    char* data = (char*)host_alloc(1 << 20);
+    size_t n = fread(data, 1, (1 << 20) - 1, stdin);
+    data[n] = 0;
+    fputs(json_string(data), stdout);
+    return 0;
+}
+
+int main(int argc, char** argv) {
+    if (argc == 2 && !strcmp(argv[1], "options")) return print_options();
+    if (argc == 3 && !strcmp(argv[1], "encode")) return print_encoded(argv[2]);
+    if (argc == 2 && !strcmp(argv[1], "json")) return print_json();
+    test_permutation();
+    test_loader();
+    test_detector();
+    test_schedules();
+    test_words();
+    test_json();
+    test_checksum();
+    test_random();
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed > 0;
+}
