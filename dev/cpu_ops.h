@@ -1,18 +1,21 @@
 // The CPU operations: the readable statement of what each kernel of the trainer computes, the oracle of the GPU tests,
 // and the CPU backend. Same names and arguments as the kernels' launchers, everything in fp32.
 //
-// The includer defines struct LighthouseShape before. Compile with OpenMP; with -DUSE_CBLAS the matmuls go through
-// cblas_sgemm. Every result is owned by one loop iteration, so that with the same number of threads the same bits
-// come out. Counts that involve the number of tokens are 64-bit.
-#pragma once
+// The includer defines struct LighthouseShape before. Compile with -O3 -march=native -fopenmp; with -DUSE_CBLAS the
+// matmuls go through cblas_sgemm. Every result is owned by one loop iteration, so that with the same number of threads
+// the same bits come out. Counts that involve the number of tokens are 64-bit.
+#ifndef CPU_OPS_H  // no pragma once: dev/test_ops.cpp includes it a second time, with double in the place of float
+#define CPU_OPS_H
 #include <math.h>
-#include <omp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <algorithm>
 #include <cmath>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #ifdef USE_CBLAS
 #include <cblas.h>
 extern "C" void openblas_set_num_threads(int) __attribute__((weak));  // NULL where the library is not OpenBLAS
@@ -27,7 +30,7 @@ typedef float floatX;
 static void* allocate(size_t count, size_t size) {
     void* p = NULL;
     if (posix_memalign(&p, 64, count * size + 64) != 0) {
-        fprintf(stderr, "CPU operations: out of memory, %zu bytes asked for; lower the batch or the context\n", count * size);
+        fprintf(stderr, "CPU operations: no memory for %zu bytes; lower the batch or the context\n", count * size);
         exit(EXIT_FAILURE);
     }
     return p;
@@ -36,20 +39,23 @@ static float* allocate_floats(size_t count) { return (float*)allocate(count, siz
 
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// exp to 1e-7 relative, without branches or calls, so that the loops round it vectorize. x = i ln2 + f with |f| at most
-// ln2/2: 2^i goes into the exponent bits, e^f is a polynomial. Below the smallest normal number it is 0. (The test
-// build, in which float is double, takes the library's.)
+// exp of x <= 0 to 1e-7 relative, without branches or calls, so that the loops round it vectorize. x = i ln2 + f with
+// |f| at most ln2/2: 2^i goes into the exponent bits, e^f is a polynomial. Exponent bits 0 make the result 0 below
+// x = -87.7; x is held at -88 by bit masks because the compiler turns a conditional here into a branch. NaN stays NaN.
+// (The test build, in which float is double, takes the library's.)
 static inline float exp_fast(float x) {
     if (sizeof(float) == sizeof(double)) return std::exp(x);
-    float c = x < -87.3f ? -87.3f : x > 88.7f ? 88.7f : x;
-    int32_t biased = (int32_t)(c * 1.44269504f + 127.5f);
+    union { float value; int32_t bits; } c, lowest, power;
+    c.value = x;
+    lowest.value = -88.0f;
+    int32_t below = -(int32_t)(x < -88.0f);
+    c.bits = (c.bits & ~below) | (lowest.bits & below);
+    int32_t biased = (int32_t)(c.value * 1.44269504f + 127.5f);
     float i = (float)(biased - 127);
-    float f = (c - i * 0.693145752f) - i * 1.42860682e-6f;
+    float f = (c.value - i * 0.693145752f) - i * 1.42860682e-6f;
     float g = 0.49999993f + f * (0.16666521f + f * (0.041668388f + f * (0.0083687169f + f * 0.0013814598f)));
-    union { int32_t bits; float value; } power;
     power.bits = biased << 23;
-    float e = (1.0f + f + f * f * g) * power.value;
-    return x < -87.3f ? 0.0f : e;
+    return (1.0f + f + f * f * g) * power.value;
 }
 
 // ---- matrix products ------------------------------------------------------------------------------------------
@@ -119,7 +125,10 @@ static void matmul(float* C, const float* A, bool ta, const float* B, bool tb,
     if (openblas_set_num_threads) openblas_set_num_threads(1);
     #pragma omp parallel
     {
-        int64_t side = M > N ? M : N, parts = omp_get_num_threads(), part = omp_get_thread_num();
+        int64_t side = M > N ? M : N, parts = 1, part = 0;
+        #ifdef _OPENMP
+        parts = omp_get_num_threads(), part = omp_get_thread_num();
+        #endif
         int64_t chunk = ((side + parts - 1) / parts + 15) / 16 * 16;
         int64_t first = min64(side, part * chunk), count = min64(side - first, chunk);
         int64_t i = M > N ? first : 0, j = M > N ? 0 : first;
@@ -197,7 +206,8 @@ void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC,C) +=*
 // ---- embedding, LayerNorm, GELU, cross-entropy ----------------------------------------------------------------
 
 void encoder_forward(floatX* out /*(B,T,C)*/, const int* tokens /*(B,T)*/, const floatX* wte /*(Vp,C)*/,
-                     const floatX* wpe /*(maxT,C) or NULL*/, int B, int64_t T, int C, int64_t t0 /*position of token 0*/) {
+                     const floatX* wpe /*(maxT,C) or NULL*/, int B, int64_t T, int C,
+                     int64_t t0 /*position of token 0*/) {
     #pragma omp parallel for
     for (int64_t bt = 0; bt < B * T; bt++) {
         const floatX* token = wte + (int64_t)tokens[bt] * C;
@@ -243,7 +253,8 @@ void layernorm_forward(floatX* out, float* mean, float* rstd, const floatX* inp,
 }
 
 void layernorm_backward(floatX* dinp /*+=*/, float* dweight /*+=*/, float* dbias /*+=*/, const floatX* dout,
-                        const floatX* inp, const floatX* weight, const float* mean, const float* rstd, int64_t N, int C) {
+                        const floatX* inp, const floatX* weight, const float* mean, const float* rstd,
+                        int64_t N, int C) {
     #pragma omp parallel for
     for (int64_t i = 0; i < N; i++) {
         const floatX* x = inp + i * C;
@@ -276,19 +287,23 @@ void layernorm_backward(floatX* dinp /*+=*/, float* dweight /*+=*/, float* dbias
     }
 }
 
-// The tanh approximation, 0.5 x (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3), written as x sigmoid(2u): no
-// cancellation for large negative x.
-static inline float gelu_2u(float x) { return (float)1.5957691216057308 * (x + (float)0.044715 * x * x * x); }
+// The tanh approximation, 0.5 x (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3), is x sigmoid(2u): written so,
+// nothing cancels for large negative x.
+static inline float gelu_sigmoid(float x) {
+    float z = (float)1.5957691216057308 * (x + (float)0.044715 * x * x * x);
+    float e = exp_fast(-std::fabs(z)), positive = 1 / (1 + e), negative = e * positive;
+    return z < 0 ? negative : positive;
+}
 
 void gelu_forward(floatX* out, const floatX* inp, int64_t n) {
     #pragma omp parallel for simd
-    for (int64_t i = 0; i < n; i++) out[i] = inp[i] / (1 + exp_fast(-gelu_2u(inp[i])));
+    for (int64_t i = 0; i < n; i++) out[i] = inp[i] * gelu_sigmoid(inp[i]);
 }
 
 void gelu_backward(floatX* dinp, const floatX* dout, const floatX* inp, int64_t n) {  // dinp may be dout
     #pragma omp parallel for simd
     for (int64_t i = 0; i < n; i++) {
-        float x = inp[i], sigmoid = 1 / (1 + exp_fast(-gelu_2u(x)));
+        float x = inp[i], sigmoid = gelu_sigmoid(x);
         float slope = (float)1.5957691216057308 * (1 + (float)0.134145 * x * x);  // of 2u
         dinp[i] = dout[i] * sigmoid * (1 + x * (1 - sigmoid) * slope);
     }
@@ -323,8 +338,8 @@ void crossentropy_forward_backward(floatX* logits /*(N,Vp) in, dlogits out when 
 
 // ---- rotary positions -----------------------------------------------------------------------------------------
 
-// Rows 0..1023: positions 0..1023; row 1024+j: position 1024 j. Made in double: at position 2^21 an angle in fp32 is off
-// by a tenth of a radian.
+// Rows 0..1023: positions 0..1023; row 1024+j: position 1024 j. Made in double: at position 2^21 an angle in fp32 is
+// off by a tenth of a radian.
 void rope_table(float* table /*(1024 + ceil(T/1024), D/2, 2) cos,sin*/, int64_t T, int D, double theta) {
     int64_t rows = 1024 + (T + 1023) / 1024;
     for (int64_t row = 0; row < rows; row++) {
@@ -360,9 +375,9 @@ void rope_rotate(floatX* qkv /*(B,T,3,H,D), q and k in place*/, const float* tab
 }
 
 // ---- causal attention -----------------------------------------------------------------------------------------
-// Blocks of queries times blocks of keys, never a (T,T) buffer. A work item owns one block of outputs and walks the
-// blocks that it needs in a fixed order. The block that stays (queries in the forward and in dQ, keys in dK and dV) lies
-// transposed along the vector lanes. Rows past T are zeros, masked or never written.
+// Blocks of queries times blocks of keys, never a (T,T) buffer. A job owns one block of rows and their outputs, and
+// walks over the blocks that it needs in a fixed order. The owned block lies transposed, its rows along the vector
+// lanes. Rows past T are zeros, masked or never written.
 
 static const int64_t BLOCK = 64;
 
@@ -392,10 +407,8 @@ void sdpa_forward(floatX* out /*(B,T,H,D)*/, float* stats /*(B,H,T) natural-log 
                 pack_rows(k, BLOCK, padded, base + k0 * stride + C, stride, keys, D, 1);
                 pack_rows(v, BLOCK, padded, base + k0 * stride + 2 * C, stride, keys, D, 1);
                 block_product(p, BLOCK, k, padded, 1, q, BLOCK, BLOCK, BLOCK, D, false);
-                if (kb == qb) {
-                    for (int64_t j = 0; j < BLOCK; j++) {
-                        for (int64_t i = 0; i < j; i++) p[j * BLOCK + i] = -INFINITY;
-                    }
+                for (int64_t j = 0; kb == qb && j < BLOCK; j++) {
+                    for (int64_t i = 0; i < j; i++) p[j * BLOCK + i] = -INFINITY;
                 }
                 float before[BLOCK];
                 memcpy(before, top, sizeof(top));
@@ -431,8 +444,8 @@ void sdpa_forward(floatX* out /*(B,T,H,D)*/, float* stats /*(B,H,T) natural-log 
 }
 
 // With P = exp(S - stats) and delta = sum(dout * out) of a row: dS = P (dout V^T - delta), dV = P^T dout,
-// dQ = scale dS K, dK = scale dS^T Q. Two passes, one that owns keys and one that owns queries, make S twice, so that
-// no output is shared between threads.
+// dQ = scale dS K, dK = scale dS^T Q. Two passes make S twice, one that owns keys and one that owns queries, so that no
+// output is shared between jobs.
 void sdpa_backward(floatX* dqkv, const floatX* dout, const floatX* qkv, const floatX* out, const float* stats,
                    int B, int64_t T, int H, int D) {
     int64_t blocks = (T + BLOCK - 1) / BLOCK, padded = (D + NR - 1) / NR * NR;
@@ -450,80 +463,71 @@ void sdpa_backward(floatX* dqkv, const floatX* dout, const floatX* qkv, const fl
                 delta[(bt / T * H + h) * T + bt % T] = dot;
             }
         }
-        float* stay0 = allocate_floats(D * BLOCK);       // the owned block, (D, rows): k and v, or q and dout
-        float* stay1 = allocate_floats(D * BLOCK);
-        float* walk0 = allocate_floats(BLOCK * padded);  // the walking block, (rows, D): q and dout, or k and v
+        float* own0 = allocate_floats(D * BLOCK);        // (D, owned rows): k and v, or scaled q and dout
+        float* own1 = allocate_floats(D * BLOCK);
+        float* walk0 = allocate_floats(BLOCK * padded);  // (walking rows, D): scaled q and dout, or k and v
         float* walk1 = allocate_floats(BLOCK * padded);
         float* p = allocate_floats(BLOCK * BLOCK);       // (walking rows, owned rows)
         float* ds = allocate_floats(BLOCK * BLOCK);
         float* grad0 = allocate_floats(BLOCK * padded);  // (owned rows, D): dk and dv, or dq
         float* grad1 = allocate_floats(BLOCK * padded);
-        #pragma omp for schedule(dynamic)
-        for (int64_t job = 0; job < blocks * B * H; job++) {  // dK and dV; the first keys have the most queries
-            int64_t kb = job / (B * H), bh = job % (B * H), b = bh / H, h = bh % H;
-            int64_t k0 = kb * BLOCK, keys = min64(BLOCK, T - k0);
-            const floatX* base = qkv + b * T * stride + h * D;
-            pack_columns(stay0, BLOCK, base + k0 * stride + C, stride, keys, D, 1);
-            pack_columns(stay1, BLOCK, base + k0 * stride + 2 * C, stride, keys, D, 1);
-            memset(grad0, 0, BLOCK * padded * sizeof(float));
-            memset(grad1, 0, BLOCK * padded * sizeof(float));
-            for (int64_t qb = kb; qb < blocks; qb++) {
-                int64_t q0 = qb * BLOCK, rows = min64(BLOCK, T - q0);
-                pack_rows(walk0, BLOCK, padded, base + q0 * stride, stride, rows, D, scale);
-                pack_rows(walk1, BLOCK, padded, dout + (b * T + q0) * C + h * D, C, rows, D, 1);
-                block_product(p, BLOCK, walk0, padded, 1, stay0, BLOCK, BLOCK, BLOCK, D, false);
-                block_product(ds, BLOCK, walk1, padded, 1, stay1, BLOCK, BLOCK, BLOCK, D, false);
-                for (int64_t i = 0; i < BLOCK; i++) {
-                    int64_t seen = i >= rows ? 0 : kb == qb ? i + 1 : BLOCK;  // keys that query i may see
-                    float stat = i < rows ? stats[bh * T + q0 + i] : 0, del = i < rows ? delta[bh * T + q0 + i] : 0;
-                    #pragma omp simd
-                    for (int64_t j = 0; j < BLOCK; j++) {
-                        float e = j < seen ? exp_fast(p[i * BLOCK + j] - stat) : 0;
-                        p[i * BLOCK + j] = e;
-                        ds[i * BLOCK + j] = e * (ds[i * BLOCK + j] - del);
+        for (int pass = 0; pass < 2; pass++) {
+            bool keys = pass == 0;  // the owned rows are keys, the walking rows queries; else the other way round
+            #pragma omp for schedule(dynamic)
+            for (int64_t job = 0; job < blocks * B * H; job++) {  // the longest first
+                int64_t ob = keys ? job / (B * H) : blocks - 1 - job / (B * H), bh = job % (B * H), b = bh / H;
+                int64_t o0 = ob * BLOCK, rows = min64(BLOCK, T - o0);
+                const floatX* q = qkv + b * T * stride + bh % H * D;
+                const floatX* dy = dout + b * T * C + bh % H * D;
+                const float* stat = stats + bh * T;
+                const float* del = delta + bh * T;
+                float own_stat[BLOCK] = {0}, own_del[BLOCK] = {0};
+                if (keys) {
+                    pack_columns(own0, BLOCK, q + o0 * stride + C, stride, rows, D, 1);
+                    pack_columns(own1, BLOCK, q + o0 * stride + 2 * C, stride, rows, D, 1);
+                } else {
+                    pack_columns(own0, BLOCK, q + o0 * stride, stride, rows, D, scale);
+                    pack_columns(own1, BLOCK, dy + o0 * C, C, rows, D, 1);
+                    memcpy(own_stat, stat + o0, rows * sizeof(float));
+                    memcpy(own_del, del + o0, rows * sizeof(float));
+                }
+                memset(grad0, 0, BLOCK * padded * sizeof(float));
+                memset(grad1, 0, BLOCK * padded * sizeof(float));
+                for (int64_t wb = keys ? ob : 0; wb < (keys ? blocks : ob + 1); wb++) {
+                    int64_t w0 = wb * BLOCK, walking = min64(BLOCK, T - w0);
+                    if (keys) {
+                        pack_rows(walk0, BLOCK, padded, q + w0 * stride, stride, walking, D, scale);
+                        pack_rows(walk1, BLOCK, padded, dy + w0 * C, C, walking, D, 1);
+                    } else {
+                        pack_rows(walk0, BLOCK, padded, q + w0 * stride + C, stride, walking, D, 1);
+                        pack_rows(walk1, BLOCK, padded, q + w0 * stride + 2 * C, stride, walking, D, 1);
+                    }
+                    block_product(p, BLOCK, walk0, padded, 1, own0, BLOCK, BLOCK, BLOCK, D, false);
+                    block_product(ds, BLOCK, walk1, padded, 1, own1, BLOCK, BLOCK, BLOCK, D, false);
+                    for (int64_t i = 0; i < walking; i++) {
+                        int64_t first = keys ? i + 1 : 0, end = keys ? BLOCK : i;  // keys after their query
+                        for (int64_t j = first; wb == ob && j < end; j++) p[i * BLOCK + j] = -INFINITY;
+                        float row_stat = keys ? stat[w0 + i] : 0, row_del = keys ? del[w0 + i] : 0;
+                        #pragma omp simd
+                        for (int64_t j = 0; j < BLOCK; j++) {
+                            p[i * BLOCK + j] = exp_fast(p[i * BLOCK + j] - (row_stat + own_stat[j]));
+                            ds[i * BLOCK + j] = p[i * BLOCK + j] * (ds[i * BLOCK + j] - (row_del + own_del[j]));
+                        }
+                    }
+                    block_product(grad0, padded, ds, 1, BLOCK, walk0, padded, BLOCK, padded, walking, true);
+                    if (keys) block_product(grad1, padded, p, 1, BLOCK, walk1, padded, BLOCK, padded, walking, true);
+                }
+                for (int64_t r = 0; r < rows; r++) {
+                    floatX* dq = dqkv + (b * T + o0 + r) * stride + bh % H * D;
+                    for (int64_t d = 0; d < D; d++) {
+                        if (!keys) dq[d] = grad0[r * padded + d] * scale;
+                        if (keys) dq[C + d] = grad0[r * padded + d];
+                        if (keys) dq[2 * C + d] = grad1[r * padded + d];
                     }
                 }
-                block_product(grad0, padded, ds, 1, BLOCK, walk0, padded, BLOCK, padded, BLOCK, true);
-                block_product(grad1, padded, p, 1, BLOCK, walk1, padded, BLOCK, padded, BLOCK, true);
-            }
-            for (int64_t j = 0; j < keys; j++) {
-                floatX* dk = dqkv + (b * T + k0 + j) * stride + C + h * D;
-                for (int64_t d = 0; d < D; d++) { dk[d] = grad0[j * padded + d]; dk[C + d] = grad1[j * padded + d]; }
             }
         }
-        #pragma omp for schedule(dynamic)
-        for (int64_t job = 0; job < blocks * B * H; job++) {  // dQ; the last queries have the most keys
-            int64_t qb = blocks - 1 - job / (B * H), bh = job % (B * H), b = bh / H, h = bh % H;
-            int64_t q0 = qb * BLOCK, rows = min64(BLOCK, T - q0);
-            const floatX* base = qkv + b * T * stride + h * D;
-            float stat[BLOCK] = {0}, del[BLOCK] = {0};
-            memcpy(stat, stats + bh * T + q0, rows * sizeof(float));
-            memcpy(del, delta + bh * T + q0, rows * sizeof(float));
-            pack_columns(stay0, BLOCK, base + q0 * stride, stride, rows, D, scale);
-            pack_columns(stay1, BLOCK, dout + (b * T + q0) * C + h * D, C, rows, D, 1);
-            memset(grad0, 0, BLOCK * padded * sizeof(float));
-            for (int64_t kb = 0; kb <= qb; kb++) {
-                int64_t k0 = kb * BLOCK, keys = min64(BLOCK, T - k0);
-                pack_rows(walk0, BLOCK, padded, base + k0 * stride + C, stride, keys, D, 1);
-                pack_rows(walk1, BLOCK, padded, base + k0 * stride + 2 * C, stride, keys, D, 1);
-                block_product(p, BLOCK, walk0, padded, 1, stay0, BLOCK, BLOCK, BLOCK, D, false);
-                block_product(ds, BLOCK, walk1, padded, 1, stay1, BLOCK, BLOCK, BLOCK, D, false);
-                for (int64_t j = 0; j < BLOCK; j++) {
-                    int64_t first = kb == qb ? j : 0;  // the first query that may see key j
-                    #pragma omp simd
-                    for (int64_t i = 0; i < BLOCK; i++) {
-                        float e = i >= first ? exp_fast(p[j * BLOCK + i] - stat[i]) : 0;
-                        ds[j * BLOCK + i] = e * (ds[j * BLOCK + i] - del[i]);
-                    }
-                }
-                block_product(grad0, padded, ds, 1, BLOCK, walk0, padded, BLOCK, padded, BLOCK, true);
-            }
-            for (int64_t i = 0; i < rows; i++) {
-                floatX* dq = dqkv + (b * T + q0 + i) * stride + h * D;
-                for (int64_t d = 0; d < D; d++) dq[d] = grad0[i * padded + d] * scale;
-            }
-        }
-        free(stay0); free(stay1); free(walk0); free(walk1); free(p); free(ds); free(grad0); free(grad1);
+        free(own0); free(own1); free(walk0); free(walk1); free(p); free(ds); free(grad0); free(grad1);
     }
     free(delta);
 }
@@ -588,8 +592,8 @@ static int32_t* emit_subtree(int32_t* out, TileSelection* tile, int l, int64_t j
     return out;
 }
 
-// Marks the count best by score among those not yet expanded. Ties: the lower index. NaN counts as infinity, so that the
-// order is total and the selection has its size whatever the scores are.
+// Marks the count best by score among those not yet expanded. Ties: the lower index. NaN counts as infinity, so that
+// the order is total and the selection has its size whatever the scores are.
 static void mark_best(char* expanded, int64_t* order /*scratch*/, const int64_t* candidate, int64_t n,
                       const float* score, int64_t count) {
     int64_t open = 0;
@@ -655,7 +659,7 @@ void lighthouse_invert(int32_t* slot /*(B,H,E) slot of the entry, or -1*/, const
     }
 }
 
-// A slot holds the mean of q, of k and of v over its tokens; q and k are rotated after pooling, at the last token covered.
+// A slot holds the mean of q, of k and of v over its tokens; q and k are rotated after pooling, at the last of them.
 void lighthouse_gather(floatX* slots /*(B,S,3,H,D)*/, const floatX* qkv, const int32_t* index,
                        const float* rope /*table or NULL*/, int B, const LighthouseShape* s) {
     int64_t T = s->T, H = s->H, D = s->D, S = s->S;
@@ -719,8 +723,9 @@ void lighthouse_scatter_backward(floatX* dattn /*(B,S,H,D)*/, const floatX* dout
 
 // Each token adds, for every level whose entry floor(t/c_l) is in the sequence, that slot's gradient / c_l, with the
 // rotation undone.
-void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dslots /*(B,S,3,H,D)*/, const int32_t* index,
-                                const int32_t* slot, const float* rope, int B, const LighthouseShape* s) {
+void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dslots /*(B,S,3,H,D)*/,
+                                const int32_t* index, const int32_t* slot, const float* rope, int B,
+                                const LighthouseShape* s) {
     int64_t T = s->T, H = s->H, D = s->D, S = s->S, E = s->off[s->levels];
     (void)index;
     #pragma omp parallel
@@ -758,7 +763,7 @@ static double sum_pieces(const float* x, int64_t n, bool square) {
     for (int64_t j = 0; j < pieces; j++) {
         double sum = 0;
         #pragma omp simd reduction(+ : sum)
-        for (int64_t i = j * PIECE; i < min64(n, (j + 1) * PIECE); i++) sum += square ? (double)x[i] * x[i] : (double)x[i];
+        for (int64_t i = j * PIECE; i < min64(n, (j + 1) * PIECE); i++) sum += square ? (double)x[i] * x[i] : x[i];
         partial[j] = sum;
     }
     double total = 0;
@@ -785,3 +790,4 @@ void adamw_update(floatX* params, float* master /*or NULL: params are fp32*/, fl
 }
 
 }  // namespace cpu
+#endif

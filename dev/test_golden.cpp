@@ -1,7 +1,8 @@
-// Proves that our Lighthouse attention is the authors': vectors made by their PyTorch release (fp32, no RoPE, tile 128),
-// the selection equal entry by entry, the output and the three gradients to 1e-5 relative l2.
+// Proves that our Lighthouse attention is the authors': against vectors made by their PyTorch release (fp32, no RoPE,
+// tile 128), the selection is equal entry by entry, the output and the three gradients to 1e-5 relative l2.
 //
-//   g++ -std=c++17 -O3 -march=native -fopenmp -DCPU_BACKEND -DUSE_CBLAS dev/test_golden.cpp -o build/test_golden -lopenblas
+//   g++ -std=c++17 -O3 -march=native -fopenmp -DCPU_BACKEND -DUSE_CBLAS dev/test_golden.cpp -o build/test_golden \
+//       -lopenblas
 //   build/test_golden dev/vectors/*.bin
 //
 // A file: int32[64] header (20260506, 1, B, N, H, D, L, p, k, S); float32 q, k, v, dout, each (B,N,H,D); int32 index
@@ -48,7 +49,7 @@ static void test_file(const char* path) {
         return report(false, path, "is shorter than its header of 256 bytes");
     }
     if (header[0] != 20260506 || header[1] != 1) {
-        snprintf(figures, sizeof(figures), "begins with %d, %d; a golden vector begins with 20260506, 1", header[0], header[1]);
+        snprintf(figures, sizeof(figures), "begins with %d, %d, not with 20260506, 1", header[0], header[1]);
         fclose(file);
         return report(false, path, figures);
     }
@@ -56,16 +57,17 @@ static void test_file(const char* path) {
     int64_t T = header[3];
     LighthouseShape s;
     char why[256];
-    if (B < 1 || H < 1 || D < 1 || !lighthouse_shape(&s, T, H, D, header[6], header[7], header[8], 128, why, sizeof(why))) {
-        snprintf(figures, sizeof(figures), "B %d, N %lld, H %d, D %d is no valid shape: %s", B, (long long)T, H, D,
-                 B < 1 || H < 1 || D < 1 ? "B, H and D are at least 1" : why);
+    snprintf(why, sizeof(why), "B, N, H and D are at least 1");
+    if (B < 1 || T < 1 || H < 1 || D < 1 ||
+        !lighthouse_shape(&s, T, H, D, header[6], header[7], header[8], 128, why, sizeof(why))) {
+        snprintf(figures, sizeof(figures), "B %d, N %lld, H %d, D %d is no valid shape: %s", B, (long long)T, H, D, why);
         fclose(file);
         return report(false, path, figures);
     }
     size_t tokens = (size_t)B * T, elements = tokens * H * D, indices = (size_t)B * H * s.S;
     int64_t expected_size = sizeof(header) + (8 * elements + indices) * 4;
     if (header[9] != s.S || size != expected_size) {
-        snprintf(figures, sizeof(figures), "S is %d and the size %lld bytes; the header's shape gives S = %lld, %lld bytes",
+        snprintf(figures, sizeof(figures), "S %d, %lld bytes; by the shape in its header S is %lld, the size %lld bytes",
                  header[9], (long long)size, (long long)s.S, (long long)expected_size);
         fclose(file);
         return report(false, path, figures);
@@ -102,8 +104,8 @@ static void test_file(const char* path) {
         if (index[i] != expected_index[i]) { differ++; first = i; }
     }
     if (differ) {
-        snprintf(figures, sizeof(figures), "%zu of %zu differ, the first at %zu: %d, expected %d", differ, indices, first,
-                 index[first], expected_index[first]);
+        snprintf(figures, sizeof(figures), "%zu of %zu differ, the first at %zu: %d, expected %d", differ, indices,
+                 first, index[first], expected_index[first]);
     } else {
         snprintf(figures, sizeof(figures), "all %zu equal", indices);
     }
