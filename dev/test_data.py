@@ -1,0 +1,704 @@
+"""Proves that data/prepare.py turns every source into exactly the shards that data/README.md describes, that a killed
+run goes on to the same bytes, and that each bad input gets one clear message.
+
+    python -m pytest dev/test_data.py
+
+It needs tiktoken, tokenizers, pyarrow, zstandard and datasets. GPT-2's ranks are fetched once into data/.cache.
+"""
+import collections
+import gzip
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+
+import pytest
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"    # this process forks
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SCRIPT = os.path.join(ROOT, "data", "prepare.py")
+sys.path.insert(0, os.path.join(ROOT, "data"))
+import prepare  # noqa: E402
+
+
+def prepared(out, *args):
+    """Run in this process; a data set that was made is given back as (manifest, {split: documents of token ids})."""
+    assert prepare.main(["--out", str(out)] + [str(a) for a in args]) == 0
+    return load(out)
+
+
+def load(out):
+    with open(os.path.join(str(out), "manifest.json")) as f:
+        manifest = json.load(f)
+    width = {"uint16": 2, "uint32": 4}[manifest["dtype"]]
+    split = {}
+    for name in ("train", "val"):
+        tokens = []
+        for shard in manifest["shards"]:
+            if shard["name"].startswith(name):
+                data = read(out, shard["name"])
+                head = struct.unpack("<256i", data[:1024])
+                assert head[:3] == ((20240520, 1) if width == 2 else (20240801, 7)) + (shard["tokens"],)
+                assert not any(head[3:]) and len(data) == 1024 + width * shard["tokens"]
+                assert hashlib.sha256(data).hexdigest() == shard["sha256"]
+                tokens += struct.unpack("<%d%s" % (shard["tokens"], "H" if width == 2 else "I"), data[1024:])
+        assert len(tokens) == manifest["counts"][name]["tokens"]
+        documents = []
+        for t in tokens:
+            if t == manifest["eot"]:
+                documents.append([])
+            else:
+                documents[-1].append(t)    # fails where a split does not begin with the end-of-text id
+        assert len(documents) == manifest["counts"][name]["documents"]
+        split[name] = documents
+    left = set(os.listdir(str(out))) - {s["name"] for s in manifest["shards"]} - {"manifest.json", "tokenizer.bin"}
+    assert not left, "left behind: %s" % left
+    return manifest, split
+
+
+def read(*path):
+    with open(os.path.join(*map(str, path)), "rb") as f:
+        return f.read()
+
+
+def write(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+def contents(out):
+    return {name: read(out, name) for name in sorted(os.listdir(str(out)))}
+
+
+def texts(split, which):
+    return [bytes(d) for d in split[which]]
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    try:
+        return prepare.gpt2_ranks(os.path.join(prepare.DATA_DIR, ".cache"))
+    except prepare.Failure as e:
+        pytest.fail("GPT-2's ranks are needed for this test: %s" % e)
+
+
+# ---------------------------------------------------------------------------- the formats, byte by byte
+
+def test_golden_shard(tmp_path):
+    write(tmp_path / "in" / "a.txt", "Hi\n")
+    write(tmp_path / "in" / "b.txt", b"\xff!")
+    prepared(tmp_path / "out", "--source", "files", "--input", tmp_path / "in")
+
+    def shard(body):
+        head = bytes.fromhex("88d83401" "01000000") + struct.pack("<i", len(body) // 2)    # 0x0134d888 is 20240520
+        return head + bytes(1024 - len(head)) + body
+    assert read(tmp_path, "out", "train_000000.bin") == shard(bytes.fromhex("0001" "4800" "6900" "0a00"))
+    assert read(tmp_path, "out", "val_000000.bin") == shard(bytes.fromhex("0001" "ff00" "2100"))
+
+
+def test_golden_tokenizer_file(tmp_path):
+    write(tmp_path / "in.txt", "x")
+    prepared(tmp_path / "out", "--source", "files", "--input", tmp_path / "in.txt")
+    data = read(tmp_path, "out", "tokenizer.bin")
+    assert struct.unpack("<5i", data[:20]) == (20240328, 2, 257, 256, 0) and data[20:1024] == bytes(1004)
+    assert data[1024:] == b"".join(b"\x01" + bytes([i]) for i in range(256)) + b"\x0d<|endoftext|>"
+
+
+def word_tokenizer(path, words, **more):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tok.pre_tokenizer = pre_tokenizers.Whitespace()
+    for name, value in more.items():
+        setattr(tok, name, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tok.save(str(path))
+    return path
+
+
+def test_wide_shards(tmp_path):
+    path = word_tokenizer(tmp_path / "wide" / "tokenizer.json",
+                          ["w%d" % i for i in range(69998)] + ["[UNK]", "</s>"])
+    write(tmp_path / "in.txt", "w1 w65535\nw65536 what w69997")
+    manifest, split = prepared(tmp_path / "out", "--source", "files", "--input", tmp_path / "in.txt",
+                               "--tokenizer", path)
+    assert (manifest["vocab_size"], manifest["eot"], manifest["dtype"]) == (70000, 69999, "uint32")
+    assert read(tmp_path, "out", "train_000000.bin")[:12] == struct.pack("<iii", 20240801, 7, 6)
+    assert read(tmp_path, "out", "train_000000.bin")[1024:] == bytes.fromhex(
+        "6f110100" "01000000" "ffff0000" "00000100" "6e110100" "6d110100")
+
+
+def test_vocabulary_border(tmp_path):
+    write(tmp_path / "in.txt", "w1")
+    for words, dtype in ((65535, "uint16"), (65536, "uint32")):
+        path = word_tokenizer(tmp_path / str(words) / "tokenizer.json",
+                              ["[UNK]", "</s>"] + ["w%d" % i for i in range(words - 2)])
+        manifest, _ = prepared(tmp_path / ("out%d" % words), "--source", "files", "--input", tmp_path / "in.txt",
+                               "--tokenizer", path)
+        assert (manifest["vocab_size"], manifest["dtype"]) == (words, dtype)
+
+
+def test_readme_recipe(tmp_path):
+    """The ten lines of data/README.md that write a shard of one's own do so."""
+    text = read(ROOT, "data", "README.md").decode()
+    code = re.search(r"```python\n(.*?)```", text, re.S).group(1)
+    os.mkdir(str(tmp_path / "data"))
+    subprocess.run([sys.executable, "-c", code], cwd=str(tmp_path), check=True)
+    want = struct.pack("<256i", 20240520, 1, 12, *[0] * 253) + struct.pack("<12H", 256, *b"Hello", 256, *b"World")
+    assert read(tmp_path, "data", "mine", "train_000000.bin") == want
+
+
+# ---------------------------------------------------------------------------- tokenizers
+
+def test_gpt2(tmp_path, ranks):
+    tok = prepare.Gpt2Tokenizer(ranks)
+    assert struct.unpack("<2H", tok.encode(b"Hello world")[0]) == (15496, 995)
+    assert len(tok.token_bytes()) == 50257 and tok.token_bytes()[15496] == b"Hello"
+    write(tmp_path / "in" / "a.txt", "Hello world")
+    write(tmp_path / "in" / "b.txt", "I say <|endoftext|> here")
+    write(tmp_path / "in" / "c.txt", b"caf\xc3\xa9 \xff")
+    manifest, split = prepared(tmp_path / "out", "--source", "files", "--input", tmp_path / "in", "--tokenizer",
+                               "gpt2", "--val-fraction", "0", "--workers", "2")
+    a, b, c = split["train"]    # load() splits at 50256: the spelled end of text has not become one
+    assert a == [15496, 995]
+    table = tok.token_bytes()
+    assert b"".join(table[i] for i in b) == b"I say <|endoftext|> here"
+    assert b"".join(table[i] for i in c) == "caf\u00e9 \ufffd".encode()
+    assert list(manifest["left_out"].values()) == [1]    # said, not hidden
+    assert manifest["counts"]["train"] == {"documents": 3, "tokens": 3 + len(a + b + c), "bytes": 11 + 24 + 7}
+    data, tokens = read(tmp_path, "out", "tokenizer.bin"), []
+    at = 1024
+    while at < len(data):
+        tokens.append(data[at + 1:at + 1 + data[at]])
+        at += 1 + data[at]
+    assert struct.unpack("<4i", data[:16]) == (20240328, 2, 50257, 50256)
+    assert tokens == table and tokens[50256] == b"<|endoftext|>"
+
+
+def test_pieces_do_not_change_tokens(monkeypatch, ranks):
+    """Where a document is cut, GPT-2's tokens are those of the whole; and the cuts do not depend on the chunks."""
+    monkeypatch.setattr(prepare, "PIECE", 300)
+    rng = random.Random(5)
+    alphabet = ["a", "Zz", "7", "'s", "'re", " ", "  ", "\n", "\n\n", "\t", "\r\n", "...", "{", "\u00e9",
+                "\u4e2d\u6587", "\u3000", "\u00a0", "\x1c", "\x85", "\U0001f600", "\u0301",
+                "int x;\n", "\u0434\u0430\n"]
+    documents = ["".join(rng.choice(alphabet) for _ in range(4000)).encode() for _ in range(30)]
+    documents.append(read(os.path.join(os.path.dirname(os.__file__), "argparse.py")))
+    tok = prepare.Gpt2Tokenizer(ranks)
+    total = 0
+    for d in documents:
+        pieces = list(prepare.cut_pieces([d], "line"))
+        total += len(pieces)
+        assert b"".join(pieces) == d
+        assert b"".join(tok.encode(p)[0] for p in pieces) == tok.encode(d)[0]
+        chunks = [d[i:i + 7] for i in range(0, len(d), 7)]
+        assert list(prepare.cut_pieces(chunks, "line")) == pieces
+        assert list(prepare.cut_pieces(chunks, "never")) == [d]
+        assert list(prepare.cut_pieces(chunks, "anywhere")) == list(prepare.cut_pieces([d], "anywhere"))
+    assert total > 300
+    assert list(prepare.cut_pieces([b"x" * 5000], "line")) == [b"x" * 5000]
+
+
+def test_tokenizer_json(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    tok.train_from_iterator(["the cat sat on the mat\n" * 20], trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|im_start|>", "<|endoftext|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tok.enable_truncation(3)    # such settings are often left in a file; they must not shorten documents
+    tok.enable_padding(length=50)
+    tok.save(str(tmp_path / "tokenizer.json"))
+    text = "the cat <|endoftext|> <|im_start|> sat\n\u00e9\U0001f600\x00\n"
+    write(tmp_path / "in.jsonl", json.dumps({"text": text}))
+    manifest, split = prepared(tmp_path / "out", "--source", "files", "--input", tmp_path / "in.jsonl",
+                               "--tokenizer", tmp_path / "tokenizer.json")
+    ours = prepare.JsonTokenizer(str(tmp_path / "tokenizer.json"))
+    assert (ours.eot, ours.cut) == (1, "line") and manifest["eot"] == 1
+    table = ours.token_bytes()
+    assert b"".join(table[i] for i in split["train"][0]) == text.encode()
+    assert 0 not in split["train"][0] and table[1] == b"<|endoftext|>"
+    assert prepare.JsonTokenizer(str(tmp_path / "tokenizer.json"), "<|im_start|>").eot == 0
+
+    # SentencePiece's manner: a space before every text, "<0x0A>" for a byte; documents must stay whole
+    sp = word_tokenizer(tmp_path / "sp.json", ["[UNK]", "</s>", "\u2581int", "<0x0A>"],
+                        pre_tokenizer=pre_tokenizers.Metaspace(), decoder=decoders.Metaspace())
+    ours = prepare.JsonTokenizer(str(sp))
+    assert ours.cut == "never" and ours.token_bytes() == [b"[UNK]", b"</s>", b" int", b"\n"]
+
+
+# ---------------------------------------------------------------------------- sources
+
+def test_pystdlib(tmp_path):
+    """With no package but Python's own (-S hides them), and the same bytes again."""
+    made = []
+    for name in ("one", "two"):
+        subprocess.run([sys.executable, "-I", "-S", SCRIPT, "--out", str(tmp_path / name), "--max-bytes", "1.5M",
+                        "--exclude", "encodings/*"], check=True, capture_output=True)
+        made.append(contents(tmp_path / name))
+    assert made[0] == made[1]
+    manifest, split = load(tmp_path / "one")
+    total = sum(c["bytes"] for c in manifest["counts"].values())
+    assert 500000 < total <= 1500000
+    documents = texts(split, "train") + texts(split, "val")
+    asyncio = [d for d in documents if d.startswith(b"# asyncio/")]
+    assert len(asyncio) == 1 and b"\n# asyncio/base_events.py\n" in asyncio[0]    # a package is one document
+    names = re.findall(rb"^# (asyncio/[a-z_]+\.py)$", asyncio[0], re.M)
+    assert names == sorted(names) and len(names) > 20
+    assert any(d.startswith(b"# argparse.py\n") for d in documents)
+    assert not any(d.startswith(b"# encodings") for d in documents)
+
+
+KERNEL = [("linux-9.9/.config", "no"), ("linux-9.9/Makefile", "all:\n"), ("linux-9.9/b/Kconfig.x", "config X\n"),
+          ("linux-9.9/b/a.c", "int a;"), ("linux-9.9/b/fw.bin", b"\0\1"), ("linux-9.9/b/c/t.S", "nop\n"),
+          ("linux-9.9/b/z.h", "int z;\n"), ("linux-9.9/doc/i.rst", "Title\n"), ("linux-9.9/doc/n.txt", "n\n")]
+KERNEL_DOCUMENTS = [b"# Makefile\nall:\n", b"# b/Kconfig.x\nconfig X\n/* b/a.c */\nint a;\n", b"/* b/c/t.S */\nnop\n",
+                    b"/* b/z.h */\nint z;\n", b".. doc/i.rst\nTitle\n# doc/n.txt\nn\n"]
+
+
+def tar_of(members, compression):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:" + compression) as t:
+        for name, data in members:
+            data = data if isinstance(data, bytes) else data.encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            t.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def ar_of(members):
+    out = b"!<arch>\n"
+    for name, data in members:
+        out += b"%-16s%-12d%-6d%-6d%-8s%-10d`\n" % (name, 0, 0, 0, b"100644", len(data))
+        out += data + b"\n" * (len(data) % 2)
+    return out
+
+
+def test_linux(tmp_path):
+    import zstandard
+    inner = tar_of(KERNEL, "xz")
+    data = [("./usr/share/doc/linux-source-9.9/copyright", "GPL"), ("./usr/src/linux-source-9.9.tar.xz", inner)]
+    control = (b"control.tar.xz", b"odd")
+    archives = {
+        "linux-9.9.tar.xz": inner, "linux-9.9.tar.gz": tar_of(KERNEL, "gz"), "linux-9.9.tar": tar_of(KERNEL, ""),
+        "xz.deb": ar_of([(b"debian-binary", b"2.0\n"), control, (b"data.tar.xz", tar_of(data, "xz"))]),
+        "zst.deb": ar_of([(b"debian-binary/", b"2.0\n"), control,
+                          (b"data.tar.zst/", zstandard.ZstdCompressor().compress(tar_of(data, "")))]),
+    }
+    for name, archive in archives.items():
+        write(tmp_path / name, archive)
+        manifest, split = prepared(tmp_path / (name + ".out"), "--source", "linux", "--linux-archive",
+                                   tmp_path / name, "--val-fraction", "0")
+        assert texts(split, "train") == KERNEL_DOCUMENTS, name
+        assert manifest["options"]["archive_sha256"] == hashlib.sha256(archive).hexdigest()
+    manifest, split = prepared(tmp_path / "some", "--source", "linux", "--linux-archive", tmp_path / "xz.deb",
+                               "--val-fraction", "0", "--exclude", "b/*")
+    assert texts(split, "train") == [KERNEL_DOCUMENTS[0], KERNEL_DOCUMENTS[4]]
+    assert manifest["left_out"] == {"excluded files": 4}
+
+
+def test_linux_spools_long_directories(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "SPOOL", 1000)    # so that the documents go through a file
+    write(tmp_path / "linux-1.tar.xz", tar_of([("l/a/1.c", b"x" * 5000), ("l/b/2.c", b"y" * 7000)], "xz"))
+    _, split = prepared(tmp_path / "out", "--source", "linux", "--linux-archive", tmp_path / "linux-1.tar.xz")
+    assert texts(split, "train") == [b"/* a/1.c */\n" + b"x" * 5000 + b"\n"]
+    assert texts(split, "val") == [b"/* b/2.c */\n" + b"y" * 7000 + b"\n"]
+
+
+def test_files(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import zstandard
+    d = tmp_path / "in"
+    lines = [json.dumps({"text": "line %d \u00e9" % i, "id": i}) for i in range(3)]
+    lines += ["", '{"text": ""}', '{"text": null}']
+    write(d / "a.jsonl", "\n".join(lines))
+    write(d / "b.jsonl.gz", gzip.compress("\n".join(lines).encode()))
+    write(d / "c.jsonl.zst", zstandard.ZstdCompressor().compress("\n".join(lines).encode() + b"\n"))
+    pq.write_table(pa.table({"id": [1, 2], "text": ["row 0", "row 1"]}), str(d / "d.parquet"))
+    write(d / "e" / "plain.md", "plain\n")
+    write(d / "e" / "empty", "")
+    write(d / "e.txt.gz", gzip.compress(b"packed"))
+    write(d / "f.png", b"\x89PNG\0\0")
+    write(d / ".hidden" / "g.txt", "hidden")
+    jsonl = [("line %d \u00e9" % i).encode() for i in range(3)]
+    want = jsonl + jsonl + jsonl + [b"row 0", b"row 1", b"plain\n", b"packed"]
+    manifest, split = prepared(tmp_path / "out", "--source", "files", "--input", d, "--val-fraction", "0")
+    assert texts(split, "train") == want
+    assert manifest["left_out"] == {"empty documents": 7, "files that are not text": 1}
+    assert manifest["counts"]["train"] == {"documents": 13, "tokens": 13 + sum(map(len, want)),
+                                           "bytes": sum(map(len, want))}
+    # single files, in the order given, and another field
+    write(tmp_path / "x.jsonl", '{"body": "x\\ud800"}\n{"body": "y"}\n')
+    _, split = prepared(tmp_path / "out2", "--source", "files", "--input", tmp_path / "x.jsonl", "--text-field", "body")
+    assert texts(split, "train") + texts(split, "val") == [b"x\xed\xa0\x80", b"y"]
+
+
+def test_hf(tmp_path):
+    write(tmp_path / "set" / "train.jsonl", "".join('{"body": "record %d"}\n' % i for i in range(40)))
+    done = subprocess.run([sys.executable, SCRIPT, "--source", "hf", "--hf-name", str(tmp_path / "set"),
+                           "--text-field", "body", "--out", str(tmp_path / "out")],
+                          capture_output=True, text=True, env=dict(os.environ, HF_HUB_OFFLINE="1",
+                                                                   HF_HOME=str(tmp_path / "home")))
+    assert done.returncode == 0, done.stderr
+    manifest, split = load(tmp_path / "out")
+    assert manifest["counts"]["train"]["documents"] + manifest["counts"]["val"]["documents"] == 40
+    assert sorted(texts(split, "train") + texts(split, "val")) == sorted(b"record %d" % i for i in range(40))
+    assert manifest["counts"]["val"]["documents"] >= 1
+
+
+# ---------------------------------------------------------------------------- the split
+
+def splits_of(sizes, fraction, seed=0):
+    left = collections.Counter()
+    return [s for s, _, _ in prepare.assigned([("d", n, None) for n in sizes], fraction, seed, None, left)]
+
+
+def test_split_by_document():
+    rng = random.Random(1)
+    sizes = [int(rng.lognormvariate(8, 1.5)) + 1 for _ in range(5000)]
+    chosen = {}
+    for seed in range(3):
+        got = splits_of(sizes, 0.05, seed)
+        assert got == splits_of(sizes, 0.05, seed)
+        val = [n for n, s in zip(sizes, got) if s == "val"]
+        assert 0.045 < sum(val) / sum(sizes) < 0.055
+        assert 0.04 < len(val) / len(sizes) < 0.065    # long documents are taken like short ones
+        chosen[seed] = got
+    assert chosen[0] != chosen[1] != chosen[2]
+    assert splits_of([10], 0.05) == ["train"]
+    assert splits_of([10, 10], 0.05) == ["train", "val"]
+    assert splits_of([10, 10, 10], 0.01).count("val") == 1
+    assert "val" not in splits_of([10] * 100, 0)
+    assert splits_of([10] * 50 + [10**6] + [10] * 50, 0.05)[50] == "train"    # the giant
+    assert 0.45 < splits_of([10] * 1000, 0.5).count("val") / 1000 < 0.55
+
+
+def test_max_bytes_cuts_whole_documents(tmp_path):
+    write(tmp_path / "in.jsonl", "".join('{"text": "%s"}\n' % ("x" * 10) for _ in range(9)))
+    manifest, _ = prepared(tmp_path / "out", "--source", "files", "--input", tmp_path / "in.jsonl", "--max-bytes", "45")
+    assert sum(c["bytes"] for c in manifest["counts"].values()) == 40
+
+
+# ---------------------------------------------------------------------------- shards, resume, repetition
+
+def small_set(folder, n=60):
+    rng = random.Random(3)
+    write(folder / "in.jsonl", "".join(json.dumps({"text": "%d " % i + "ab c\n" * rng.randrange(1, 60)}) + "\n"
+                                       for i in range(n)))
+    return ["--source", "files", "--input", str(folder / "in.jsonl"), "--val-fraction", "0.2"]
+
+
+def test_documents_span_shards(tmp_path):
+    args = small_set(tmp_path)
+    _, one = prepared(tmp_path / "one", *args)
+    manifest, many = prepared(tmp_path / "many", *args, "--shard-tokens", "100")
+    assert one == many
+    for split in ("train", "val"):
+        tokens = [s["tokens"] for s in manifest["shards"] if s["name"].startswith(split)]
+        assert set(tokens[:-1]) == {100} and 1 <= tokens[-1] <= 100
+    assert [s["name"] for s in manifest["shards"]][:2] == ["train_000000.bin", "train_000001.bin"]
+
+
+def die_at(n, argv):
+    """Run in a child that dies, as by kill -9, before its n-th write, sync, rename or removal; True: it lived."""
+    pid = os.fork()
+    if pid == 0:
+        left = [n]
+
+        def deadly(call):
+            def wrapped(*args, **kw):
+                left[0] -= 1
+                if left[0] == 0:
+                    os._exit(9)
+                return call(*args, **kw)
+            return wrapped
+
+        class Watched:    # a buffered file: what was not flushed dies with the process
+            def __init__(self, f):
+                self.f, self.write, self.flush = f, deadly(f.write), deadly(f.flush)
+
+            def __getattr__(self, name):
+                return getattr(self.f, name)
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *exception):
+                self.f.close()
+
+        def watched_open(path, mode="r", *args, **kw):
+            f = open(path, mode, *args, **kw)
+            return Watched(f) if "w" in mode or "+" in mode else f
+
+        try:
+            prepare.open = watched_open
+            for name in ("fsync", "replace", "remove", "truncate"):
+                setattr(os, name, deadly(getattr(os, name)))
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+            os._exit(prepare.main([str(x) for x in argv]))
+        finally:
+            os._exit(99)    # an exception got out
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, 9), status
+    return status == 0
+
+
+def test_killed_anywhere(tmp_path, monkeypatch):
+    """Die at every single step, and die again at some step of each continuation: the same bytes in the end."""
+    monkeypatch.setattr(prepare, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(prepare, "PIECE", 1000)
+    monkeypatch.setattr(os, "fsync", lambda fd: None)    # nobody cuts the power here
+    args = small_set(tmp_path, 20) + ["--shard-tokens", "600", "--workers", "1"]
+    prepared(tmp_path / "want", *args)
+    want = contents(tmp_path / "want")
+    assert len(want) > 6
+    n, deaths = 1, 0
+    while True:
+        out = tmp_path / ("out%d" % n)
+        argv = args + ["--out", str(out)]
+        if die_at(n, argv):
+            break
+        deaths += 1
+        deaths += not die_at(1 + n * 7 % 40, argv)
+        assert prepare.main(argv) == 0
+        assert contents(out) == want, "killed at step %d" % n
+        n += 1
+    assert deaths > 100
+
+
+def test_killed_between_commits(tmp_path, monkeypatch):
+    """Several shards are finished after the last commit, then the run dies: they are made again."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    args = small_set(tmp_path, 400) + ["--shard-tokens", "3000"]
+    prepared(tmp_path / "want", *args)
+    for n in range(10, 120, 9):
+        out = tmp_path / ("out%d" % n)
+        if not die_at(n, args + ["--out", str(out)]):
+            assert prepare.main(args + ["--out", str(out)]) == 0
+        assert contents(out) == contents(tmp_path / "want")
+
+
+def alive(text):
+    found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines()
+    return [line for line in found if text in line]
+
+
+def test_real_kill_with_workers(tmp_path, ranks):
+    """kill -9, then Ctrl-C, then to the end, with worker processes: the same bytes, and no process left."""
+    source = b"".join(read(os.path.dirname(os.__file__), n) for n in ("argparse.py", "typing.py", "inspect.py"))
+    lines = source.decode().splitlines(True)
+    rng = random.Random(2)
+    with open(str(tmp_path / "in.jsonl"), "w") as f:
+        for i in range(400):
+            at = rng.randrange(len(lines) - 400)
+            f.write(json.dumps({"text": "".join(lines[at:at + 400])}) + "\n")
+    args = ["--source", "files", "--input", str(tmp_path / "in.jsonl"), "--tokenizer", "gpt2", "--workers", "2",
+            "--shard-tokens", "50K"]
+    want = subprocess.Popen([sys.executable, SCRIPT, "--out", str(tmp_path / "want")] + args)
+    command = [sys.executable, SCRIPT, "--out", str(tmp_path / "out")] + args
+    for signal_number, shard in ((signal.SIGKILL, 0), (signal.SIGINT, 6), (signal.SIGTERM, 9)):
+        p = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        for _ in range(3000):
+            if (tmp_path / "out" / ("train_%06d.bin" % shard)).exists() or p.poll() is not None:
+                break
+            time.sleep(0.01)
+        assert p.poll() is None, "it was over before it was killed: %s" % p.stderr.read()
+        p.send_signal(signal_number)
+        _, err = p.communicate(timeout=30)
+        if signal_number == signal.SIGKILL:
+            assert p.returncode == -9
+        else:
+            assert p.returncode == 130 and "goes on from the last commit" in err and "Traceback" not in err
+        assert (tmp_path / "out" / "progress.json").exists()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "continuing an interrupted run" in done.stderr
+    assert want.wait(timeout=60) == 0
+    load(tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "want")
+    one = subprocess.run([sys.executable, SCRIPT, "--out", str(tmp_path / "one")] + args[:-3] + ["1"] + args[-2:],
+                         capture_output=True, text=True)    # and one worker gives the same as two
+    assert one.returncode == 0, one.stderr
+    assert contents(tmp_path / "one") == contents(tmp_path / "want")
+    for _ in range(100):
+        if not alive(str(tmp_path)):
+            break
+        time.sleep(0.1)
+    assert not alive(str(tmp_path))
+
+
+def test_done_refused_forced(tmp_path, capsys):
+    args = small_set(tmp_path)
+    prepared(tmp_path / "out", *args)
+    before = {n: os.stat(str(tmp_path / "out" / n)).st_mtime_ns for n in os.listdir(str(tmp_path / "out"))}
+    capsys.readouterr()
+    prepared(tmp_path / "out", *args)
+    assert "nothing to do" in capsys.readouterr().out
+    assert before == {n: os.stat(str(tmp_path / "out" / n)).st_mtime_ns for n in os.listdir(str(tmp_path / "out"))}
+
+    fails(capsys, args + ["--out", tmp_path / "out", "--seed", "1"], 2, "seed was 0, now 1.*another --out.*--force")
+    write(tmp_path / "out" / "mine.txt", "kept")
+    assert prepare.main(args + ["--out", str(tmp_path / "out"), "--seed", "1", "--force"]) == 0
+    assert read(tmp_path, "out", "mine.txt") == b"kept"
+    os.remove(str(tmp_path / "out" / "mine.txt"))
+    assert load(tmp_path / "out")[0]["options"]["seed"] == 1
+
+    path = str(tmp_path / "out" / "train_000000.bin")
+    os.truncate(path, 1030)
+    fails(capsys, args + ["--out", tmp_path / "out", "--seed", "1"], 1, "train_000000.bin has 1030 bytes, where .* due")
+    os.remove(str(tmp_path / "out" / "manifest.json"))
+    fails(capsys, args + ["--out", tmp_path / "out"], 2, "shards but no manifest")
+    write(tmp_path / "out" / "manifest.json", "{")
+    fails(capsys, args + ["--out", tmp_path / "out"], 1, "manifest.json cannot be read.*--force")
+
+
+def test_source_changed_under_a_broken_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(prepare, "PIECE", 1000)
+    args = small_set(tmp_path) + ["--out", str(tmp_path / "out")]
+    assert not die_at(60, args)
+    stat = os.stat(str(tmp_path / "in.jsonl"))
+    text = read(tmp_path, "in.jsonl")
+    write(tmp_path / "in.jsonl", text.replace(b"ab", b"ba", 1))
+    fails(capsys, args, 2, "listing_sha256 was .* now")                    # by its time
+    os.utime(str(tmp_path / "in.jsonl"), ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    fails(capsys, args, 1, "no longer gives the text .*--force")           # by its text, where the time says nothing
+    assert prepare.main(args + ["--force"]) == 0
+
+
+def test_two_at_once(tmp_path, capsys):
+    import fcntl
+    os.mkdir(str(tmp_path / "out"))
+    fd = os.open(str(tmp_path / "out"), os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    fails(capsys, small_set(tmp_path) + ["--out", tmp_path / "out"], 1, "another prepare.py")
+    os.close(fd)
+
+
+# ---------------------------------------------------------------------------- bad input
+
+def fails(capsys, argv, status, pattern):
+    capsys.readouterr()
+    got = prepare.main([str(a) for a in argv])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prepare.py: ")]
+    assert len(lines) == 1, "one message is due: %s" % lines
+    assert got == status and re.search(pattern, lines[0]), "status %s: %s" % (got, lines[0])
+
+
+def test_bad_options(tmp_path, capsys):
+    out = ["--out", tmp_path / "out"]
+    t = write(tmp_path / "t.txt", "some text")
+    files = out + ["--source", "files", "--input"]
+    for argv, status, pattern in [
+        (["--source", "web"], 2, "invalid choice: 'web'.*pystdlib"),
+        (["--nonsense"], 2, "unrecognized arguments: --nonsense"),
+        (["--shard-tokens", "many"], 2, "'many' is not a number such as"),
+        (["--shard-tokens", "0"], 2, "--shard-tokens 0 is not between 1 and 2147483647"),
+        (["--shard-tokens", "3G"], 2, "--shard-tokens 3000000000 is not between"),
+        (["--val-fraction", "0.7"], 2, "--val-fraction 0.7 is not between 0 and 0.5"),
+        (["--val-fraction", "nan"], 2, "--val-fraction nan is not between"),
+        (["--max-bytes", "0"], 2, "--max-bytes 0 is less than 1"),
+        (["--workers", "0"], 2, "--workers 0 is less than 1"),
+        (["--tokenizer", "gpt3"], 2, "--tokenizer gpt3 is neither bytes nor gpt2 nor"),
+        (["--eot-token", "x"], 2, "--eot-token belongs to a tokenizer.json"),
+        (["--input", t], 2, "--input belongs to --source files, not to --source pystdlib"),
+        (["--hf-split", "x", "--source", "linux"], 2, "--hf-split belongs to --source hf"),
+        (["--source", "files"], 2, "--source files needs --input"),
+        (["--source", "hf"], 2, "--source hf needs --hf-name"),
+        (["--source", "linux", "--linux-archive", "no.deb"], 2, "--linux-archive no.deb: there is no such file"),
+        (files + [tmp_path / "no"], 2, "/no: there is no such file or folder"),
+        (files + [t, "--max-bytes", "3"], 2, "--max-bytes 3 is less than the first document, .*t.txt, of 9 bytes"),
+        (["--out", t], 2, "--out .*t.txt cannot be used"),
+    ]:
+        fails(capsys, out + argv, status, pattern)
+
+
+def test_bad_files(tmp_path, capsys):
+    def bad(name, data, pattern, *more, status=1):
+        path = write(tmp_path / name, data)
+        fails(capsys, ["--out", tmp_path / ("out_" + name), "--source", "files", "--input", path] + list(more),
+              status, pattern)
+
+    bad("a.jsonl", '{"text": "x"}\n{"text": \n', r"a.jsonl, line 2, is not JSON")
+    bad("b.jsonl", '{"content": "x", "id": 1}\n',
+        r"b.jsonl, line 1, has no field 'text' \(it has: content, id\).*--text-field")
+    bad("c.jsonl", '{"text": 5}\n', r"c.jsonl, line 1,: field 'text' is a int, not text")
+    bad("d.jsonl", '[1]\n', r"d.jsonl, line 1, has no field 'text' \(it has: list\)")
+    bad("e.jsonl.gz", b"not gzip", r"e.jsonl.gz cannot be decompressed after line 0")
+    bad("f.jsonl.zst", b"not zstd", r"f.jsonl.zst cannot be decompressed after line 0")
+    bad("g.parquet", b"not parquet", r"g.parquet is not a parquet file")
+    bad("h.bin", b"a\0b", r"h.bin is not text: it holds zero bytes")
+    bad("i.txt", b"", r"--source files gave no text")
+    bad("j.txt.gz", gzip.compress(b"x" * 100000)[:-20], r"j.txt.gz cannot be")
+    os.mkdir(str(tmp_path / "empty"))
+    fails(capsys, ["--out", tmp_path / "o", "--source", "files", "--input", tmp_path / "empty"], 2, "no files in it")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    pq.write_table(pa.table({"id": [1], "body": ["x"]}), str(tmp_path / "k.parquet"))
+    fails(capsys, ["--out", tmp_path / "k", "--source", "files", "--input", tmp_path / "k.parquet"], 1,
+          r"k.parquet has no column 'text' \(it has: id, body\)")
+    for name, data, pattern in [
+        ("l.deb", b"hello", "l.deb is not a .deb"),
+        ("m.deb", ar_of([(b"debian-binary", b"2.0\n")]), "holds no data.tar"),
+        ("n.deb", ar_of([(b"data.tar.xz", tar_of([("./x", "y")], "xz"))]), "holds no kernel archive"),
+        ("o.tar.xz", b"junk" * 100, "cannot be read as an archive"),
+        ("p.tar.xz", tar_of(KERNEL, "xz")[:-30], "cannot be read as an archive"),
+        ("q.tar", tar_of([("a/b.o", b"\0")], ""), "gave no text"),
+    ]:
+        write(tmp_path / name, data)
+        fails(capsys, ["--out", tmp_path / ("out_" + name), "--source", "linux", "--linux-archive", tmp_path / name],
+              1, pattern)
+
+
+def test_no_apt(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prepare, "DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    fails(capsys, ["--source", "linux"], 1, "apt-get, which this machine does not have.*--linux-archive FILE")
+    for name, script in (("apt-cache", "echo linux-source-9.9"), ("apt-get", "echo E: no such host >&2; exit 100")):
+        write(tmp_path / name, "#!/bin/sh\n%s\n" % script).chmod(0o755)
+    fails(capsys, ["--source", "linux"], 1, "no linux-source package.*apt-get update.*--linux-archive FILE")
+
+
+def test_bad_tokenizers(tmp_path, capsys, monkeypatch):
+    t = write(tmp_path / "t.txt", "some text")
+    base = ["--out", tmp_path / "out", "--source", "files", "--input", t, "--tokenizer"]
+    fails(capsys, base + [t], 1, "t.txt is not a tokenizer.json")
+    path = word_tokenizer(tmp_path / "tokenizer.json", ["[UNK]", "a"])
+    fails(capsys, base + [path], 1, "none of the usual end-of-text tokens .*--eot-token")
+    fails(capsys, base + [path, "--eot-token", "b"], 1, "--eot-token 'b' is not among the 2 tokens")
+    # a package that is missing
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    fails(capsys, base + [path], 1, "needs the Python package 'tokenizers'.*pip install tokenizers")
+
+
+def test_ranks_not_to_be_had(tmp_path, monkeypatch):
+    """A damaged cache and no network: one message that says where the file may be put."""
+    write(tmp_path / "gpt2.tiktoken", "IQ== 0\n")
+    for name in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "none"))
+    said = []
+    with pytest.raises(prepare.Failure, match="neither at .*gpt2.tiktoken nor to be had .*openai-whisper.*sha256"):
+        prepare.gpt2_ranks(str(tmp_path), said.append, seconds=10)
+    assert "damaged" in said[0]
+
+
+def test_dead_worker(tmp_path, ranks, capsys, monkeypatch):
+    """A worker that the system kills ends the run with a message, not with a wait for ever."""
+    monkeypatch.setattr(prepare, "PIECE", 1000)
+    monkeypatch.setattr(prepare, "start_worker", os.abort)
+    fails(capsys, small_set(tmp_path) + ["--out", tmp_path / "out", "--tokenizer", "gpt2", "--workers", "2"], 1,
+          "a worker process died")
