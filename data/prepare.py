@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Text in, token shards out: one command for several sources.
 
-    python data/prepare.py                                        # this machine's Python library, as bytes
-    python data/prepare.py --source linux --tokenizer gpt2        # Debian's kernel source, GPT-2's tokens
-    python data/prepare.py --source files --input corpus/ --tokenizer my/tokenizer.json
-    python data/prepare.py --source hf --hf-name NAME --text-field text --tokenizer gpt2
+    python3 data/prepare.py                                        # this machine's Python library, as bytes
+    python3 data/prepare.py --source linux --tokenizer gpt2        # Debian's kernel source, GPT-2's tokens
+    python3 data/prepare.py --source files --input corpus/ --tokenizer my/tokenizer.json
+    python3 data/prepare.py --source hf --hf-name NAME --text-field text --tokenizer gpt2
 
 What it writes is described in data/README.md. How it works, in the order of this file:
   1. small things: errors, sizes, the progress display

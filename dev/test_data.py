@@ -1,7 +1,7 @@
 """Proves that data/prepare.py turns every source into exactly the shards that data/README.md describes, that a killed
 run goes on to the same bytes, and that each bad input gets one clear message.
 
-    python -m pytest dev/test_data.py
+    python3 -m pytest dev/test_data.py
 
 It needs tiktoken, tokenizers, pyarrow, zstandard and datasets. GPT-2's ranks are fetched once into data/.cache.
 """
