@@ -1,0 +1,900 @@
+"""Proves the scripts: files in and out are exact, exported models compute what ours do, compare's figures are right.
+
+    python3 -m pytest dev/test_scripts.py
+
+The Hugging Face tests run the models in transformers (with torch) and are skipped without it.
+"""
+import importlib.machinery
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SCRIPTS = os.path.join(ROOT, "scripts")
+sys.path.insert(0, SCRIPTS)
+sys.dont_write_bytecode = True
+
+import model_file  # noqa: E402
+
+
+def load(name):
+    loader = importlib.machinery.SourceFileLoader(name, os.path.join(SCRIPTS, name))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    loader.exec_module(module)
+    return module
+
+
+export_hf, import_hf, export_llmc, compare = map(load, ("export_hf", "import_hf", "export_llmc", "compare"))
+
+
+def run(script, *args):
+    script.main([str(a) for a in args])
+
+
+def refused(script, *args):
+    with pytest.raises(SystemExit) as e:
+        run(script, *args)
+    assert isinstance(e.value.code, str), e.value.code
+    return e.value.code
+
+
+# ---- models to test with ------------------------------------------------------------------------------------------
+
+def config_of(positions="learned", dtype="float32", **changes):
+    values = dict(positions=positions, max_seq_len=24, vocab_size=131, padded_vocab_size=256, num_layers=2, num_heads=4,
+                  channels=32, dtype=dtype, rope_theta=5000.0 if positions == "rope" else 0.0, step=7)
+    return model_file.ModelConfig(**dict(values, **changes))
+
+
+def random_tensors(config, seed=0):
+    rng = np.random.default_rng(seed)
+    out = {}
+    for name, shape in model_file.tensor_shapes(config):
+        x = rng.normal(0, 0.25, shape).astype("<f4")
+        if name.startswith("ln") and name.endswith("w"):
+            x += 1
+        if name == "wte":
+            x[config.vocab_size:] = 0
+        out[name] = model_file.to_dtype(x, config.dtype)
+    return out
+
+
+def model(path, seed=0, **kind):
+    config = config_of(**kind)
+    tensors = random_tensors(config, seed)
+    model_file.write_model(path, config, tensors.items())
+    return config, tensors
+
+
+def same(a, b):
+    return list(a) == list(b) and all(a[n].dtype == b[n].dtype and a[n].tobytes() == b[n].tobytes() for n in a)
+
+
+def forward(config, tensors, tokens):
+    """Logits (T, V) in double, written from the definition of the model, with nothing from the scripts."""
+    t = {name: (x if x.dtype != np.uint16 else (x.astype("<u4") << 16).view("<f4")).astype(np.float64)
+         for name, x in tensors.items()}
+    T, C, H = len(tokens), config.channels, config.num_heads
+    D = C // H
+
+    def layernorm(x, w, b):
+        x = x - x.mean(1, keepdims=True)
+        return x / np.sqrt((x * x).mean(1, keepdims=True) + 1e-5) * w + b
+
+    def rotate(x):  # (T, H, D): dimension d with d + D/2
+        angle = np.arange(T)[:, None] * config.rope_theta ** (-2.0 * np.arange(D // 2) / D)
+        z = (x[..., :D // 2] + 1j * x[..., D // 2:]) * np.exp(1j * angle)[:, None]
+        return np.concatenate([z.real, z.imag], -1)
+
+    x = t["wte"][tokens] + (t["wpe"][:T] if config.positions == "learned" else 0)
+    for i in range(config.num_layers):
+        h = layernorm(x, t["ln1w"][i], t["ln1b"][i]) @ t["qkvw"][i].T + t["qkvb"][i]
+        q, k, v = h.reshape(T, 3, H, D).swapaxes(0, 1)
+        if config.positions == "rope":
+            q, k = rotate(q), rotate(k)
+        scores = np.einsum("thd,shd->hts", q, k) / math.sqrt(D)
+        scores[:, np.triu(np.ones((T, T), bool), 1)] = -np.inf
+        p = np.exp(scores - scores.max(-1, keepdims=True))
+        y = np.einsum("hts,shd->thd", p / p.sum(-1, keepdims=True), v).reshape(T, C)
+        x = x + y @ t["attprojw"][i].T + t["attprojb"][i]
+        h = layernorm(x, t["ln2w"][i], t["ln2b"][i]) @ t["fcw"][i].T + t["fcb"][i]
+        h = 0.5 * h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h ** 3)))
+        x = x + h @ t["fcprojw"][i].T + t["fcprojb"][i]
+    return layernorm(x, t["lnfw"], t["lnfb"]) @ t["wte"][:config.vocab_size].T
+
+
+def checkpoint(path, config, tensors, offset=8192, **changes):
+    """As the trainer's: header, optimizer state before and after the fp32 weights."""
+    body = b"".join(x.tobytes() for x in tensors.values())
+    head = bytearray(4096)
+    struct.pack_into("<2i", head, 0, changes.get("magic", 20260511), changes.get("version", 1))
+    head[1024:2048] = changes.get("model", model_file.pack_header(config))
+    struct.pack_into("<2q", head, 2048, changes.get("at", offset), changes.get("count", len(body) // 4))
+    raw = bytes(head).ljust(offset, b"\xaa") + body + b"\xbb" * 1000
+    path.write_bytes(raw[:changes.get("size", len(raw))])
+
+
+# ---- bf16 ---------------------------------------------------------------------------------------------------------
+
+def test_bfloat16_rounds_to_nearest_even():
+    cases = [(0x3F800000, 0x3F80), (0x3F808000, 0x3F80), (0x3F808001, 0x3F81), (0x3F818000, 0x3F82),
+             (0x3F807FFF, 0x3F80), (0xBF818000, 0xBF82), (0x80000000, 0x8000), (0x00008000, 0x0000),
+             (0x00018000, 0x0002), (0x7F7FFFFF, 0x7F80), (0x7F800000, 0x7F80), (0xFF800000, 0xFF80),
+             (0x7FC00000, 0x7FC0), (0x7F800001, 0x7FC0), (0xFFFFFFFF, 0xFFFF)]
+    bits = np.array([c[0] for c in cases], "<u4")
+    assert [hex(x) for x in model_file.to_bfloat16(bits.view("<f4"))] == [hex(c[1]) for c in cases]
+    every = np.arange(1 << 16, dtype="<u2")  # every bf16 number survives the way out and back, signalling NaNs aside
+    back = model_file.to_bfloat16(model_file.to_float32(every).copy())
+    number = (every & 0x7FFF) <= 0x7F80
+    assert (back == every)[number].all() and ((back & 0x7FFF) > 0x7F80)[~number].all()
+
+
+def test_bfloat16_error_is_half_a_unit():
+    x = np.random.default_rng(1).normal(0, 1, 100_000).astype("<f4") * np.float32(2) ** np.arange(-50, 50).repeat(1000)
+    y = model_file.to_float32(model_file.to_bfloat16(x))
+    assert (np.abs(y.astype(float) - x) <= 2.0 ** (np.floor(np.log2(np.abs(x.astype(float)))) - 8)).all()
+
+
+# ---- model files --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("positions,dtype,version", [("learned", "float32", 3), ("learned", "bfloat16", 5),
+                                                     ("rope", "float32", 103), ("rope", "bfloat16", 105)])
+def test_model_file_round_trip(tmp_path, positions, dtype, version):
+    config, tensors = model(tmp_path / "a.bin", positions=positions, dtype=dtype)
+    raw = (tmp_path / "a.bin").read_bytes()
+    theta = struct.unpack("<i", struct.pack("<f", 5000.0))[0] if positions == "rope" else 0
+    assert struct.unpack("<256i", raw[:1024]) == (20240326, version, 24, 131, 2, 4, 32, 256, theta, 7) + (0,) * 246
+    assert raw[1024:] == b"".join(x.tobytes() for x in tensors.values())
+    assert list(tensors)[:3] == (["wte", "wpe", "ln1w"] if positions == "learned" else ["wte", "ln1w", "ln1b"])
+    assert tensors["fcw"].shape == (2, 128, 32) and tensors["fcprojw"].shape == (2, 32, 128)
+    back, read = model_file.read_model(tmp_path / "a.bin")
+    assert back == config and same(read, tensors)
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def word(index, value):
+    def change(raw):
+        return raw[:4 * index] + struct.pack("<i", value) + raw[4 * index + 4:]
+    return change
+
+
+@pytest.mark.parametrize("positions,change,message", [
+    ("learned", word(0, 1), "the first word is 1, a model file begins with 20240326"),
+    ("learned", word(0, 20240520), r"20240520 \(a token shard\)"),
+    ("learned", word(1, 4), "the version is 4, wanted 3 or 5"),
+    ("learned", word(2, 0), "the sequence length is 0, wanted at least 1"),
+    ("learned", word(3, -2), "the vocabulary is -2, wanted at least 1"),
+    ("learned", word(4, 0), "number of layers is 0"),
+    ("learned", word(5, 0), "number of heads is 0"),
+    ("learned", word(6, 0), "number of channels is 0"),
+    ("learned", word(5, 5), "32 channels are not divisible by 5 heads"),
+    ("learned", word(7, 130), "padded vocabulary is 130, wanted at least the vocabulary, 131"),
+    ("rope", word(8, 0), "the RoPE theta is 0.0, wanted a positive number"),
+    ("rope", word(5, 32), "the head size is 1, RoPE wants an even one"),
+    ("learned", word(4, 3), r"the size is \d+ bytes, wanted \d+ .*cut off"),
+    ("learned", word(1, 103), "theta is 0.0"),
+    ("learned", word(1, 5), r"the size is \d+ bytes, wanted \d+ .*too long"),
+    ("learned", lambda raw: raw[:-1], "cut off"),
+    ("rope", lambda raw: raw + b"\0", "too long"),
+    ("learned", lambda raw: raw[:1000], "the size is 1000 bytes, wanted at least a header of 1024"),
+    ("learned", lambda raw: b"", "the size is 0 bytes"),
+])
+def test_model_file_refusals(tmp_path, positions, change, message):
+    path = tmp_path / "bad.bin"
+    model(path, positions=positions)
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(model_file.FileError, match=message) as e:
+        model_file.read_model(path)
+    assert str(path) in str(e.value)
+
+
+def test_model_file_that_is_none(tmp_path):
+    for path, message in ((tmp_path / "none.bin", "No such file"), (tmp_path, "this is a folder")):
+        with pytest.raises(model_file.FileError, match=message):
+            model_file.read_model(path)
+
+
+def test_write_model_refuses_wrong_tensors_and_leaves_nothing(tmp_path):
+    config = config_of()
+    tensors = list(random_tensors(config).items())
+    for wrong in (tensors[:-1], tensors[1:], [("wte", tensors[0][1][:5])] + tensors[1:]):
+        with pytest.raises(model_file.FileError, match="comes where tensor"):
+            model_file.write_model(tmp_path / "a.bin", config, wrong)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+def test_checkpoint_weights(tmp_path, positions):
+    config = config_of(positions)
+    tensors = random_tensors(config)
+    checkpoint(tmp_path / "ckpt_00000007.bin", config, tensors)
+    back, read = model_file.read_model(tmp_path / "ckpt_00000007.bin")
+    assert back == config and same(read, tensors)
+
+
+@pytest.mark.parametrize("changes,message", [
+    (dict(version=2), "the checkpoint's version is 2, wanted 1"),
+    (dict(count=5), "the checkpoint has 5 weights, wanted "),
+    (dict(at=100), "the weights begin at byte 100, wanted at least 4096"),
+    (dict(size=3000), "the size is 3000 bytes, a checkpoint has a header of 4096"),
+    (dict(size=20000), "the size is 20000 bytes, wanted at least .*cut off"),
+    (dict(model=bytes(1024)), r"\(model header inside the checkpoint\): the first word is 0"),
+    (dict(model=model_file.pack_header(config_of(dtype="bfloat16"))), "has version 5, wanted 3 or 103"),
+])
+def test_checkpoint_refusals(tmp_path, changes, message):
+    config = config_of()
+    checkpoint(tmp_path / "c.bin", config, random_tensors(config), **changes)
+    with pytest.raises(model_file.FileError, match=message) as e:
+        model_file.read_model(tmp_path / "c.bin")
+    assert "c.bin" in str(e.value)
+
+
+# ---- export to llm.c ----------------------------------------------------------------------------------------------
+
+def test_export_llmc(tmp_path):
+    config, tensors = model(tmp_path / "model.bin")
+    checkpoint(tmp_path / "ckpt.bin", config, tensors)
+    for source in ("model.bin", "ckpt.bin"):
+        run(export_llmc, tmp_path / source, tmp_path / "fp32.bin")
+        run(export_llmc, tmp_path / source, tmp_path / "bf16.bin", "--dtype", "bf16")
+        assert (tmp_path / "fp32.bin").read_bytes() == (tmp_path / "model.bin").read_bytes()
+        back, read = model_file.read_model(tmp_path / "bf16.bin")
+        assert back.version() == 5 and back.vocab_size == 131
+        assert same(read, {n: model_file.to_bfloat16(x) for n, x in tensors.items()})
+    run(export_llmc, tmp_path / "bf16.bin", tmp_path / "wide.bin")
+    back, read = model_file.read_model(tmp_path / "wide.bin")
+    assert back.version() == 3 and same(read, {n: model_file.to_float32(model_file.to_bfloat16(x))
+                                               for n, x in tensors.items()})
+
+
+def test_export_llmc_refuses_rope(tmp_path):
+    model(tmp_path / "model.bin", positions="rope")
+    message = refused(export_llmc, tmp_path / "model.bin", tmp_path / "out.bin")
+    assert "RoPE" in message and "scripts/export_hf" in message and not (tmp_path / "out.bin").exists()
+
+
+# ---- Hugging Face -------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def hf():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    return transformers
+
+
+def hf_logits(m, tokens):
+    import torch
+    with torch.no_grad():
+        return m.eval()(torch.tensor([list(tokens)])).logits[0].float().numpy()
+
+
+def tokens_for(config, count=20):
+    return np.random.default_rng(3).integers(0, config.vocab_size, count)
+
+
+def load_exactly(hf, folder, **options):
+    m, info = hf.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+    return m
+
+
+KINDS = [dict(positions="learned"), dict(positions="rope"), dict(positions="rope", num_heads=2, vocab_size=256),
+         dict(positions="learned", num_heads=8, vocab_size=200, num_layers=3)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exported_folder_computes_the_same(tmp_path, hf, kind):
+    config, tensors = model(tmp_path / "model.bin", **kind)
+    checkpoint(tmp_path / "ckpt.bin", config, tensors)
+    run(export_hf, tmp_path / "model.bin", tmp_path / "hf")
+    m = load_exactly(hf, tmp_path / "hf")
+    assert type(m).__name__ == {"learned": "GPT2LMHeadModel", "rope": "GPTNeoXForCausalLM"}[config.positions]
+    tokens = tokens_for(config)
+    wanted = forward(config, tensors, tokens)
+    assert wanted.std() > 0.5  # the comparison says something
+    got = hf_logits(m, tokens)
+    assert got.shape == (20, config.vocab_size) and np.abs(got - wanted).max() < 1e-4
+    run(export_hf, tmp_path / "ckpt.bin", tmp_path / "hf_from_checkpoint")
+    for name in os.listdir(tmp_path / "hf"):
+        assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "hf_from_checkpoint" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+def test_exported_bfloat16(tmp_path, hf, positions):
+    import torch
+    config, tensors = model(tmp_path / "model.bin", positions=positions)
+    run(export_hf, tmp_path / "model.bin", tmp_path / "hf", "--dtype", "bfloat16")
+    assert load_exactly(hf, tmp_path / "hf", torch_dtype="auto").dtype == torch.bfloat16
+    m = load_exactly(hf, tmp_path / "hf", torch_dtype=torch.float32)
+    rounded = {n: model_file.to_bfloat16(x) for n, x in tensors.items()}
+    tokens = tokens_for(config)
+    assert np.abs(hf_logits(m, tokens) - forward(config, rounded, tokens)).max() < 1e-4
+
+
+def test_exported_safetensors_are_the_librarys(tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    config, tensors = model(tmp_path / "model.bin")
+    run(export_hf, tmp_path / "model.bin", tmp_path / "hf")
+    theirs = safetensors.load_file(tmp_path / "hf" / "model.safetensors")
+    ours = model_file.read_safetensors(tmp_path / "hf" / "model.safetensors")
+    assert set(theirs) == set(ours) and len(ours) == 2 + 12 * 2 + 2
+    assert all(np.array_equal(theirs[n], ours[n]) for n in ours)
+    assert np.array_equal(theirs["transformer.h.1.mlp.c_fc.weight"], tensors["fcw"][1].T)
+    assert theirs["transformer.wte.weight"].shape == (131, 32)
+
+
+def hf_model(hf, positions, **changes):
+    import torch
+    torch.manual_seed(5)
+    if positions == "learned":
+        settings = dict(vocab_size=131, n_positions=24, n_embd=32, n_layer=2, n_head=4)
+        m = hf.GPT2LMHeadModel(hf.GPT2Config(**dict(settings, **changes)))
+    else:
+        settings = dict(vocab_size=131, max_position_embeddings=24, hidden_size=32, num_hidden_layers=2,
+                        num_attention_heads=4, intermediate_size=128, hidden_act="gelu_pytorch_tanh",
+                        use_parallel_residual=False, rotary_pct=1.0, rotary_emb_base=2000, tie_word_embeddings=True)
+        m = hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**dict(settings, **changes)))
+    with torch.no_grad():
+        for p in m.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    return m
+
+
+def bits(path):
+    """{name: bytes} of the folder's tensors; the names of both layouts."""
+    return {n: (x.dtype, x.tobytes()) for n, x in import_hf.read_weights(str(path)).items()}
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+@pytest.mark.parametrize("shards", [False, True])
+def test_imported_model_computes_the_same(tmp_path, hf, positions, shards):
+    m = hf_model(hf, positions)
+    m.save_pretrained(tmp_path / "hf", **(dict(max_shard_size="30KB") if shards else {}))
+    assert os.path.exists(tmp_path / "hf" / "model.safetensors.index.json") == shards
+    run(import_hf, tmp_path / "hf", tmp_path / "model.bin")
+    config, tensors = model_file.read_model(tmp_path / "model.bin")
+    assert (config.positions, config.max_seq_len, config.vocab_size, config.padded_vocab_size) == (positions, 24, 131,
+                                                                                                  256)
+    assert config.rope_theta == (2000 if positions == "rope" else 0) and config.version() in (3, 103)
+    assert not tensors["wte"][131:].any()
+    tokens = tokens_for(config)
+    wanted = hf_logits(m, tokens)
+    assert wanted.std() > 0.5 and np.abs(forward(config, tensors, tokens) - wanted).max() < 1e-4
+    run(export_hf, tmp_path / "model.bin", tmp_path / "again")
+    assert bits(tmp_path / "hf") == bits(tmp_path / "again")
+    run(import_hf, tmp_path / "again", tmp_path / "again.bin")
+    assert (tmp_path / "again.bin").read_bytes() == (tmp_path / "model.bin").read_bytes()
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+def test_half_precision_round_trip(tmp_path, hf, positions):
+    import torch
+    for dtype, exact in (("bfloat16", True), ("float16", False)):
+        folder = tmp_path / dtype
+        hf_model(hf, positions).to(getattr(torch, dtype)).save_pretrained(folder)
+        run(import_hf, folder, tmp_path / "model.bin")
+        run(export_hf, tmp_path / "model.bin", tmp_path / "again", "--dtype", "bfloat16" if exact else "float32")
+        if exact:
+            assert bits(folder) == bits(tmp_path / "again")
+        else:
+            a, b = import_hf.read_weights(str(folder)), import_hf.read_weights(str(tmp_path / "again"))
+            assert all(np.array_equal(a[n], b[n]) and a[n].dtype == np.float16 for n in a)
+
+
+# The folders below are made without transformers: a config and our own safetensors, checked against theirs above.
+
+def folder_of(tmp_path, positions="learned", config_changes=(), drop=(), tensors=None, names=lambda n: n):
+    config = config_of(positions)
+    model_file.write_model(tmp_path / "source.bin", config, random_tensors(config).items())
+    folder = tmp_path / "folder"
+    run(export_hf, tmp_path / "source.bin", folder)
+    found = {names(n): np.array(x) for n, x in model_file.read_safetensors(folder / "model.safetensors").items()}
+    found.update(tensors(found) if tensors else {})
+    model_file.write_safetensors(folder / "model.safetensors", [(n, x.shape, x) for n, x in found.items()], "float32")
+    settings = json.loads((folder / "config.json").read_text())
+    settings.update(config_changes)
+    for key in drop:
+        del settings[key]
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("positions,changes,drop,message", [
+    ("learned", dict(architectures=["LlamaForCausalLM"]), (), "is LlamaForCausalLM, wanted GPT2LMHeadModel or GPTN"),
+    ("learned", {}, ("architectures",), "architecture is None"),
+    ("learned", dict(activation_function="gelu"), (), 'activation_function is "gelu", wanted .*GELU by tanh'),
+    ("learned", dict(layer_norm_epsilon=1e-6), (), "layer_norm_epsilon is 1e-06, wanted 1e-05"),
+    ("learned", dict(n_inner=100), (), "n_inner is 100, wanted null or 128"),
+    ("learned", dict(scale_attn_weights=False), (), "scale_attn_weights is false"),
+    ("learned", dict(scale_attn_by_inverse_layer_idx=True), (), "scale_attn_by_inverse_layer_idx is true"),
+    ("learned", dict(add_cross_attention=True), (), "add_cross_attention is true"),
+    ("learned", dict(tie_word_embeddings=False), (), "tie_word_embeddings is false, wanted true"),
+    ("learned", dict(pruned_heads={"0": [1]}), (), "pruned_heads is"),
+    ("learned", dict(n_head=5), (), "n_embd 32 is not divisible by n_head 5"),
+    ("learned", dict(n_layer="2"), (), 'n_layer is "2", wanted a positive integer'),
+    ("learned", {}, ("vocab_size",), "vocab_size is null, wanted a positive integer"),
+    ("learned", dict(quantization_config={"bits": 4}), (), "quantized"),
+    ("rope", dict(use_parallel_residual=True), (), "use_parallel_residual is true, wanted false"),
+    ("rope", {}, ("use_parallel_residual",), "use_parallel_residual is true"),
+    ("rope", {}, ("tie_word_embeddings",), "tie_word_embeddings is false"),
+    ("rope", {}, ("hidden_act",), 'hidden_act is "gelu"'),
+    ("rope", dict(hidden_act="relu"), (), 'hidden_act is "relu"'),
+    ("rope", dict(layer_norm_eps=1e-12), (), "layer_norm_eps is 1e-12"),
+    ("rope", dict(intermediate_size=64), (), "intermediate_size is 64, wanted 128"),
+    ("rope", dict(attention_bias=False), (), "attention_bias is false"),
+    ("rope", dict(rotary_pct=0.25), ("rope_parameters",), "rotary_pct is 0.25, wanted 1.0"),
+    ("rope", {}, ("rope_parameters", "rotary_pct"), "absent, which means 0.25"),
+    ("rope", dict(rotary_pct=0.5), (), "rotary_pct is 0.5, 1.0, wanted 1.0"),
+    ("rope", dict(rope_scaling={"type": "linear", "factor": 2.0}), ("rope_parameters",), r'scaled \("linear"\)'),
+    ("rope", dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), (), r'scaled \("yarn"\)'),
+    ("rope", dict(rotary_emb_base=123.0), (), "rope_theta 5000.0, rotary_emb_base says 123.0"),
+    ("rope", dict(rotary_emb_base=-1), ("rope_parameters",), "theta is -1, wanted a positive number"),
+    ("rope", dict(num_attention_heads=32), (), "the head size is 1, rotary positions want an even one"),
+    ("rope", dict(vocab_size=132), (), r"embed_in.weight is \(131, 32\), wanted \(132, 32\)"),
+    ("rope", dict(num_hidden_layers=3), (), "no tensor gpt_neox.layers.2.input_layernorm.weight"),
+    ("rope", dict(num_hidden_layers=1), (), "no place for tensor gpt_neox.layers.1.* and 11 more"),
+])
+def test_import_refuses_other_models(tmp_path, positions, changes, drop, message):
+    folder = folder_of(tmp_path, positions, changes, drop)
+    text = refused(import_hf, folder, tmp_path / "out.bin")
+    assert re.search(message, text) and str(folder) in text
+    assert not (tmp_path / "out.bin").exists()
+
+
+@pytest.mark.parametrize("positions,theta", [("rope", 10000), ("rope", 123456.0)])
+def test_import_reads_both_spellings_of_theta(tmp_path, positions, theta):
+    new = dict(rope_parameters={"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 1.0})
+    old = dict(rotary_emb_base=theta)
+    for changes, drop in ((new, ("rotary_pct", "rotary_emb_base")), (old, ("rope_parameters",))):
+        run(import_hf, folder_of(tmp_path, positions, changes, drop), tmp_path / "out.bin")
+        assert model_file.read_model(tmp_path / "out.bin")[0].rope_theta == theta
+
+
+def test_import_accepts_what_older_versions_wrote(tmp_path):
+    mask = {"h.0.attn.bias": np.tril(np.ones((1, 1, 24, 24), "<f4")),
+            "h.1.attn.masked_bias": np.float32(-1e4).reshape(())}
+    folder = folder_of(tmp_path, tensors=lambda found: dict(mask, **{"lm_head.weight": found["wte.weight"]}),
+                       names=lambda n: n.replace("transformer.", "", 1))
+    run(import_hf, folder, tmp_path / "out.bin")
+    assert same(model_file.read_model(tmp_path / "out.bin")[1], model_file.read_model(tmp_path / "source.bin")[1])
+    folder = folder_of(tmp_path, "rope", tensors=lambda found: {
+        "embed_out.weight": found["gpt_neox.embed_in.weight"],
+        "gpt_neox.layers.0.attention.rotary_emb.inv_freq": np.ones(4, "<f4")})
+    run(import_hf, folder, tmp_path / "out.bin")
+    assert same(model_file.read_model(tmp_path / "out.bin")[1], model_file.read_model(tmp_path / "source.bin")[1])
+
+
+def test_import_refuses_broken_folders(tmp_path):
+    def check(folder, message):
+        text = refused(import_hf, folder, tmp_path / "out.bin")
+        assert message in text and not (tmp_path / "out.bin").exists(), text
+
+    check(tmp_path / "none", "no such folder")
+    folder = folder_of(tmp_path, tensors=lambda found: {"lm_head.weight": found["transformer.wte.weight"] + 1})
+    check(folder, "lm_head.weight differs from the token embedding")
+    folder = folder_of(tmp_path, tensors=lambda found: {"transformer.h.0.extra": np.zeros(3, "<f4")})
+    check(folder, "no place for tensor transformer.h.0.extra")
+    weights = folder / "model.safetensors"
+    raw = weights.read_bytes()
+    weights.write_bytes(raw[:-4])
+    check(folder, "damaged or cut off")
+    weights.write_bytes(raw[:100])
+    check(folder, "not a safetensors file, or cut off")
+    weights.write_bytes(raw.replace(b'"F32"', b'"I32"'))
+    check(folder, "transformer.wte.weight is not of type F32, F16 or BF16")
+    weights.write_bytes(raw.replace(b'{', b'[', 1))
+    check(folder, "not JSON")
+    weights.unlink()
+    check(folder, "neither model.safetensors nor model.safetensors.index.json")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    check(folder, "only pytorch_model.bin: load it in transformers and save it")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"transformer.wte.weight": "../x.safetensors"}}))
+    check(folder, "lies outside the folder")
+    index.write_text(json.dumps({"weight_map": {"transformer.wte.weight": "x.safetensors"}}))
+    check(folder, "x.safetensors: No such file")
+    (folder / "x.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    check(folder, "x.safetensors: no tensor transformer.wte.weight")
+    (folder / "config.json").write_text("{")
+    check(folder, "config.json: this is not JSON")
+    (folder / "config.json").unlink()
+    check(folder, "config.json: No such file")
+
+
+# ---- tokenizers ---------------------------------------------------------------------------------------------------
+
+def tokenizer_file(path, tokens, eot, magic=20240328):
+    path.write_bytes(struct.pack("<4i", magic, 2, len(tokens), eot).ljust(1024, b"\0") +
+                     b"".join(bytes([len(t)]) + t for t in tokens))
+
+
+BYTES = [bytes([b]) for b in range(256)] + [b"<|endoftext|>"]
+
+
+def test_byte_tokenizer(tmp_path, hf):
+    model(tmp_path / "model.bin", vocab_size=257, padded_vocab_size=384)
+    (tmp_path / "data").mkdir()
+    tokenizer_file(tmp_path / "data" / "tokenizer.bin", BYTES, 256)
+    run(export_hf, tmp_path / "model.bin", tmp_path / "hf", "--tokenizer", tmp_path / "data")
+    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = "Hello,  world\n\tfür 日本 🙂 don't \x00\x7f 12345"
+    assert tokenizer.encode(text) == list(text.encode()) and tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("a<|endoftext|>b") == [97, 256, 98] and tokenizer.eos_token_id == 256
+    assert load_exactly(hf, tmp_path / "hf").generation_config.eos_token_id == 256
+
+
+def test_gpt2_tokenizer(tmp_path, hf):
+    """Needs a data directory with GPT-2's tokens; bytes, merged by rank alone, must give the same ids."""
+    import glob
+    import regex
+    found = [f for f in glob.glob(os.path.join(ROOT, "data", "*", "tokenizer.bin"))
+             if len(model_file.read_tokenizer(f)[0]) == 50257]
+    if not found:
+        pytest.skip("no data/*/tokenizer.bin of GPT-2")
+    model(tmp_path / "model.bin", vocab_size=50257, padded_vocab_size=50304, channels=8, num_heads=1)
+    run(export_hf, tmp_path / "model.bin", tmp_path / "hf", "--tokenizer", found[0])
+    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    rank = {t: i for i, t in enumerate(model_file.read_tokenizer(found[0])[0])}
+    cut = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+    text = "The quick brown fox's 1234 jumps;\n\n   über naïve 日本語 🙂 x = y[3] + 0x7f\t// don't\n" * 3
+    ids = []
+    for piece in cut.findall(text):
+        parts = [bytes([b]) for b in piece.encode()]
+        while len(parts) > 1:
+            best = min(range(len(parts) - 1), key=lambda j: rank.get(parts[j] + parts[j + 1], 1 << 30))
+            if parts[best] + parts[best + 1] not in rank:
+                break
+            parts[best:best + 2] = [parts[best] + parts[best + 1]]
+        ids += [rank[p] for p in parts]
+    assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == text
+    assert tokenizer.encode("<|endoftext|>") == [50256]
+
+
+def test_merges_come_from_the_order_of_the_tokens():
+    a, b, c = b"a", b"b", b"c"
+    assert export_hf.merges_of([a, b, c, b"ab", b"abc", b"abab", b"cc"]) == [
+        (a, b), (b"ab", c), (b"ab", b"ab"), (c, c)]
+    assert export_hf.merges_of([a, b, c, b"bc", b"abc", b"ab"]) == [(b, c), (a, b"bc"), (a, b)]
+    assert export_hf.merges_of([a, b, c, b"abc"]) is None       # no two tokens make it
+    assert export_hf.merges_of([a, b"ab", b]) is None           # made of a token that comes after it
+
+
+@pytest.mark.parametrize("tokens,eot,magic,message", [
+    (BYTES[:-2] + [b"xy", BYTES[-1]], 256, 20240328, "neither GPT-2's vocabulary nor plain bytes"),
+    (BYTES, 0, 20240328, "neither GPT-2's vocabulary nor plain bytes"),
+    (BYTES, 257, 20240328, "end-of-text id is 257, wanted 0 to 256"),
+    (BYTES + [b"more"], 256, 20240328, "it has 258 tokens, "),
+    (BYTES, 256, 20240326, "the first words are 20240326 2"),
+])
+def test_tokenizer_refusals(tmp_path, tokens, eot, magic, message):
+    model(tmp_path / "model.bin", vocab_size=257, padded_vocab_size=384)
+    tokenizer_file(tmp_path / "t.bin", tokens, eot, magic)
+    assert message in refused(export_hf, tmp_path / "model.bin", tmp_path / "hf", "--tokenizer", tmp_path / "t.bin")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_tokenizer_file_cut_off(tmp_path):
+    tokenizer_file(tmp_path / "t.bin", BYTES, 256)
+    raw = (tmp_path / "t.bin").read_bytes()
+    for change, message in ((raw[:-1], "token 256 of 257 is cut off"), (raw + b"x", "too long"), (raw[:9], "9 bytes")):
+        (tmp_path / "t.bin").write_bytes(change)
+        with pytest.raises(model_file.FileError, match=message):
+            model_file.read_tokenizer(tmp_path / "t.bin")
+
+
+# ---- compare ------------------------------------------------------------------------------------------------------
+
+def config_event(program, steps=8, options=(), **changes):
+    settings = {"train-data": "d/train_*.bin", "seed": "1", "batch-size": "2", "out-dir": program}
+    if program == "lighthouse":
+        settings.update({"levels": "3", "switch-step": "4"})
+    return dict({"event": "config", "program": program, "version": 1, "options": dict(settings, **dict(options)),
+                 "model": {"layers": 2, "channels": 32}, "steps": steps, "tokens_per_step": 100, "device": "x",
+                 "backend": "cpu"}, **changes)
+
+
+def step_event(step, loss, train_s, ms, phase):
+    return {"event": "step", "step": step, "loss": loss, "lr": 1e-3, "norm": 1.0, "ms": ms, "mfu": 0.1,
+            "tokens_per_second": 1e5 / ms, "phase": phase, "tokens": 100 * step, "train_s": train_s,
+            "wall_s": train_s + 0.5, "skipped": False}
+
+
+def eval_event(step, dense, lighthouse, train_s):
+    return {"event": "eval", "step": step, "loss_dense": dense, "loss_lighthouse": lighthouse, "tokens": 100 * step,
+            "train_s": train_s, "wall_s": train_s + 1.0}
+
+
+def lighthouse_events(losses=(5.0, 4.6, 4.2, 4.0, 5.5, 4.5, 4.2, 3.9)):
+    out, t = [config_event("lighthouse"), eval_event(0, 6.0, 6.1, 0.0)], 0.0
+    for i, loss in enumerate(losses, 1):
+        t += 0.1 if i <= 4 else 0.4
+        out.append(step_event(i, loss, t, 100.0 if i <= 4 else 400.0, "lighthouse" if i <= 4 else "dense"))
+        if i == 4:
+            out.append(eval_event(4, 5.2, 4.3, t))
+            out.append({"event": "switch", "step": 4, "from": "lighthouse", "to": "dense", "train_s": t})
+    return out + [eval_event(8, 4.0, None, t), {"event": "total", "steps": 8}]
+
+
+def dense_events(steps=8, evals=(0, 4, 8), **changes):
+    losses = {0: 6.0, 4: 4.4, 8: 3.8}
+    out = [config_event("dense", **changes)]
+    for i in range(steps + 1):
+        if i:
+            out.append(step_event(i, 5.0 - 0.1 * i, 0.4 * i, 400.0, "dense"))
+        if i in evals:
+            out.append(eval_event(i, losses[i], None, 0.4 * i))
+    return out
+
+
+def write_log(folder, events):
+    folder.mkdir(exist_ok=True)
+    text = "".join(e if isinstance(e, str) else json.dumps(e) + "\n" for e in events)
+    (folder / "log.jsonl").write_text(text)
+    return folder
+
+
+def compared(tmp_path, capsys, *runs, window=2):
+    run(compare, *runs, "--json", tmp_path / "out.json", "--window", window)
+    return json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
+
+
+def row_of(text, label):
+    line = next(x for x in text.splitlines() if x.startswith(label + "  "))
+    return line[len(label):].split()
+
+
+def test_compare_figures(tmp_path, capsys):
+    a, b = write_log(tmp_path / "lh", lighthouse_events()), write_log(tmp_path / "dense", dense_events())
+    out, text = compared(tmp_path, capsys, a, b)
+    lh, dense = out["runs"]
+    assert (lh["name"], lh["program"], lh["steps"], lh["tokens"]) == ("lh", "lighthouse", 8, 800)
+    assert out["reference"] == "dense" and out["warnings"] == []
+    assert lh["phases"]["lighthouse"] == pytest.approx(
+        {"steps": 4, "tokens": 400, "seconds": 0.4, "tokens_per_second": 1000, "median_ms": 100})
+    assert lh["phases"]["dense"] == pytest.approx(
+        {"steps": 4, "tokens": 400, "seconds": 1.6, "tokens_per_second": 250, "median_ms": 400})
+    assert list(dense["phases"]) == ["dense"] and dense["phases"]["dense"]["steps"] == 8
+    assert lh["train_s"] == pytest.approx(2.0) and lh["wall_s"] == pytest.approx(3.0)
+    assert dense["train_s"] == pytest.approx(3.2) and dense["switch"] is None
+    assert (lh["final_val_loss"], lh["final_val_step"], dense["final_val_loss"]) == (4.0, 8, 3.8)
+    assert lh["step_speedup_own"] == pytest.approx(4.0)
+    # Before: (4.2 + 4.0) / 2. After: means of two 5.0, 4.35, 4.05, so the fourth step is the first at or under 4.1.
+    assert {k: lh["switch"][k] for k in ("step", "loss_before", "spike", "steps_to_recover", "window", "steps_after")
+            } == pytest.approx({"step": 4, "loss_before": 4.1, "spike": 1.4, "steps_to_recover": 4, "window": 2,
+                                "steps_after": 4})
+    assert lh["switch"]["last_eval_before"]["loss_lighthouse"] == 4.3
+    pair, = out["pairs"]
+    assert pair["whole_run"] == pytest.approx({"tokens": 800, "run_s": 2.0, "reference_s": 3.2, "speedup": 1.6})
+    assert pair["step_speedup"] == pytest.approx(4.0)
+    equal = pair["val_at_equal_tokens"]
+    assert (equal["at"], equal["run"], equal["reference"], equal["note"]) == (800, 4.0, 3.8, None)
+    equal = pair["val_at_equal_time"]  # 4.4 - 0.6 * 0.4 / 1.6
+    assert [equal[k] for k in ("at", "run", "reference", "difference")] == pytest.approx([2.0, 4.0, 4.25, -0.25])
+    assert row_of(text, "lighthouse phase: tokens/s") == ["1,000", "-"]
+    assert row_of(text, "dense phase: tokens/s") == ["250", "250"]
+    assert row_of(text, "training time") == ["2.0", "s", "3.2", "s"]
+    assert row_of(text, "speed-up of the whole run over dense") == ["1.60", "x", "-"]
+    assert row_of(text, "speed-up of a Lighthouse step over dense") == ["4.00", "x", "-"]
+    assert row_of(text, "validation loss, final") == ["4.0000", "3.8000"]
+    assert row_of(text, "validation loss at equal tokens, 800 tokens") == ["4.0000", "3.8000"]
+    assert row_of(text, "validation loss at equal training time, 2.0 s") == ["4.0000", "4.2500"]
+    assert row_of(text, "switch after step") == ["4", "-"]
+    assert row_of(text, "training loss before the switch") == ["4.1000", "-"]
+    assert row_of(text, "spike at the switch") == ["+1.4000", "-"]
+    assert row_of(text, "steps to recover") == ["4", "-"]
+    assert "warning" not in text
+
+
+def test_compare_when_the_dense_run_is_shorter(tmp_path, capsys):
+    a, b = write_log(tmp_path / "lh", lighthouse_events()), write_log(tmp_path / "dense", dense_events(steps=4))
+    out, text = compared(tmp_path, capsys, a, b)
+    pair, = out["pairs"]
+    assert pair["whole_run"] == pytest.approx({"tokens": 400, "run_s": 0.4, "reference_s": 1.6, "speedup": 4.0})
+    assert "4.00 x (first 400 tokens)" in text
+    equal = pair["val_at_equal_time"]  # at 1.6 s: 5.2 - 1.2 * 1.2 / 1.6
+    assert [equal[k] for k in ("at", "run", "reference")] == pytest.approx([1.6, 4.3, 4.4])
+    assert "none is extrapolated" in equal["note"] and f"training time: {equal['note']}" in text
+    assert [pair["val_at_equal_tokens"][k] for k in ("at", "run", "reference")] == pytest.approx([400, 5.2, 4.4])
+    assert "dense stands at step 4 of 8" in out["warnings"]
+
+
+def test_compare_cannot_interpolate_before_the_first_evaluation(tmp_path, capsys):
+    a = write_log(tmp_path / "lh", lighthouse_events())
+    b = write_log(tmp_path / "dense", dense_events(evals=(8,)))
+    out, text = compared(tmp_path, capsys, a, b)
+    equal = out["pairs"][0]["val_at_equal_time"]
+    assert (equal["at"], equal["run"], equal["reference"], equal["difference"]) == (pytest.approx(2.0), 4.0, None, None)
+    assert row_of(text, "validation loss at equal training time, 2.0 s") == ["4.0000", "-"]
+    assert "dense was first evaluated after that" in text
+    write_log(tmp_path / "dense", dense_events(evals=()))
+    out, text = compared(tmp_path, capsys, a, b)
+    assert out["pairs"][0]["val_at_equal_time"]["at"] is None and "dense has no evaluations" in text
+
+
+def test_compare_no_recovery_and_no_switch(tmp_path, capsys):
+    a = write_log(tmp_path / "lh", lighthouse_events((5.0, 4.6, 4.2, 4.0, 5.5, 5.0, 4.8, 4.7)))
+    out, text = compared(tmp_path, capsys, a)
+    assert out["runs"][0]["switch"]["steps_to_recover"] is None and out["pairs"] == [] and out["reference"] is None
+    assert row_of(text, "steps to recover") == "not within the run".split()
+    assert "without a dense run" in text
+    write_log(a, lighthouse_events()[:5])
+    out, text = compared(tmp_path, capsys, a)
+    assert out["runs"][0]["switch"] is None and "steps to recover" not in text
+    assert "lh stands at step 3 of 8" in text
+
+
+def test_compare_spike_ends_with_the_recovery(tmp_path, capsys):
+    """A larger loss of an odd batch later on is no part of the spike; losses that are no numbers are left out."""
+    a = write_log(tmp_path / "lh", lighthouse_events((5.0, 4.6, 4.2, 4.0, 4.5, float("nan"), 3.7, 9.0)))
+    out, _ = compared(tmp_path, capsys, a)
+    assert out["runs"][0]["switch"]["spike"] == pytest.approx(0.4)
+    assert out["runs"][0]["switch"]["steps_to_recover"] == 3
+
+
+def test_compare_resumed_log(tmp_path, capsys):
+    """A checkpoint at step 3, steps to 6 lost, resumed with other numbers, stopped at 5: step 6 is no more."""
+    events = [config_event("lighthouse"), eval_event(0, 6.0, 6.1, 0.0)]
+    events += [step_event(i, 9.0, 0.1 * i, 100.0, "lighthouse") for i in range(1, 7)]
+    events += [eval_event(6, 8.0, 8.0, 0.6), config_event("lighthouse"), {"event": "resume", "step": 3, "file": "c"}]
+    events += [step_event(4, 4.0, 0.5, 200.0, "lighthouse"), step_event(5, 3.0, 0.7, 200.0, "lighthouse"),
+               eval_event(5, 2.5, 2.0, 0.7)]
+    a = write_log(tmp_path / "lh", events)
+    out, _ = compared(tmp_path, capsys, a)
+    lh = out["runs"][0]
+    assert (lh["steps"], lh["tokens"], lh["train_s"], lh["final_val_loss"]) == (5, 500, 0.7, 2.5)
+    assert lh["phases"]["lighthouse"]["steps"] == 5
+    write_log(a, events[:11])  # resumed, and no step done since
+    lh = compared(tmp_path, capsys, a)[0]["runs"][0]
+    assert (lh["steps"], lh["final_val_step"]) == (3, 0)
+    # The same without the resume line: what stands later counts.
+    write_log(a, [e for e in events if e["event"] != "resume"])
+    assert compared(tmp_path, capsys, a)[0]["runs"] == out["runs"]
+    # A run that began anew in the same directory.
+    write_log(a, events + dense_events(steps=2, evals=(0,)))
+    lh = compared(tmp_path, capsys, a)[0]["runs"][0]
+    assert (lh["program"], lh["steps"], lh["tokens"], lh["final_val_step"]) == ("dense", 2, 200, 0)
+
+
+def test_compare_broken_logs(tmp_path, capsys):
+    events = dense_events()
+    a = write_log(tmp_path / "dense", events + [json.dumps(step_event(9, 1.0, 9.0, 1.0, "dense"))[:40]])
+    assert compared(tmp_path, capsys, a)[0]["runs"][0]["steps"] == 8  # killed in the middle of a line
+    write_log(a, events[:3] + ['{"event":"st{"event":"config"}\n'] + events[3:])  # the same, and then resumed
+    out, text = compared(tmp_path, capsys, a)
+    assert out["runs"][0]["steps"] == 8 and "log.jsonl: lines that are no JSON are left out: 4" in text
+    write_log(a, events[:3] + [{"event": "step", "step": 2}])
+    assert "line 4 has no field 'loss'" in refused(compare, a)
+    write_log(a, events[:1])
+    assert "no training steps" in refused(compare, a)
+    assert "none/log.jsonl" not in refused(compare, tmp_path / "none") and "No such file" in refused(
+        compare, tmp_path / "none")
+
+
+def test_compare_warns_of_different_runs(tmp_path, capsys):
+    a = write_log(tmp_path / "lh", lighthouse_events())
+    for change, message in (
+            (dict(options={"seed": "2"}), '--seed differs: lh has "1", dense "2"'),
+            (dict(options={"train-data": "e"}), '--train-data differs: lh has "d/train_*.bin", dense "e"'),
+            (dict(options={"batch-size": "4"}), "--batch-size differs"),
+            (dict(model={"layers": 3, "channels": 32}), 'model differs: lh has {"layers": 2, "channels": 32}'),
+            (dict(tokens_per_step=200), "tokens_per_step differs: lh has 100, dense 200"),
+            (dict(device="y"), "device differs"),
+            (dict(options={"checkpoint-every": "5"}), None)):
+        out, text = compared(tmp_path, capsys, a, write_log(tmp_path / "dense", dense_events(**change)))
+        assert len(out["warnings"]) == (message is not None) and (message or "") in text, change
+    write_log(tmp_path / "dense", dense_events()[1:])
+    assert "has no config line" in compared(tmp_path, capsys, a, tmp_path / "dense")[1]
+
+
+def test_compare_png(tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    a, b = write_log(tmp_path / "lh", lighthouse_events()), write_log(tmp_path / "dense", dense_events())
+    run(compare, a, b, "--png", tmp_path / "out.png", "--window", 2)
+    raw = (tmp_path / "out.png").read_bytes()
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">2I", raw[16:24]) == (1560, 600)
+    pixels = np.round(image.imread(tmp_path / "out.png")[..., :3] * 255)
+    for panel in (pixels[:, :780], pixels[:, 780:]):  # both runs' colours in both panels, and mostly white
+        for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
+            assert (np.abs(panel - colour).max(-1) <= 2).sum() > 300
+        assert (panel.min(-1) == 255).mean() > 0.7
+        bluish = (panel[..., 2] - panel[..., 0] > 60).sum(0)
+        assert bluish.max() > 250  # the switch: a dashed line from bottom to top, its edges softened
+
+
+def test_compare_runs_both_trainers(tmp_path):
+    """With trainers that only write down their arguments and a log."""
+    (tmp_path / "scripts").mkdir()
+    script = tmp_path / "scripts" / "compare"
+    shutil.copy(os.path.join(SCRIPTS, "compare"), script)
+    lines = {"lighthouse": lighthouse_events(), "dense": dense_events()}
+    for name, events in lines.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+        trainer = tmp_path / f"train_gpt_{name}_cpu"
+        trainer.write_text(f'#!/bin/sh\nfor out; do :; done\ncp "{tmp_path}/{name}.jsonl" "$out/log.jsonl"\n'
+                           f'printf "%s\\n" "$@" > "{tmp_path}/{name}.args"\nexit $(cat "{tmp_path}/status")\n')
+        trainer.chmod(0o755)
+    (tmp_path / "status").write_text("0")
+    command = [str(script), "--run", "--backend", "cpu", "--out", str(tmp_path / "pair"), "--json",
+               str(tmp_path / "out.json"), "--", "--steps", "8", "--levels=2", "--pool", "4", "--topk", "8", "--tile=4",
+               "--dense-layers", "0,1", "--switch-step", "4", "--train-data", "a b/*.bin", "--seed=-3"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1.60 x" in done.stdout and f"{tmp_path}/train_gpt_lighthouse_cpu --steps 8 --levels=2" in done.stdout
+    args = {name: (tmp_path / f"{name}.args").read_text().splitlines() for name in lines}
+    out = {name: ["--out-dir", str(tmp_path / "pair" / name)] for name in lines}
+    assert args["dense"] == ["--steps", "8", "--train-data", "a b/*.bin", "--seed=-3", *out["dense"]]
+    assert args["lighthouse"] == command[command.index("--") + 1:] + out["lighthouse"]
+    assert json.loads((tmp_path / "out.json").read_text())["reference"] == "dense"
+    (tmp_path / "status").write_text("3")
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert done.returncode == 1 and "this command ended with status 3" in done.stderr and "dense_cpu" not in done.stdout
+    done = subprocess.run([sys.executable, *command, "--out-dir", "x"], capture_output=True, text=True)
+    assert done.returncode == 1 and "--out-dir is chosen by --out" in done.stderr
+    (tmp_path / "train_gpt_dense_cpu").unlink()
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert done.returncode == 1 and "train_gpt_dense_cpu is not there: build it with make" in done.stderr
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+def test_trained_models_leave_as_they_were_evaluated(tmp_path, monkeypatch, request, positions):
+    """With the real CPU trainers, when they are built: what they last measured is what the exported model has."""
+    if not all(os.path.exists(os.path.join(ROOT, f"train_gpt_{p}_cpu")) for p in ("lighthouse", "dense")):
+        pytest.skip("train_gpt_lighthouse_cpu and train_gpt_dense_cpu are not built")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    rng = np.random.default_rng(11)
+    tokens = {"train": rng.integers(0, 257, 2000), "val": rng.integers(0, 257, 129)}
+    for name, ids in tokens.items():
+        head = struct.pack("<3i", 20240520, 1, len(ids)).ljust(1024, b"\0")
+        (tmp_path / f"{name}.bin").write_bytes(head + ids.astype("<u2").tobytes())
+    run(compare, "--run", "--backend", "cpu", "--out", tmp_path / "pair", "--json", tmp_path / "out.json", "--",
+        "--train-data", tmp_path / "train.bin", "--val-data", tmp_path / "val.bin", "--val-batches", 2, "--steps", 6,
+        "--depth", 2, "--channels", 32, "--heads", 2, "--seq-len", 64, "--learning-rate", 1e-2, "--warmup-steps", 0,
+        "--vocab-size", 257, "--levels", 2, "--pool", 2, "--topk", 8, "--tile", 4, "--dense-layers", "none",
+        "--switch-step", 4, "--positions", positions)
+    out = json.loads((tmp_path / "out.json").read_text())
+    assert out["reference"] == "dense" and out["runs"][0]["switch"]["step"] == 4
+    assert not [w for w in out["warnings"] if "differs" in w or "stands at" in w]
+    for figures in out["runs"]:
+        folder = tmp_path / "pair" / figures["name"]
+        config, tensors = model_file.read_model(folder / "model.bin")
+        assert (config.positions, config.step, config.padded_vocab_size) == (positions, 6, 384)
+        assert same(tensors, model_file.read_model(folder / "ckpt_00000006.bin")[1])
+        run(export_hf, folder / "model.bin", folder / "hf")
+        models = [lambda ids: forward(config, tensors, ids)]
+        if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
+            exported = load_exactly(request.getfixturevalue("hf"), folder / "hf")
+            models.append(lambda ids: hf_logits(exported, ids).astype(float))
+        for logits_of in models:
+            losses = []
+            for window in (tokens["val"][:65], tokens["val"][64:]):
+                logits = logits_of(window[:-1])
+                top = logits.max(1, keepdims=True)
+                losses.append(np.log(np.exp(logits - top).sum(1)) + top[:, 0] - logits[np.arange(64), window[1:]])
+            assert np.mean(losses) == pytest.approx(figures["final_val_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("args,message", [
+    ([], "name at least one RUN"), (["--run", "--", "--steps", "1"], "--run wants --out"),
+    (["x", "--window", "0"], "--window is 0"), (["x", "--", "--steps", "1"], "belong to --run")])
+def test_compare_usage(capsys, args, message):
+    with pytest.raises(SystemExit) as e:
+        compare.main(args)
+    assert e.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["compare", "export_hf", "import_hf", "export_llmc"])
+def test_scripts_start_as_commands(tmp_path, name):
+    help_text = subprocess.run([os.path.join(SCRIPTS, name), "--help"], capture_output=True, text=True, cwd=tmp_path,
+                               env=dict(os.environ, PATH=os.path.dirname(sys.executable) + ":" + os.environ["PATH"]))
+    assert help_text.returncode == 0 and "usage: " + name in help_text.stdout
