@@ -1,0 +1,1355 @@
+"""Proves that whole runs of the trainer on the CPU backend do what the README promises: a killed run resumes to the same
+bits, damaged files are named and refused, every option is checked, schedules, logs, model files and samples are right, and
+two processes compute what one does.
+
+    python -m pytest dev/test_trainer.py        (make builds the programs first)
+
+The models are tiny and the data is made here, in llm.c's shard format. Everything runs on one thread.
+"""
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ENV = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", OMPI_ALLOW_RUN_AS_ROOT="1",
+           OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+LIGHTHOUSE_OPTIONS = {"levels", "pool", "topk", "tile", "dense-layers", "switch-step"}
+T = 64
+# 16 coarsest entries in 2 tiles; 48 slots for 64 tokens. The three layers are dense, Lighthouse, dense.
+GEOMETRY = dict(levels=3, pool=2, topk=8, tile=4)
+TINY = dict(model="d6", depth=3, channels=16, heads=2, seq_len=T, val_data="")
+
+
+# ---- running the programs
+
+class Result:
+    def __init__(self, done):
+        self.code, self.out, self.err = done.returncode, done.stdout, done.stderr
+
+
+def arguments(options):
+    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+
+
+def execute(command, **how):
+    return Result(subprocess.run([str(c) for c in command], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                 universal_newlines=True, errors="replace", timeout=120, **how))
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory):
+    """The programs, built by make and copied aside, so that a build during the tests does not exchange them."""
+    names = ["train_gpt_lighthouse_cpu", "train_gpt_dense_cpu", "build/test_units"]
+    subprocess.run(["make"] + names, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    folder = tmp_path_factory.mktemp("programs")
+    return {key: shutil.copy(ROOT / name, folder) for key, name in zip(["lighthouse", "dense", "units"], names)}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return Data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def lab(programs, data, tmp_path):
+    return Lab(programs, data, tmp_path)
+
+
+class Lab:
+    """Starts runs of a tiny model in a test's own folder."""
+
+    def __init__(self, programs, data, folder):
+        self.programs, self.data, self.folder = programs, data, folder
+
+    def command(self, out, program="lighthouse", **options):
+        every = dict(TINY, train_data=self.data.small)
+        if program == "lighthouse":
+            every.update(GEOMETRY)
+        every.update(out_dir=self.folder / out, **options)
+        return [self.programs[program]] + arguments({k: v for k, v in every.items() if v is not None})
+
+    def run(self, out, **options):
+        return execute(self.command(out, **options))
+
+    def train(self, out, **options):
+        """A run that must succeed. Returns its folder."""
+        result = self.run(out, **options)
+        assert result.code == 0, result.err + result.out
+        return self.folder / out
+
+    def refused(self, *words, **options):
+        """A dry run that must fail with one message that holds these words."""
+        out = options.pop("out", "refused")
+        return self.fails(execute(self.command(out, **options) + ["--dry-run"]), *words)
+
+    def fails(self, result, *words):
+        assert result.code not in (0, -signal.SIGSEGV, -signal.SIGABRT), (result.code, result.out, result.err)
+        assert result.err.startswith("error: ") and len(result.err.splitlines()) == 1, result.err
+        for word in words:
+            assert str(word) in result.err, f"{word!r} is not in {result.err!r}"
+        return result
+
+
+# ---- files
+
+def write_shard(path, tokens, width=2, **header):
+    words = [20240520, 1, len(tokens)] if width == 2 else [20240801, 7, len(tokens)]
+    for name, value in header.items():
+        words[["magic", "version", "count"].index(name)] = value
+    path.write_bytes(struct.pack("<256i", *words, *[0] * 253) + np.asarray(tokens, "<u2" if width == 2 else "<u4").tobytes())
+    return path
+
+
+class Data:
+    def __init__(self, folder):
+        self.folder = folder
+        generator = np.random.RandomState(5)
+
+        def text(windows):  # structure to learn: counting in one of a few steps
+            start, step = generator.randint(0, 256, windows + 1), generator.choice([1, 3, 7], windows + 1)
+            tokens = np.concatenate([(a + b * np.arange(T)) % 200 for a, b in zip(start, step)])[:windows * T + 1]
+            return np.where(generator.rand(len(tokens)) < 0.1, 256, tokens)
+
+        self.tokens = text(7)
+        self.small = write_shard(folder / "small.bin", self.tokens)      # 7 windows
+        self.large = write_shard(folder / "large.bin", text(300))
+        self.val = write_shard(folder / "val.bin", text(4))
+        outlier = text(300)
+        outlier[150 * T:151 * T] = generator.randint(200, 256, T)       # window 150 is like nothing before
+        self.outlier = write_shard(folder / "outlier.bin", outlier)
+        pieces = [bytes([i]) for i in range(256)] + [b"<|endoftext|>"]
+        self.tokenizer = write_tokenizer(folder / "tokenizer.bin", pieces, 256)
+
+
+def write_tokenizer(path, pieces, end_of_text):
+    header = struct.pack("<256i", 20240328, 2, len(pieces), end_of_text, *[0] * 252)
+    path.write_bytes(header + b"".join(bytes([len(p)]) + p for p in pieces))
+    return path
+
+
+def model_bytes(folder):
+    return (folder / "model.bin").read_bytes()
+
+
+class ModelFile:
+    """A model file taken apart by the format's description, not by the trainer's code."""
+
+    def __init__(self, data):
+        h = struct.unpack("<256i", data[:1024])
+        self.version, self.max_T, self.V, self.L, self.H, self.C, self.Vp, self.step = h[1], *h[2:8], h[9]
+        self.theta = struct.unpack("<f", data[32:36])[0]
+        assert h[0] == 20240326
+        C, L = self.C, self.L
+        shapes = dict(wte=(self.Vp, C), wpe=(self.max_T, C), ln1w=(L, C), ln1b=(L, C), qkvw=(L, 3 * C, C), qkvb=(L, 3 * C),
+                      attprojw=(L, C, C), attprojb=(L, C), ln2w=(L, C), ln2b=(L, C), fcw=(L, 4 * C, C), fcb=(L, 4 * C),
+                      fcprojw=(L, C, 4 * C), fcprojb=(L, C), lnfw=(C,), lnfb=(C,))
+        if self.version > 100:
+            del shapes["wpe"]
+        body, at = np.frombuffer(data, "<f4", offset=1024), 0
+        for name, shape in shapes.items():
+            setattr(self, name, body[at:at + math.prod(shape)].reshape(shape))
+            at += math.prod(shape)
+        assert at == len(body), "the file's size is that of its tensors"
+
+
+def checkpoint_body(path):
+    """Weights and both moments of a checkpoint: everything that the run computes from."""
+    data = path.read_bytes()
+    return data[struct.unpack("<q", data[2048:2056])[0]:]
+
+
+def checkpoints(folder):
+    return sorted(int(p.name[5:-4]) for p in folder.glob("ckpt_*.bin"))
+
+
+def checkpoint(folder, step):
+    return folder / f"ckpt_{step:08d}.bin"
+
+
+def main_log(folder):
+    """{step: (loss, lr, norm)} as llm.c's readers see main.log; of a step that occurs twice, the later line."""
+    steps = {}
+    for line in (folder / "main.log").read_text().splitlines():
+        fields = dict(field.split(":") for field in line.split())
+        if "trl" in fields:
+            steps[int(fields["s"])] = fields["trl"], fields["lr"], fields["norm"]
+    return steps
+
+
+def events(folder, kind=None):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [e for e in lines if kind in (None, e["event"])]
+
+
+def step_events(folder):
+    return [{e["step"]: e for e in events(folder, "step")}[i] for i in sorted({e["step"] for e in events(folder, "step")})]
+
+
+# ---- 1. train -> kill -> resume equals train
+
+CASES = {
+    "rope": dict(),                                                              # 12 steps in epochs of 7 windows
+    "learned": dict(positions="learned", shuffle=0, total_batch_size=3 * T),    # accumulation across the epochs' ends
+    "batch": dict(batch_size=2, total_batch_size=4 * T, recompute=4, dense_layers="none"),
+    "wide": dict(seq_len=2 * T, recompute=2, lr_schedule="wsd", warmup_steps=3),
+    "dense": dict(program="dense", batch_size=3, shuffle=0),
+}
+STEPS, SWITCH = 12, 7
+
+
+def plan(case, **more):
+    options = dict(steps=STEPS, val_data=None, val_every=5, val_batches=2, learning_rate=1e-2, **CASES[case])
+    if options.get("program") != "dense":
+        options["switch_step"] = SWITCH
+    return dict(options, **more)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resume_from_every_step(lab, case):
+    """A resume from any step, before, at and after the switch, inside an epoch and across, ends in the same bits."""
+    options = plan(case, val_data=lab.data.val)
+    whole = lab.train("whole", **options, checkpoint_every=0)
+    every = lab.train("every", **options, checkpoint_every=1, keep_last=0)
+    assert checkpoints(whole) == [STEPS] and checkpoints(every) == list(range(1, STEPS + 1))
+    assert model_bytes(every) == model_bytes(whole) and main_log(every) == main_log(whole)
+    assert len({loss for loss, _, _ in main_log(whole).values()}) > STEPS / 2, "the losses must differ for this to prove anything"
+    final = checkpoint_body(checkpoint(whole, STEPS))
+    for k in range(1, STEPS):
+        resumed = lab.folder / f"from_{k}"
+        resumed.mkdir()
+        shutil.copy(checkpoint(every, k), resumed)
+        lab.train(resumed.name, **options, checkpoint_every=0, resume=1)
+        assert model_bytes(resumed) == model_bytes(whole), k
+        assert checkpoint_body(checkpoint(resumed, STEPS)) == final, k
+        assert main_log(resumed) == {s: v for s, v in main_log(whole).items() if s >= k}, k
+        assert events(resumed, "eval")[-1]["loss_dense"] == events(whole, "eval")[-1]["loss_dense"], k
+        assert [e["step"] for e in events(resumed, "resume")] == [k]
+        expected = [SWITCH] if case != "dense" and k <= SWITCH else []
+        assert [e["step"] for e in events(resumed, "switch")] == expected, k
+
+
+def kill_at(command, step, how, delay):
+    """Starts a run and sends the signal a moment after its line of that step. Returns the exit code and the output."""
+    process = subprocess.Popen([str(c) for c in command], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               universal_newlines=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if re.match(rf"step +{step}/", line):
+            time.sleep(delay)
+            process.send_signal(how)
+            break
+    lines.append(process.stdout.read())
+    return process.wait(timeout=60), "".join(lines)
+
+
+LONG = 40  # steps of a run that is killed; the switch comes at step 25
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("case", ["rope", "learned", "dense"])
+def test_killed_runs_go_on_to_the_same_end(lab, case, how):
+    """A run killed again and again, in both phases, ends in the bits of one that was left alone."""
+    options = plan(case, steps=LONG, checkpoint_every=2 if how == signal.SIGKILL else 0, depth=4)
+    if case != "dense":
+        options["switch_step"] = 25
+    whole = lab.train("whole", **options)
+    rng = random.Random(f"{case}{how}")
+    interrupted = []
+    for step in sorted(rng.sample(range(1, 24), 2) + [24, 25] + rng.sample(range(26, 37), 2)):
+        code, output = kill_at(lab.command("killed", **options, resume=1), step, how, rng.uniform(0, 0.008))
+        left = checkpoints(lab.folder / "killed")
+        if code == 0:  # it was faster than the signal
+            break
+        if how == signal.SIGKILL:
+            assert code == -how
+        else:
+            assert code == 128 + how, output
+            reached = int(re.search(r"stopped by signal at step (\d+)", output).group(1))
+            assert left[-1] == reached >= step
+        interrupted.append(left[-1] if left else 0)
+    assert len(interrupted) >= 2
+    killed = lab.train("killed", **options, resume=1)
+    assert model_bytes(killed) == model_bytes(whole)
+    assert main_log(killed) == main_log(whole)
+    assert checkpoint_body(checkpoint(killed, LONG)) == checkpoint_body(checkpoint(whole, LONG))
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+@pytest.mark.parametrize("program", ["lighthouse", "dense"])
+def test_recompute_levels_are_bit_equal(lab, program, positions):
+    """What is recomputed in the backward pass is what was computed: the trained model is the same at every level."""
+    models = []
+    for level in range(5):
+        options = dict(program=program, positions=positions, steps=6, batch_size=2, depth=4, recompute=level, learning_rate=1e-2)
+        models.append(model_bytes(lab.train(f"level_{level}", **options)))
+    assert models[0] != model_bytes(lab.train("untrained", **dict(options, steps=0)))
+    assert all(m == models[0] for m in models)
+
+
+def test_resume_of_a_finished_run_trains_no_more(lab):
+    """--resume 1 on a finished run writes the same model and no further step."""
+    folder = lab.train("run", steps=4)
+    model, log = model_bytes(folder), main_log(folder)
+    (folder / "model.bin").unlink()
+    lab.train("run", steps=4, resume=1)
+    assert model_bytes(folder) == model and main_log(folder) == log and len(events(folder, "step")) == 4
+    lab.train("run", steps=6, resume=1)  # and it may be made longer
+    assert sorted(main_log(folder)) == list(range(6))
+    lab.fails(lab.run("run", steps=5, resume=1), "ckpt_00000006.bin", "6", "5")
+
+
+# ---- 2. checkpoints
+
+@pytest.fixture(scope="session")
+def saved(programs, data, tmp_path_factory):
+    """A small run with the checkpoints of steps 2 and 4, the end, and what it ends in."""
+    lab = Lab(programs, data, tmp_path_factory.mktemp("saved"))
+    folder = lab.train("run", depth=1, steps=4, checkpoint_every=2, dense_layers="none")
+    return folder
+
+
+def resumed_from(lab, saved, name, damage, steps=(2, 4), **options):
+    """Copies these checkpoints of the saved run, damages the newest, resumes. Returns the folder and the result."""
+    folder = lab.folder / name
+    folder.mkdir()
+    for step in steps:
+        shutil.copy(checkpoint(saved, step), folder)
+    damage(checkpoint(folder, steps[-1]))
+    options = dict(dict(depth=1, steps=4, dense_layers="none", resume=1), **options)
+    return folder, lab.run(name, **options)
+
+
+def falls_back(lab, saved, name, damage):
+    folder, result = resumed_from(lab, saved, name, damage)
+    assert result.code == 0, (name, result.err)
+    assert re.search(r"warning: .*ckpt_00000004\.bin .*trying the one before", result.out), (name, result.out)
+    assert [e["step"] for e in events(folder, "resume")] == [2], name
+    assert model_bytes(folder) == model_bytes(saved), name
+    shutil.rmtree(folder)
+
+
+def test_a_cut_checkpoint_is_refused(lab, saved):
+    """Cut at any byte, the newest checkpoint is named and the one before is used."""
+    size = checkpoint(saved, 4).stat().st_size
+    offset = struct.unpack("<q", checkpoint(saved, 4).read_bytes()[2048:2056])[0]
+    rng = random.Random(1)
+    cuts = {0, 1, 4, 1023, 1024, 2048, 4095, 4096, 4097, 5000, offset - 1, offset, offset + 1, offset + 4, size - 4096, size - 4, size - 1}
+    cuts |= {rng.randrange(size) for _ in range(15)}
+    for cut in sorted(cuts):
+        falls_back(lab, saved, f"cut_{cut}", lambda path: os.truncate(path, cut))
+    falls_back(lab, saved, "surplus", lambda path: path.write_bytes(path.read_bytes() + b"\0"))
+
+
+def test_a_flipped_byte_in_a_checkpoint_is_noticed(lab, saved):
+    """A change of one byte in any part of the newest checkpoint is noticed: header, state, checksums, weights, moments."""
+    data = checkpoint(saved, 4).read_bytes()
+    offset, state_bytes, chunks = (struct.unpack("<q", data[at:at + 8])[0] for at in (2048, 2072, 2080))
+    third = (len(data) - offset) // 3
+    front = 4096 + state_bytes + 8 * chunks  # what follows up to the weights is padding
+    parts = [(0, 8), (8, 1024), (1024, 1064), (1064, 2048), (2048, 2096), (2096, 4088), (4088, 4096), (4096, 4096 + state_bytes),
+             (front - 8 * chunks, front), (offset, offset + third), (offset + third, offset + 2 * third), (offset + 2 * third, len(data))]
+    rng = random.Random(2)
+    for first, end in parts:
+        for at in {first, end - 1, rng.randrange(first, end), rng.randrange(first, end)}:
+            def flip(path):
+                changed = bytearray(data)
+                changed[at] ^= 1 << rng.randrange(8)
+                path.write_bytes(changed)
+            falls_back(lab, saved, f"flip_{at}", flip)
+
+
+def test_no_whole_checkpoint_is_an_error(lab, saved):
+    """All checkpoints damaged, or one foreign file under a checkpoint's name: an error, and the files stay as they are."""
+    folder, result = resumed_from(lab, saved, "only", lambda path: os.truncate(path, 100), steps=(4,))
+    assert result.code != 0 and "none of the 1 checkpoints is whole" in result.err
+    assert checkpoint(folder, 4).stat().st_size == 100
+    folder, result = resumed_from(lab, saved, "foreign", lambda path: path.write_bytes(os.urandom(50000)))
+    assert result.code == 0 and re.search(r"ckpt_00000004.bin is no checkpoint of this program", result.out)
+    folder, result = resumed_from(lab, saved, "both", lambda path: [p.write_bytes(b"") for p in path.parent.iterdir()])
+    assert result.code != 0 and "none of the 2 checkpoints is whole" in result.err
+
+
+def test_other_files_in_the_folder_are_left_alone(lab, saved):
+    """Leftovers of killed writes and names that only resemble a checkpoint's are neither read nor removed."""
+    def litter(path):
+        for name in ["ckpt_00000009.bin.partial", "ckpt_00000009.bin.bak", "ckpt_.bin", "ckpt_00000009", "xckpt_00000009.bin", "model.bin.partial"]:
+            (path.parent / name).write_bytes(b"rubbish")
+    folder, result = resumed_from(lab, saved, "run", litter)
+    assert result.code == 0 and "warning" not in result.out
+    assert [e["step"] for e in events(folder, "resume")] == [4]
+    assert (folder / "ckpt_00000009.bin.bak").read_bytes() == b"rubbish" and model_bytes(folder) == model_bytes(saved)
+
+
+def test_pruning_never_removes_the_newest_whole_checkpoint(lab, saved):
+    """A damaged checkpoint of a later step does not count as one of the --keep-last newest."""
+    folder = lab.folder / "run"
+    folder.mkdir()
+    shutil.copy(checkpoint(saved, 2), folder)
+    checkpoint(folder, 99).write_bytes(b"torn")
+    options = dict(depth=1, dense_layers="none", steps=6, resume=1, checkpoint_every=1, keep_last=1)
+    lab.train("run", **options)
+    assert 6 in checkpoints(folder), checkpoints(folder)
+    lab.train("run", **options)
+    assert [e["step"] for e in events(folder, "resume")] == [2, 6]
+
+
+@pytest.mark.parametrize("last, every, expected", [(1, 0, [12]), (3, 0, [10, 11, 12]), (0, 0, list(range(1, 13))),
+                                                   (2, 5, [5, 10, 11, 12]), (1, 4, [4, 8, 12]), (100, 0, list(range(1, 13)))])
+def test_keep_last_and_keep_every(lab, last, every, expected):
+    """Exactly the checkpoints stay that --keep-last and --keep-every name."""
+    folder = lab.train("run", steps=12, depth=1, dense_layers="none", checkpoint_every=1, keep_last=last, keep_every=every)
+    assert checkpoints(folder) == expected
+    assert not list(folder.glob("*.partial"))
+
+
+def test_checkpoint_every(lab):
+    """Checkpoints come every n steps and at the end; 0: at the end only."""
+    assert checkpoints(lab.train("five", steps=12, checkpoint_every=5, keep_last=0)) == [5, 10, 12]
+    assert checkpoints(lab.train("none", steps=12, checkpoint_every=0, keep_last=0)) == [12]
+
+
+def test_a_full_disk_costs_no_checkpoint(lab, saved):
+    """A checkpoint that cannot be written ends the run with a message; the earlier one is whole and resumes to the same
+    end. With a limit on the size of files and, where one can be mounted, on a full tmpfs."""
+    options = dict(depth=1, dense_layers="none", steps=4, checkpoint_every=2, keep_last=0)
+    size = checkpoint(saved, 4).stat().st_size
+    folder = lab.folder / "limited"
+    folder.mkdir()
+    shutil.copy(checkpoint(saved, 2), folder)
+    for limit in (8192, size // 2, size - 1):
+        result = execute(lab.command("limited", **options, resume=1),
+                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+        lab.fails(result, "ckpt_00000004.bin.partial", "File too large", "Earlier checkpoints are untouched")
+        assert checkpoints(folder) == [2] and not list(folder.glob("*.partial")) and not (folder / "model.bin").exists()
+    lab.train("limited", **options, resume=1)
+    assert model_bytes(folder) == model_bytes(saved) and main_log(folder).keys() == {2, 3}
+
+    disk = lab.folder / "disk"
+    disk.mkdir()
+    blocks = (size + 4095) // 4096
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={4096 * (2 * blocks - 4)}", "tmpfs", str(disk)]
+    if os.geteuid() == 0 and subprocess.run(mount, stderr=subprocess.DEVNULL).returncode == 0:
+        try:
+            result = lab.run("disk/run", **options)
+            lab.fails(result, "No space left on device", "Earlier checkpoints are untouched")
+            assert checkpoints(disk / "run") == [2] and not list((disk / "run").glob("*.partial"))
+            lab.fails(lab.run("disk/other", **options), "GiB free; a checkpoint and the model take")
+            subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
+            lab.train("disk/run", **options, resume=1)
+            assert model_bytes(disk / "run") == model_bytes(saved)
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_an_earlier_run_is_not_overwritten(lab, saved):
+    """Without --resume 1 a folder that holds checkpoints is refused, and nothing in it changes."""
+    folder = lab.folder / "run"
+    shutil.copytree(saved, folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    lab.fails(lab.run("run", depth=1, steps=4), "2 checkpoint(s) of an earlier run", "--resume 1", "--out-dir")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_resume_refuses_what_would_change_the_batches(lab, saved):
+    """Another length, batch, data, seed, order or model: refused, with the thing named. A new learning rate is allowed."""
+    def attempt(name, *words, **options):
+        _, result = resumed_from(lab, saved, name, lambda path: None, **options)
+        lab.fails(result, *words)
+        assert not (lab.folder / name / "model.bin").exists()
+    attempt("seq_len", "64", "32", seq_len=T // 2, topk=4)
+    attempt("learned", "rope", "learned", positions="learned")
+    attempt("batch", "total-batch-size", "64", "128", batch_size=2)
+    attempt("accumulation", "total-batch-size", "64", "192", total_batch_size=3 * T)
+    attempt("seed", "seed", "1337", "7", seed=7)
+    attempt("shuffle", "shuffle", "1", "0", shuffle=0)
+    attempt("data", "data", "7", "300", train_data=lab.data.large)
+    attempt("depth", "another model", "layers 1", "layers 2", depth=2)
+    attempt("heads", "another model", "heads 2", "heads 4", heads=4)
+    attempt("channels", "another model", "channels 16", "channels 32", channels=32)
+    attempt("vocabulary", "another model", "V 257", "V 300", vocab_size=300)
+    attempt("theta", "another model", "theta", rope_theta=10000)
+    folder, result = resumed_from(lab, saved, "rate", lambda path: None, steps=(2,), learning_rate=1e-2)
+    assert result.code == 0 and model_bytes(folder) != model_bytes(saved)
+    expected = 1e-2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 2 / 4)))
+    assert math.isclose(events(folder, "step")[0]["lr"], expected, rel_tol=1e-8)
+
+
+def test_resume_notices_other_data_of_the_same_size(lab, saved):
+    """The training data is known by more than the number of its windows."""
+    other = write_shard(lab.folder / "other.bin", lab.data.tokens[::-1])
+    _, result = resumed_from(lab, saved, "run", lambda path: None, steps=(2,), train_data=other)
+    lab.fails(result, "data")
+
+
+# ---- 3. the loader
+
+def test_damaged_shards_are_refused(lab):
+    """Each kind of bad shard gets a message with the file's name, and never a run."""
+    tokens = lab.data.tokens
+    def bad(name, *words, **header):
+        path = write_shard(lab.folder / f"{name}.bin", tokens, **header)
+        lab.refused(f"{name}.bin", *words, train_data=path)
+        lab.refused(f"{name}.bin", *words, val_data=path)
+    bad("magic", "no token shard", "magic 5", magic=5)
+    bad("version", "no token shard", "version 2", version=2)
+    bad("count", str(len(tokens) + 1), "cut or damaged", count=len(tokens) + 1)
+    bad("surplus", str(len(tokens) - 1), "cut or damaged", count=len(tokens) - 1)
+    bad("negative", "cut or damaged", count=-1)
+    whole = lab.data.small.read_bytes()
+    for size in [0, 1, 1023, 1024, 1025, len(whole) - 2, len(whole) - 1, len(whole) + 1]:
+        path = lab.folder / f"size_{size}.bin"
+        path.write_bytes((whole + b"\0")[:size])
+        lab.refused(f"size_{size}.bin", str(size), train_data=path)
+        lab.refused(f"size_{size}.bin", str(size), val_data=path)
+    lab.refused("no file matches", "nowhere_*.bin", train_data=lab.folder / "nowhere_*.bin")
+    lab.refused("no file matches", "nowhere_*.bin", val_data=lab.folder / "nowhere_*.bin")
+    lab.refused(lab.folder, train_data=lab.folder)  # a folder
+    short = write_shard(lab.folder / "short.bin", tokens[:T])
+    lab.refused("short.bin", "64 tokens", "65", train_data=short)
+    lab.refused("short.bin", "64 tokens", "65", val_data=short)
+    write_shard(lab.folder / "short.bin", tokens[:T + 1])
+    assert execute(lab.command("out", train_data=short) + ["--dry-run"]).code == 0
+
+
+def test_token_ids_out_of_range_are_refused(lab):
+    """A token id beyond the vocabulary is refused with its file, place and value, in either data and for a model file."""
+    tokens = lab.data.tokens.copy()
+    tokens[100] = 300
+    path = write_shard(lab.folder / "range.bin", tokens)
+    words = ["range.bin", "token 100", "300", "257"]
+    lab.refused(*words, val_data=path)
+    lab.refused(*words, train_data=path, vocab_size=257)
+    model = lab.train("start", steps=0) / "model.bin"
+    lab.refused(*words, train_data=path, model=model, depth=None, channels=None, heads=None)
+    wide = write_shard(lab.folder / "wide.bin", np.where(np.arange(len(tokens)) == 7, 2 ** 31 + 5, tokens), width=4)
+    lab.refused("wide.bin", "token 7", str(2 ** 31 + 5), val_data=wide)
+    lab.refused(str(2 ** 31 + 5), "--vocab-size", train_data=wide)
+    lab.refused("wide.bin", "token 7", str(2 ** 31 + 5), train_data=wide, vocab_size=300)
+
+
+def test_vocabulary_follows_the_data(lab):
+    """Bytes give 257 ids, larger ids GPT-2's 50257, and --vocab-size what it says, padded to a multiple of 128."""
+    def padded(**options):
+        result = execute(lab.command("out", **options) + ["--dry-run"])
+        assert result.code == 0, result.err
+        return tuple(int(x) for x in re.search(r"(\d+) tokens \(padded (\d+)\)", result.out).groups())
+    assert padded() == (257, 384)
+    assert padded(vocab_size=384) == (384, 384) and padded(vocab_size=385) == (385, 512)
+    tokens = lab.data.tokens.copy()
+    tokens[3] = 50256
+    assert padded(train_data=write_shard(lab.folder / "gpt2.bin", tokens)) == (50257, 50304)
+
+
+def test_wide_shards_and_several_shards(lab):
+    """32-bit shards give the losses of 16-bit ones, and shards named by a glob are read in the order of their names."""
+    tokens = lab.data.tokens
+    narrow = lab.train("narrow", steps=8)
+    wide = lab.train("wide", steps=8, train_data=write_shard(lab.folder / "w.bin", tokens, width=4))
+    assert main_log(wide) == main_log(narrow) and model_bytes(wide) == model_bytes(narrow)
+    # the same 7 windows in three shards, the last shard written first, one of them wide, with tokens left over
+    write_shard(lab.folder / "part_2.bin", tokens[5 * T:])
+    write_shard(lab.folder / "part_0.bin", tokens[:2 * T + 9])
+    write_shard(lab.folder / "part_1.bin", tokens[2 * T:5 * T + 1], width=4)
+    for shuffle in (0, 1):
+        one = lab.train(f"one_{shuffle}", steps=16, shuffle=shuffle)
+        three = lab.train(f"three_{shuffle}", steps=16, shuffle=shuffle, train_data=lab.folder / "part_*.bin")
+        assert main_log(three) == main_log(one) and model_bytes(three) == model_bytes(one)
+    assert main_log(lab.folder / "one_0") != main_log(lab.folder / "one_1")
+
+
+def test_units(lab):
+    """The permutation, the windows, the detector, words, JSON strings, checksum: the checks of dev/test_units.cu."""
+    result = execute([lab.programs["units"]])
+    assert result.code == 0 and re.search(r"[1-9]\d* passed, 0 failed", result.out), result.out
+
+
+# ---- 4. options
+
+@pytest.fixture(scope="session")
+def table(programs):
+    """The table of options as the program holds it."""
+    rows = execute([programs["units"], "options"]).out.splitlines()
+    keys = ["name", "letter", "type", "min", "max", "fallback"]
+    rows = [dict(zip(keys, row.split("\t"))) for row in rows]
+    for row in rows:
+        row["min"], row["max"] = float(row["min"]), float(row["max"])
+    assert len(rows) > 40
+    return rows
+
+
+@pytest.mark.parametrize("program", ["lighthouse", "dense"])
+def test_every_option_is_checked(lab, table, program):
+    """Of every option: both bounds, text for a number, no value. Of the dense program: no Lighthouse options at all."""
+    base = lab.command("out", program=program) + ["--dry-run"]
+    for option in table:
+        name = option["name"]
+        def bad(words, *more):
+            result = execute(base + list(more))
+            lab.fails(result, *words)
+        if program == "dense" and name in LIGHTHOUSE_OPTIONS:
+            bad(["unknown option --" + name], f"--{name}=4")
+            continue
+        if option["type"] == "flag":
+            bad([f"--{name} takes no value"], f"--{name}=1")
+            continue
+        bad([f"--{name} needs a value"], f"--{name}")
+        if option["type"] == "text":
+            continue
+        low, high = option["min"] - 1, option["max"] + max(1, abs(option["max"]))
+        number = "a number" if option["type"] == "real" else "a whole number"
+        bad([f"--{name} is", "it must be"], f"--{name}={low:.17g}")
+        bad([f"--{name} is", "it must be"], f"--{name}={high:.17g}")
+        for text in ["", "x", "1x", "nan", "inf", "1e999", "--dry-run", "1 2"]:
+            bad([f'--{name} is "{text}"', "it must be a number"], f"--{name}={text}")
+        if option["type"] == "int":
+            bad([f"--{name} is 1.5", number], f"--{name}", "1.5")
+
+
+def test_unknown_options_are_refused(lab):
+    """Misspelt, empty, doubled dashes, words without dashes, letters that do not exist: each is named."""
+    for text in ["--step", "--stepss", "--", "---steps", "-", "-zz", "--=3", "--steps_", "--train_data=x", "-b=3", "--Steps=3"]:
+        lab.fails(execute(lab.command("out") + [text]), f"unknown option {text}", "--help")
+    lab.fails(execute(lab.command("out") + ["steps=3"]), '"steps=3" is no option')
+    lab.refused("--lr-schedule", "cosin", "wsd", lr_schedule="cosin")
+    lab.refused("--positions", "alibi", "rope or learned", positions="alibi")
+    lab.refused("--model", "d7", "lh30", model="d7")
+
+
+@pytest.mark.parametrize("program", ["lighthouse", "dense"])
+def test_help_lists_every_option(lab, table, program):
+    """--help and -h list every option with its letter and default, and nothing that the program refuses."""
+    result = execute([lab.programs[program], "--help"])
+    assert result.code == 0 and execute([lab.programs[program], "-h"]).out == result.out
+    for option in table:
+        name = option["name"] + (f", -{option['letter']}" if option["letter"] else "")
+        listed = re.search(rf"^  --{name} .*$", result.out, re.M)
+        assert bool(listed) == (program == "lighthouse" or option["name"] not in LIGHTHOUSE_OPTIONS), name
+        if listed and option["fallback"] and option["type"] != "flag" and not option["fallback"].startswith("runs"):
+            assert f"({option['fallback']})" in listed.group(), listed.group()
+    assert result.out.count("\n  --") == len(table) - (len(LIGHTHOUSE_OPTIONS) if program == "dense" else 0)
+
+
+def test_every_way_to_write_an_option_is_the_same(lab, table):
+    """`--name value`, `--name=value` and llm.c's letter give the same configuration."""
+    values = dict(train_data=lab.data.small, val_data=lab.data.val, out_dir=lab.folder / "out", checkpoint_every=3, keep_last=5,
+                  keep_every=7, resume=0, model="d6", batch_size=2, seq_len=T, total_batch_size=4 * T, steps=0, learning_rate=1e-3,
+                  lr_schedule="linear", warmup_steps=0, final_lr_frac=0.5, weight_decay=0.25, skip_loss_z=6, skip_grad_z=7,
+                  val_every=9, val_batches=3, sample_every=0, sample_tokens=11, recompute=3)
+    letters = {o["name"]: o["letter"] for o in table if o["letter"]}
+    assert set(letters) == {n.replace("_", "-") for n in values}
+    rest = arguments(dict(GEOMETRY, depth=1, channels=16, heads=2))
+    configurations = []
+    for write in [lambda n, v: [f"--{n}", v], lambda n, v: [f"--{n}={v}"], lambda n, v: [f"-{letters[n]}", v]]:
+        shutil.rmtree(lab.folder / "out", ignore_errors=True)
+        command = [lab.programs["lighthouse"]] + rest
+        for name, value in values.items():
+            command += write(name.replace("_", "-"), str(value))
+        result = execute(command)
+        assert result.code == 0, result.err
+        configurations.append(events(lab.folder / "out", "config")[0]["options"])
+    assert configurations[0] == configurations[1] == configurations[2]
+    for name, value in values.items():
+        assert str(configurations[0][name.replace("_", "-")]) == str(value), name
+
+
+def test_the_last_of_repeated_options_counts(lab):
+    """An option given twice has its last value, so that a script's options can be overridden at its end."""
+    result = execute(lab.command("out") + ["--steps=3", "-x", "5", "--dry-run"])
+    assert "run         5 steps" in result.out
+
+
+def test_dry_run_writes_nothing(lab):
+    """--dry-run prints the plan and leaves no file and no folder, and touches no earlier run."""
+    result = execute(lab.command("dry/run", steps=100) + ["--dry-run"])
+    assert result.code == 0 and "memory" in result.out and "48 slots for 64 tokens" in result.out
+    assert not (lab.folder / "dry").exists()
+    folder = lab.train("run", steps=1)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert execute(lab.command("run", steps=100) + ["--dry-run"]).code == 0
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_switch_step(lab):
+    """The switch as a share, as a step, never, and at once; and what it may not be."""
+    def switched(value, steps=8):
+        name = f"s{value}_{steps}"
+        folder = lab.train(name, steps=steps, switch_step=value, depth=1, dense_layers="none")
+        phases = [e["phase"] for e in step_events(folder)]
+        n = phases.count("lighthouse")
+        assert phases == ["lighthouse"] * n + ["dense"] * (steps - n)
+        config = events(folder, "config")[0]
+        assert config["switch_step"] == n and (config["lighthouse"] is None) == (n == 0)
+        assert [e["step"] for e in events(folder, "switch")] == ([n] if 0 < n < steps else [])
+        assert events(folder, "total")[0]["phases"]["lighthouse"]["steps"] == n
+        return n
+    assert switched("0") == 0 and switched("0.0") == 0
+    assert switched("0.625") == 5 and switched("0.5") == 4 and switched("0.99") == 8
+    assert switched("1") == 1 and switched("7") == 7 and switched("8") == 8 and switched("1.0") == 8
+    assert switched("0.625", steps=0) == 0 and switched("0.625", steps=1) == 1
+    for value in ["9", "-1", "1.5", "-0.5", "x", "", "nan", "inf", "3x", "1e9"]:
+        lab.refused("--switch-step", f'"{value}"', steps=8, switch_step=value)
+
+
+def test_dense_layers(lab):
+    """Which layers Lighthouse takes, by list and by word, and lists that no model has."""
+    def dense(value, depth):
+        folder = lab.train(f"l{value}_{depth}", steps=1, switch_step="1.0", depth=depth, dense_layers=value)
+        config = events(folder, "config")[0]["lighthouse"]
+        return config and config["dense_layers"]
+    assert dense("none", 3) == [] and dense("0", 3) == [0] and dense("0,2", 3) == [0, 2] and dense("2,1", 3) == [1, 2]
+    assert dense("auto", 1) == [] and dense("auto", 2) == [] and dense("auto", 3) == [0, 2] and dense("auto", 11) == [0, 10]
+    assert dense("auto", 12) == [0, 1, 10, 11]
+    assert dense("all", 3) is None and dense("0,1,2", 3) is None  # a dense run, and it says so
+    assert "dense throughout" in execute(lab.command("x", dense_layers="all") + ["--dry-run"]).out
+    for value in ["3", "0,3", "-1", "0,-1", "0;1", "0,,1", "0 1", "some", "", "1.5", "0,x", ",0", "99999999999"]:
+        lab.refused("--dense-layers", f'"{value}"', dense_layers=value)
+
+
+def test_lighthouse_rules(lab):
+    """Each rule of the geometry is refused with its own message and with values that pass."""
+    lab.refused("pool is 3", "power of 2", pool=3)
+    lab.refused("pool is 6", "power of 2", pool=6)
+    lab.refused("tile is 5", "even", tile=5)
+    lab.refused("tile is 6", "twice pool (4)", pool=4, tile=6, topk=6)
+    lab.refused("topk is 10", "multiple of tile (4)", "try 8", topk=10)
+    lab.refused("topk is 2", "try 4", topk=2)
+    lab.refused("levels", levels=1)
+    lab.refused("levels", levels=9)
+    long = lab.data.folder / "large.bin"
+    lab.refused("T = 100", "= 8", "96 and 104", seq_len=100, train_data=long)
+    lab.refused("fewer than tile = 8", "lower topk to at most 16", seq_len=64, topk=32, tile=8, train_data=long)
+    # what the messages propose is accepted
+    for options in [dict(topk=8), dict(seq_len=96), dict(seq_len=104), dict(topk=16, tile=8)]:
+        assert execute(lab.command("out", **dict(dict(train_data=long), **options)) + ["--dry-run"]).code == 0, options
+    # no message where Lighthouse is not used
+    assert execute(lab.command("out", pool=3, switch_step="0") + ["--dry-run"]).code == 0
+
+
+def test_default_geometry_fits_every_usual_length(lab):
+    """topk and tile left to the program give valid settings, a tenth of the attention or less from 2048 tokens on."""
+    generator = np.random.RandomState(0)
+    path = write_shard(lab.folder / "long.bin", generator.randint(0, 256, 2 ** 17 + 1))
+    for length in [64, 128, 256, 1000 * 16, 512, 1024, 2048, 3072, 4096, 8192, 16384, 32768, 98304, 131072]:
+        options = dict(train_data=path, seq_len=length, topk=None, tile=None, pool=None, levels=None)
+        result = execute(lab.command("out", **options) + ["--dry-run"])
+        assert result.code == 0, (length, result.err)
+        share = float(re.search(r"([\d.]+)% of dense attention's operations", result.out).group(1))
+        assert share <= (100 if length < 2048 else 10), (length, share)
+        if length == 98304:
+            assert "levels 3, pool 4, topk 1536, tile 128 (12 tiles)" in result.out and "18432 slots" in result.out
+
+
+def test_sizes_that_do_not_go_together(lab):
+    """Batch, heads, warmup and length are checked against each other before anything is written."""
+    lab.refused("--total-batch-size is 100", "multiple of", "= 64", "try 128", total_batch_size=100)
+    lab.refused("--total-batch-size is 129", "= 128", "try 256", total_batch_size=129, batch_size=2)
+    lab.refused("--channels 16", "--heads 3", heads=3)
+    lab.refused("even", heads=16)  # one channel a head cannot be rotated
+    lab.refused("--warmup-steps is 11", "10", steps=10, warmup_steps=11)
+    lab.refused("seq-len + 1 = 4097", seq_len=4096)
+    lab.refused("GiB", "too few", channels=65536, heads=2, depth=1024)
+
+
+def test_a_run_of_no_steps_says_so(lab):
+    """--steps -1 is one epoch; where that is less than one step it is an error, not an untrained model."""
+    result = execute(lab.command("out", steps=-1) + ["--dry-run"])
+    assert "run         7 steps" in result.out
+    assert "run         2 steps" in execute(lab.command("out", steps=-1, total_batch_size=3 * T) + ["--dry-run"]).out
+    lab.refused("epoch", steps=-1, total_batch_size=10 * T)
+
+
+def test_out_dir(lab):
+    """Folders are made, a slash at the end is fine, a file in the way or no name is an error."""
+    lab.train("a/b/c", steps=0)
+    result = execute(lab.command("x", steps=0) + [f"--out-dir={lab.folder}/d/e/"])
+    assert result.code == 0 and (lab.folder / "d/e/model.bin").exists()
+    (lab.folder / "file").write_text("x")
+    lab.fails(lab.run("file", steps=0), "file")
+    lab.fails(lab.run("file/below", steps=0), "file")
+    lab.fails(execute(lab.command("x", steps=0) + ["--out-dir="]), "--out-dir")
+
+
+# ---- 5. schedules, outliers, clipping
+
+def expected_rate(schedule, step, steps, peak, fraction, warmup, decay):
+    """Learning rate of step 0, 1, ... written from the help text."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / (steps - warmup)
+    if schedule == "cosine":
+        return peak * (fraction + (1 - fraction) * (1 + math.cos(math.pi * done)) / 2)
+    if schedule == "linear":
+        return peak * (1 + (fraction - 1) * done)
+    if schedule == "wsd" and decay and step >= steps - decay:
+        return peak * (fraction + (1 - fraction) * (1 - math.sqrt((step - (steps - decay)) / decay)))
+    return peak
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("warmup", [-1, 0, 10, 50])
+def test_learning_rates(lab, schedule, warmup):
+    """The logged learning rates are the formulas', for no warmup, 2%, some and nothing but warmup."""
+    folder = lab.train("run", program="dense", depth=1, seq_len=16, steps=50, lr_schedule=schedule, warmup_steps=warmup,
+                       learning_rate=3e-3, final_lr_frac=0.2, decay_frac=0.3)
+    rates = [e["lr"] for e in step_events(folder)]
+    warmup = 1 if warmup == -1 else warmup
+    for step, rate in enumerate(rates):
+        assert math.isclose(rate, expected_rate(schedule, step, 50, 3e-3, 0.2, warmup, 15), rel_tol=1e-8), step
+        assert abs(float(main_log(folder)[step][1]) - rate) < 1e-8
+
+
+def test_decay_frac_bounds(lab):
+    """wsd without a decay stays at its peak; with a share of 1 it decays over all steps after the warmup."""
+    for fraction, decay in [(0, 0), (1, 20)]:
+        folder = lab.train(f"f{fraction}", program="dense", depth=1, seq_len=16, steps=20, lr_schedule="wsd", warmup_steps=4,
+                           decay_frac=fraction, learning_rate=1e-3)
+        for step, e in enumerate(step_events(folder)):
+            assert math.isclose(e["lr"], expected_rate("wsd", step, 20, 1e-3, 0.1, 4, decay), rel_tol=1e-8), step
+
+
+OUTLIER = dict(depth=1, steps=160, shuffle=0, dense_layers="none", learning_rate=3e-3, warmup_steps=0)
+
+
+@pytest.mark.parametrize("option", ["skip_loss_z", "skip_grad_z"])
+def test_an_outlier_is_skipped(lab, option):
+    """The one anomalous window, and no other, is passed over: no update, the moments too; resuming changes nothing."""
+    z = dict(skip_loss_z=6) if option == "skip_loss_z" else dict(skip_grad_z=3)
+    options = dict(OUTLIER, train_data=lab.data.outlier, program="dense", dense_layers=None)
+    folder = lab.train("skipping", **options, **z, checkpoint_every=1, keep_last=12)
+    steps = step_events(folder)
+    assert steps[150]["skipped"], steps[150]
+    assert [e["step"] for e in steps if e["skipped"]] == [151]
+    assert checkpoint_body(checkpoint(folder, 150)) == checkpoint_body(checkpoint(folder, 151)) != checkpoint_body(checkpoint(folder, 152))
+    heedless = lab.train("heedless", **options)
+    assert not any(e["skipped"] for e in step_events(heedless)) and model_bytes(heedless) != model_bytes(folder)
+    resumed = lab.folder / "resumed"  # the detector's window is part of the state
+    resumed.mkdir()
+    shutil.copy(checkpoint(folder, 149), resumed)
+    lab.train("resumed", **options, **z, resume=1)
+    assert model_bytes(resumed) == model_bytes(folder)
+    assert [e["step"] for e in events(resumed, "step") if e["skipped"]] == [151]
+
+
+def test_the_detector_starts_anew_at_the_switch(lab):
+    """The jump of the loss at the switch is no outlier: for 128 steps after it none is called one, also after a resume."""
+    options = dict(OUTLIER, train_data=lab.data.outlier, skip_loss_z=6)
+    early = lab.train("early", **options, switch_step=10)
+    assert [e["step"] for e in step_events(early) if e["skipped"]] == [151]
+    late = lab.train("late", **options, switch_step=140, checkpoint_every=140, keep_last=0)
+    assert not any(e["skipped"] for e in step_events(late))
+    resumed = lab.folder / "resumed"
+    resumed.mkdir()
+    shutil.copy(checkpoint(late, 140), resumed)
+    lab.train("resumed", **options, switch_step=140, resume=1)
+    assert model_bytes(resumed) == model_bytes(late)
+
+
+def test_gradient_clipping(lab):
+    """The reported norm is that before clipping; clipping above it changes nothing, below it the update."""
+    options = dict(steps=1, learning_rate=1e-2, warmup_steps=0, adam_eps=1e-2)  # a large epsilon makes Adam feel the scale
+    off, high, low = (lab.train(name, **options, grad_clip=clip) for name, clip in [("off", 0), ("high", 1e6), ("low", 0.01)])
+    norms = {main_log(folder)[0][2] for folder in (off, high, low)}
+    assert len(norms) == 1 and float(norms.pop()) > 0.1
+    assert model_bytes(off) == model_bytes(high) != model_bytes(low)
+    start = ModelFile(model_bytes(lab.train("start", steps=0)))
+    moved = [np.abs(ModelFile(model_bytes(folder)).qkvw - start.qkvw).mean() for folder in (off, low)]
+    assert moved[1] < moved[0] / 5
+
+
+def broken_model(lab, value=math.nan):
+    data = bytearray(model_bytes(lab.train("start", steps=0)))
+    data[-4:] = struct.pack("<f", value)  # the last bias
+    path = lab.folder / "broken.bin"
+    path.write_bytes(data)
+    return dict(model=path, depth=None, channels=None, heads=None)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(lab):
+    """NaN in the loss: the run stops with the step and the values, no checkpoint is written, the exit code is not zero."""
+    start = broken_model(lab)
+    result = lab.run("run", steps=4, checkpoint_every=1, **start)
+    lab.fails(result, "step 1", "nan", "--learning-rate")
+    assert not checkpoints(lab.folder / "run") and not (lab.folder / "run/model.bin").exists()
+    folder = lab.train("skipping", steps=4, skip_grad_z=5, **start)  # asked to, it passes over such steps
+    assert all(e["skipped"] and e["loss"] is None for e in step_events(folder))
+    assert model_bytes(folder)[1024:] == start["model"].read_bytes()[1024:]
+
+
+# ---- 6. logs
+
+FIELDS = {
+    "config": {"program", "version", "time", "options", "model", "lighthouse", "steps", "switch_step", "tokens_per_step", "device",
+               "backend", "measured_flops"},
+    "memory": {"total_bytes", "parts"},
+    "resume": {"step", "file"},
+    "step": {"step", "loss", "lr", "norm", "ms", "tokens_per_second", "mfu", "phase", "tokens", "train_s", "wall_s", "skipped"},
+    "eval": {"step", "loss_dense", "loss_lighthouse", "tokens", "train_s", "wall_s"},
+    "switch": {"step", "from", "to", "train_s"},
+    "sample": {"step", "text"},
+    "checkpoint": {"step", "file", "bytes", "seconds"},
+    "total": {"steps", "tokens", "train_s", "wall_s", "phases", "final_val_loss"},
+}
+
+
+def test_logs(lab, table):
+    """log.jsonl has every event with its fields and sums that agree; main.log reads as llm.c's."""
+    options = dict(steps=10, switch_step=6, batch_size=2, total_batch_size=4 * T, val_data=lab.data.val, val_every=4, checkpoint_every=3,
+                   sample_every=5, sample_tokens=8, tokenizer=lab.data.tokenizer)
+    folder = lab.train("run", **options)
+    log = events(folder)
+    assert [e["event"] for e in log[:2]] == ["config", "memory"] and log[-1]["event"] == "total"
+    for e in log:
+        assert FIELDS[e["event"]] <= set(e), e
+    config, memory, total = log[0], log[1], log[-1]
+    assert set(config["options"]) == {o["name"] for o in table}
+    assert config["program"] == "lighthouse" and config["backend"] == "cpu" and config["tokens_per_step"] == 4 * T
+    assert config["lighthouse"] == dict(GEOMETRY, slots=48, dense_layers=[0, 2]) and config["switch_step"] == 6 and config["steps"] == 10
+    model = config["model"]
+    assert (model["layers"], model["channels"], model["heads"], model["vocab"], model["padded_vocab"]) == (3, 16, 2, 257, 384)
+    assert model["positions"] == "rope" and model["rope_theta"] == 500000
+    assert model["parameters"] == (len(model_bytes(folder)) - 1024) // 4
+    assert memory["total_bytes"] == sum(memory["parts"].values())
+
+    steps = events(folder, "step")
+    assert [e["step"] for e in steps] == list(range(1, 11)) and [e["tokens"] for e in steps] == [4 * T * i for i in range(1, 11)]
+    assert [e["phase"] for e in steps] == ["lighthouse"] * 6 + ["dense"] * 4
+    assert all(e["mfu"] > 0 and not e["skipped"] for e in steps)
+    for e in steps:
+        assert math.isclose(e["tokens_per_second"], 4 * T / e["ms"] * 1e3, rel_tol=0.02)
+    assert abs(steps[-1]["train_s"] - sum(e["ms"] for e in steps) / 1e3) < 0.01
+    assert all(a["wall_s"] <= b["wall_s"] and a["train_s"] <= b["train_s"] <= b["wall_s"] for a, b in zip(steps, steps[1:]))
+
+    assert [(e["step"], e["loss_lighthouse"] is None) for e in events(folder, "eval")] == \
+        [(0, False), (4, False), (6, False), (8, True), (10, True)]
+    assert [e["step"] for e in events(folder, "switch")] == [6] and [e["step"] for e in events(folder, "sample")] == [5, 10]
+    assert [e["step"] for e in events(folder, "checkpoint")] == [3, 6, 9, 10]
+    for e in events(folder, "checkpoint")[-2:]:
+        assert Path(e["file"]).stat().st_size == e["bytes"]
+
+    assert total["steps"] == 10 and total["tokens"] == 40 * T and total["final_val_loss"] == events(folder, "eval")[-1]["loss_dense"]
+    for phase, count in [("lighthouse", 6), ("dense", 4)]:
+        p = total["phases"][phase]
+        assert p["steps"] == count and p["tokens"] == count * 4 * T
+        assert abs(p["seconds"] - sum(e["ms"] for e in steps if e["phase"] == phase) / 1e3) < 0.01
+        assert math.isclose(p["tokens_per_second"], p["tokens"] / p["seconds"], rel_tol=0.05)
+    assert abs(total["train_s"] - total["phases"]["lighthouse"]["seconds"] - total["phases"]["dense"]["seconds"]) < 0.01
+
+    train, val = {}, {}
+    for line in (folder / "main.log").read_text().splitlines():  # as llm.c's own readers split it
+        words = [word.split(":") for word in line.split(" ")]
+        assert all(len(word) == 2 for word in words) and words[0][0] == "s", line
+        kind = words[1][0]
+        (train if kind == "trl" else val)[int(words[0][1])] = float(words[1][1])
+        assert [w[0] for w in words[:4]] == ["s", "trl", "lr", "norm"] if kind == "trl" else [w[0] for w in words] in (["s", "tel"], ["s", "tel", "lhtel"])
+    assert sorted(train) == list(range(10)) and sorted(val) == [0, 4, 6, 8, 10]
+    for e in steps:
+        assert abs(train[e["step"] - 1] - e["loss"]) < 1e-6
+    for e in events(folder, "eval"):
+        assert abs(val[e["step"]] - e["loss_dense"]) < 1e-6
+
+
+def test_dense_program_logs(lab):
+    """The baseline's log says that it is dense, and has no Lighthouse loss."""
+    folder = lab.train("run", program="dense", steps=3, val_data=lab.data.val)
+    config = events(folder, "config")[0]
+    assert config["program"] == "dense" and config["lighthouse"] is None and config["switch_step"] == 0
+    assert not LIGHTHOUSE_OPTIONS & set(config["options"])
+    assert all(e["loss_lighthouse"] is None for e in events(folder, "eval")) and not events(folder, "switch")
+    assert {e["phase"] for e in events(folder, "step")} == {"dense"}
+    same = lab.train("same", steps=3, switch_step=0, val_data=lab.data.val)
+    assert model_bytes(folder) == model_bytes(same), "the baseline is the same program without Lighthouse"
+
+
+def test_a_resumed_run_appends_to_its_logs(lab):
+    """A resume adds to both logs, keeps the counted seconds, and repairs nothing but a torn last line."""
+    options = dict(steps=8, checkpoint_every=4, val_data=lab.data.val)
+    folder = lab.train("run", **dict(options, steps=8))
+    first, main = (folder / "log.jsonl").read_text(), (folder / "main.log").read_text()
+    checkpoint(folder, 8).unlink()
+    seconds = [e for e in events(folder, "step") if e["step"] == 4][0]["train_s"]
+    lab.train("run", **options, resume=1)
+    assert (folder / "log.jsonl").read_text().startswith(first) and (folder / "main.log").read_text().startswith(main)
+    kinds = [e["event"] for e in events(folder)]
+    assert kinds.count("config") == 2 and kinds.count("total") == 2 and kinds.count("resume") == 1
+    again = [e for e in events(folder, "step") if e["step"] == 5]
+    assert len(again) == 2 and again[0]["loss"] == again[1]["loss"] and again[1]["train_s"] > seconds
+    assert sum(events(folder, "total")[-1]["phases"][p]["steps"] for p in ("lighthouse", "dense")) == 8
+
+
+def test_a_torn_line_spoils_no_other(lab):
+    """A log line that a full disk or a crash cut off stays alone: what a resume appends begins on a new line."""
+    folder = lab.train("run", steps=4)
+    for name in ("log.jsonl", "main.log"):
+        with open(folder / name, "a") as f:
+            f.write('{"event":"st' if name == "log.jsonl" else "s:3 tr")
+    lab.train("run", steps=6, resume=1)
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    torn = [i for i, line in enumerate(lines) if not line.endswith("}")]
+    assert [lines[i] for i in torn] == ['{"event":"st']
+    assert "s:3 tr" in (folder / "main.log").read_text().splitlines()
+
+
+def test_numbers_do_not_depend_on_the_evaluation(lab):
+    """Validating, sampling and saving more or less often does not touch the training."""
+    plain = lab.train("plain", steps=8, checkpoint_every=0)
+    busy = lab.train("busy", steps=8, checkpoint_every=1, val_data=lab.data.val, val_every=1, sample_every=1, sample_tokens=4,
+                     tokenizer=lab.data.tokenizer)
+    assert main_log(plain) == main_log(busy) and model_bytes(plain) == model_bytes(busy)
+
+
+def test_validation_loss(lab):
+    """The validation loss is that of the first windows of the validation data, whatever the batch size."""
+    model = lab.train("start", steps=12, learning_rate=1e-2) / "model.bin"
+    start = dict(model=model, depth=None, channels=None, heads=None, steps=0, val_data=lab.data.val, switch_step=0)
+    def loss(batch, batches):
+        folder = lab.train(f"b{batch}_{batches}", **start, batch_size=batch, val_batches=batches)
+        return events(folder, "eval")[-1]["loss_dense"]
+    def training_loss(windows):
+        tokens = np.frombuffer(lab.data.val.read_bytes(), "<u2", offset=1024)[:windows * T + 1]
+        path = write_shard(lab.folder / f"w{windows}.bin", tokens)
+        folder = lab.train(f"t{windows}", **dict(start, steps=1, val_data="", train_data=path, batch_size=windows, shuffle=0))
+        return events(folder, "step")[0]["loss"]
+    assert math.isclose(loss(1, 2), training_loss(2), rel_tol=1e-6)
+    assert math.isclose(loss(1, 4), training_loss(4), rel_tol=1e-6)
+    assert math.isclose(loss(2, 2), loss(1, 4), rel_tol=1e-6) and math.isclose(loss(3, 2), loss(1, 4), rel_tol=1e-6)
+    assert loss(1, 100) == loss(1, 4), "no window counts twice"
+
+
+# ---- 7. model files
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_initial_weights(lab, positions):
+    """The file is llm.c's, tensor by tensor, and holds GPT-2's initialization: 0.02, residual projections 0.02/sqrt(2L)."""
+    folder = lab.train("run", steps=0, positions=positions, depth=4, channels=64, heads=4)
+    m = ModelFile(model_bytes(folder))
+    assert (m.version, m.max_T, m.V, m.L, m.H, m.C, m.Vp, m.step) == (103 if positions == "rope" else 3, T, 257, 4, 4, 64, 384, 0)
+    if positions == "rope":
+        assert m.theta == 500000
+    matrices = dict(wte=0.02, qkvw=0.02, fcw=0.02, attprojw=0.02 / math.sqrt(8), fcprojw=0.02 / math.sqrt(8))
+    if positions == "learned":
+        matrices["wpe"] = 0.02
+    for name, deviation in matrices.items():
+        w = getattr(m, name)
+        n = w.size
+        assert abs(w.mean()) < 5 * deviation / math.sqrt(n), name
+        assert abs(w.std() / deviation - 1) < 5 / math.sqrt(2 * n), name
+        assert len(np.unique(w)) > 0.99 * n, name
+        assert abs(((w / deviation) ** 4).mean() / 3 - 1) < 0.2, "a normal distribution"
+    for name in ["ln1w", "ln2w", "lnfw"]:
+        assert (getattr(m, name) == 1).all(), name
+    for name in ["ln1b", "qkvb", "attprojb", "ln2b", "fcb", "fcprojb", "lnfb"]:
+        assert (getattr(m, name) == 0).all(), name
+    assert abs(np.corrcoef(m.qkvw[0].ravel(), m.qkvw[1].ravel())[0, 1]) < 0.05, "no two layers start alike"
+    assert model_bytes(lab.train("again", steps=0, positions=positions, depth=4, channels=64, heads=4)) == model_bytes(folder)
+    other = lab.train("other", steps=0, positions=positions, depth=4, channels=64, heads=4, seed=7)
+    assert model_bytes(other) != model_bytes(folder)
+
+
+def from_file(path, **options):
+    return dict(dict(model=path, depth=None, channels=None, heads=None, steps=0), **options)
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_a_run_starts_from_a_file(lab, positions):
+    """A model file, its bf16 form and a checkpoint give back exactly their weights; training moves all but the padding."""
+    trained = lab.train("trained", steps=6, positions=positions, learning_rate=1e-2, weight_decay=0)
+    whole = model_bytes(trained)
+    for source in ["model.bin", "ckpt_00000006.bin"]:
+        again = lab.train("from_" + source, **from_file(trained / source))
+        assert model_bytes(again)[1024:] == whole[1024:], source
+    body = np.frombuffer(whole, "<u4", offset=1024)
+    header = bytearray(whole[:1024])
+    header[4:8] = struct.pack("<i", 105 if positions == "rope" else 5)
+    (lab.folder / "bf16.bin").write_bytes(bytes(header) + (body >> 16).astype("<u2").tobytes())
+    widened = lab.train("from_bf16", **from_file(lab.folder / "bf16.bin"))
+    assert (np.frombuffer(model_bytes(widened), "<u4", offset=1024) == body >> 16 << 16).all()
+    assert ModelFile(model_bytes(widened)).version == (103 if positions == "rope" else 3)
+    m, start = ModelFile(whole), ModelFile(model_bytes(lab.train("start", steps=0, positions=positions)))
+    assert m.step == 6
+    for name in ["qkvw", "qkvb", "attprojw", "attprojb", "fcw", "fcb", "fcprojw", "fcprojb", "ln1w", "ln1b", "ln2w", "ln2b"]:
+        for layer in range(3):
+            assert (getattr(m, name)[layer] != getattr(start, name)[layer]).any(), (name, layer)
+    assert (m.wte[:257] != start.wte[:257]).any() and (m.wte[257:] == start.wte[257:]).all()
+
+
+def test_options_with_a_model_file(lab):
+    """What the file fixes cannot be given; longer than its learned positions is refused, shorter is not, RoPE takes any."""
+    learned = lab.train("learned", steps=0, positions="learned") / "model.bin"
+    rope = lab.train("rope", steps=0) / "model.bin"
+    for name, value in [("depth", 3), ("channels", 16), ("heads", 2), ("vocab_size", 257)]:
+        lab.refused("--" + name.replace("_", "-"), "model.bin", **from_file(learned, **{name: value}))
+    lab.refused("--positions is rope", "learned positions", **from_file(learned, positions="rope"))
+    lab.refused("--positions is learned", "rope positions", **from_file(rope, positions="learned"))
+    lab.refused("--seq-len is 128", "up to 64", **from_file(learned, seq_len=2 * T))
+    shorter = lab.train("shorter", **from_file(learned, seq_len=T // 2, topk=4, steps=2))
+    assert ModelFile(model_bytes(shorter)).max_T == T
+    longer = lab.train("longer", **from_file(rope, seq_len=2 * T, rope_theta=1e6))
+    assert ModelFile(model_bytes(longer)).max_T == 2 * T and ModelFile(model_bytes(longer)).theta == 1e6
+    assert model_bytes(longer)[1024:] == rope.read_bytes()[1024:]
+
+
+def test_a_long_table_of_positions_at_a_short_length(lab):
+    """A model of 2048 learned positions trained at 16 tokens moves like the same model cut to 16 positions."""
+    generator = np.random.RandomState(3)
+    long_data = write_shard(lab.folder / "long.bin", generator.randint(0, 256, 2049))
+    base = dict(depth=1, channels=128, heads=2, program="dense")
+    long = lab.train("long", steps=0, positions="learned", seq_len=2048, train_data=long_data, **base) / "model.bin"
+    data = long.read_bytes()
+    wte = 384 * 128 * 4
+    header = bytearray(data[:1024])
+    header[8:12] = struct.pack("<i", 16)
+    body = data[1024:1024 + wte + 16 * 512] + data[1024 + wte + 2048 * 512:]
+    (lab.folder / "short.bin").write_bytes(bytes(header) + body)
+    options = dict(steps=5, seq_len=16, program="dense", learning_rate=1e-2, grad_clip=0, weight_decay=0)
+    a = lab.train("a", **from_file(long, **options))
+    b = lab.train("b", **from_file(lab.folder / "short.bin", **options))
+    losses = [[float(loss) for loss, _, _ in main_log(folder).values()] for folder in (a, b)]
+    assert np.allclose(*losses, rtol=1e-5), losses
+
+
+def test_damaged_model_files_are_refused(lab):
+    """Cut, too long, foreign, of an unknown version, or with impossible sizes: named and refused."""
+    path = lab.folder / "bad.bin"
+    whole = model_bytes(lab.train("start", steps=0))
+    def bad(data, *words):
+        path.write_bytes(data)
+        lab.refused("bad.bin", *words, **from_file(path))
+    for size in [0, 1, 1023, 1024, 1025, len(whole) // 2, len(whole) - 4, len(whole) - 1]:
+        bad(whole[:size], str(size))
+    bad(whole + b"\0", str(len(whole) + 1))
+    def header(**words):
+        h = list(struct.unpack("<256i", whole[:1024]))
+        for name, value in words.items():
+            h[["magic", "version", "T", "V", "L", "H", "C", "Vp"].index(name)] = value
+        return struct.pack("<256i", *h) + whole[1024:]
+    bad(header(magic=7), "no model file", "magic 7")
+    bad(header(version=4), "no model file", "version 4")
+    bad(header(version=104), "version 104")
+    bad(header(version=3), "bytes")  # the wrong kind of positions: the size is another
+    for name, value in [("T", 0), ("V", 0), ("V", 385), ("L", 0), ("L", -1), ("L", 2000), ("H", 0), ("H", 3), ("C", 0), ("C", -16), ("Vp", 0)]:
+        bad(header(**{name: value}), "impossible sizes")
+    bad(header(C=2 ** 30, H=1), "bytes")
+    lab.refused("neither a readable file", "nothing.bin", **from_file(lab.folder / "nothing.bin"))
+    lab.fails(execute(lab.command("x", **from_file(lab.folder)) + ["--dry-run"]))  # a folder
+
+
+def test_a_damaged_checkpoint_is_no_start(lab, saved):
+    """--model with a checkpoint whose weights were changed or cut off is refused: its checksums are there to be used."""
+    data = bytearray(checkpoint(saved, 4).read_bytes())
+    offset = struct.unpack("<q", data[2048:2056])[0]
+    path = lab.folder / "ckpt.bin"
+    path.write_bytes(data[:len(data) - 8])
+    lab.fails(lab.run("cut", **from_file(path)), "ckpt.bin")
+    data[offset + 1000] ^= 64
+    path.write_bytes(data)
+    lab.fails(lab.run("flipped", **from_file(path)), "ckpt.bin", "checksum")
+
+
+def test_parameter_counts(lab):
+    """d12 with learned positions is llm.c's 124,475,904 parameters, padding included."""
+    path = write_shard(lab.folder / "data.bin", np.arange(1025) % 256)
+    command = [lab.programs["dense"]] + arguments(dict(model="d12", positions="learned", seq_len=1024, vocab_size=50257, val_data="",
+                                                        train_data=path)) + ["--dry-run"]
+    result = execute(command)
+    assert result.code == 0 and " 124475904 parameters" in result.out, result.out + result.err
+    assert "12 layers, 768 channels, 12 heads of 64, 50257 tokens (padded 50304)" in result.out
+
+
+# ---- 8. samples and tokenizers
+
+def test_samples(lab):
+    """A sample begins with the prompt, also with quotes, line ends and non-ASCII text, and is the same for the same seed."""
+    prompt = 'Grüße, "é\\€😀"\n\tdef'
+    options = dict(steps=4, sample_every=2, sample_tokens=20, tokenizer=lab.data.tokenizer, prompt=prompt, learning_rate=1e-2)
+    texts = [[e["text"] for e in events(lab.train(name, **options), "sample")] for name in ("a", "b")]
+    assert texts[0] == texts[1] and len(texts[0]) == 2
+    for text in texts[0]:
+        assert text.startswith(prompt)
+    assert len(set(texts[0])) == 2, "another step, another draw"
+    greedy = [[e["text"] for e in events(lab.train(f"k{k}", **dict(options, sample_top_k=1, temperature=k)), "sample")] for k in (1, 2)]
+    assert greedy[0] == greedy[1], "the likeliest token alone does not depend on the temperature"
+
+
+def test_samples_of_a_trained_model(lab):
+    """A model that has learnt to count goes on counting: the tokens that are fed back and read are the right ones."""
+    path = write_shard(lab.folder / "count.bin", np.arange(40 * T + 1) % 26 + 97)
+    options = dict(train_data=path, steps=150, depth=2, channels=32, learning_rate=1e-2, warmup_steps=5, dense_layers="none")
+    model = lab.train("run", **options, sample_every=150, sample_tokens=12, tokenizer=lab.data.tokenizer, prompt="abcdefghijk",
+                      sample_top_k=1)
+    assert float(main_log(model)[149][0]) < 0.1
+    assert events(model, "sample")[-1]["text"] == "abcdefghijklmnopqrstuvw"
+
+
+def test_a_prompt_that_does_not_fit_is_refused(lab):
+    """A prompt as long as the window leaves no room for a new token: an error, not a silent cut."""
+    lab.refused("--prompt", prompt="x" * T, sample_every=1, tokenizer=lab.data.tokenizer)
+
+
+def test_tokenizer_files(lab):
+    """The tokenizer is found beside the data; a missing, cut, foreign or too large one is named and refused."""
+    folder = lab.train("beside", steps=2, sample_every=2, sample_tokens=4)  # tokenizer.bin lies beside small.bin
+    assert len(events(folder, "sample")) == 1
+    whole = lab.data.tokenizer.read_bytes()
+    path = lab.folder / "t.bin"
+    lab.refused("t.bin", "--tokenizer", tokenizer=path, sample_every=1)
+    assert execute(lab.command("x", tokenizer=path) + ["--dry-run"]).code == 0  # not needed, not read
+    for size in [0, 8, 1023, 1024, 1025, 1300, len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        lab.refused("t.bin", tokenizer=path, sample_every=1)
+    for word, value in [(0, 1), (1, 1), (2, 0), (2, 300), (2, -1), (3, -1), (3, 257)]:
+        changed = bytearray(whole)
+        changed[4 * word:4 * word + 4] = struct.pack("<i", value)
+        path.write_bytes(changed)
+        lab.refused("t.bin", tokenizer=path, sample_every=1)
+
+
+MERGES = ["th", "he", "the", " the", " t", "in", "t'", "h1", "\n\n", "\nt", "'s", "é", "xx", "xxx", "xxxx", " xx"]
+
+
+def encoded(lab, lines, pieces):
+    path = write_tokenizer(lab.folder / "bpe.bin", pieces, len(pieces) - 1)
+    escaped = "\n".join(line.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t") for line in lines)
+    done = subprocess.run([lab.programs["units"], "encode", path], input=escaped + "\n", stdout=subprocess.PIPE, check=True,
+                          universal_newlines=True, env=ENV, encoding="utf-8")
+    return [[int(x) for x in line.split()] for line in done.stdout.splitlines()]
+
+
+def test_bpe_by_hand(lab):
+    """GPT-2's encoding: words first, then the pair of the lowest rank, again and again."""
+    pieces = [bytes([i]) for i in range(256)] + [m.encode() for m in MERGES] + [b"<|endoftext|>"]
+    rank = {m: 256 + i for i, m in enumerate(MERGES)}
+    cases = {
+        "the": [rank["the"]],                              # th first, then the
+        " the": [rank[" the"]],                            # th is ranked below " t"
+        " to": [rank[" t"], ord("o")],
+        "she": [ord("s"), rank["he"]],
+        "thin": [rank["th"], rank["in"]],
+        "it's": [ord("i"), ord("t"), rank["'s"]],          # a contraction is a word: t' never meets
+        "a  the": [ord("a"), ord(" "), rank[" the"]],      # the last blank belongs to the word
+        "th1": [rank["th"], ord("1")],                     # letters and digits are apart
+        "\n\nthe": [10, 10, rank["the"]],                  # the last line end is a word of its own
+        "a\n\n": [ord("a"), rank["\n\n"]],
+        "é": [rank["é"]],
+        "xxxxx": [rank["xxxx"], ord("x")],                 # xx xx x -> xxxx x
+        " xxx": [ord(" "), rank["xxx"]],                   # xx is ranked below " xx"
+        "<|endoftext|>": list(b"<|endoftext|>"),           # text is never taken for the special token
+    }
+    assert encoded(lab, cases, pieces) == list(cases.values())
+
+
+def test_bpe_against_the_pattern(lab):
+    """Random ASCII text is cut into words as GPT-2's regular expression does it, and merged as its loop does."""
+    pattern = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.A)
+    pieces = [bytes([i]) for i in range(256)] + [m.encode() for m in MERGES] + [b"<|endoftext|>"]
+    ranks = {p: i for i, p in enumerate(pieces[:-1])}
+
+    def reference(text):
+        ids = []
+        for word in pattern.findall(text):
+            parts = [bytes([b]) for b in word.encode()]
+            while len(parts) > 1:
+                pairs = [(ranks.get(a + b, 1 << 30), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
+                best, i = min(pairs)
+                if best == 1 << 30:
+                    break
+                parts[i:i + 2] = [parts[i] + parts[i + 1]]
+            ids += [ranks[p] for p in parts]
+        return ids
+
+    rng = random.Random(4)
+    lines = ["".join(rng.choice("thex 1'sn\n\t!  reinvdml") for _ in range(rng.randrange(1, 40))) for _ in range(400)]
+    assert encoded(lab, lines, pieces) == [reference(line) for line in lines]
+
+
+def test_json_strings(lab):
+    """Any bytes become a valid JSON string; what is no UTF-8 becomes U+FFFD, byte by byte."""
+    rng = random.Random(5)
+    samples = ["", "plain", "é€😀\"\\\n\x7f"] + ["".join(rng.choice("aé€😀\x80\U0010ffff\"") for _ in range(50)) for _ in range(5)]
+    samples = [s.encode() for s in samples] + [bytes(rng.randrange(1, 256) for _ in range(300)) for _ in range(10)]
+    samples += [s[:n] for s in ["é€😀".encode()] for n in range(1, 9)]
+    for sample in samples:
+        done = subprocess.run([lab.programs["units"], "json"], input=sample, stdout=subprocess.PIPE, check=True, env=ENV)
+        expected, rest = "", sample
+        while rest:
+            try:
+                expected += rest.decode()
+                break
+            except UnicodeDecodeError as e:
+                expected += rest[:e.start].decode() + "\ufffd" * (e.end - e.start)
+                rest = rest[e.end:]
+        assert json.loads(done.stdout.decode()) == expected, sample
+
+
+# ---- 9. several processes
+
+needs_mpi = pytest.mark.skipif(not shutil.which("mpirun") or "-DUSE_MPI" not in ((ROOT / "build/config.mk").read_text()
+                               if (ROOT / "build/config.mk").exists() else "-DUSE_MPI"), reason="there is no MPI")
+MPIRUN = ["mpirun", "--oversubscribe", "-n", "2"]
+
+
+@needs_mpi
+@pytest.mark.parametrize("program", ["lighthouse", "dense"])
+def test_two_processes_compute_what_one_does(lab, program):
+    """The same global batch on two processes gives the losses of one to rounding, across the switch; either goes on from
+    the other's checkpoint."""
+    options = dict(program=program, steps=10, total_batch_size=8 * T, val_data=lab.data.val, val_batches=3, checkpoint_every=5,
+                   keep_last=0, learning_rate=1e-2)
+    if program == "lighthouse":
+        options["switch_step"] = 6
+    one = lab.train("one", **options, batch_size=2)
+    result = execute(MPIRUN + lab.command("two", **options, batch_size=1))
+    assert result.code == 0, result.err
+    two = lab.folder / "two"
+
+    def close(a, b):
+        for kind in ("trl", "norm"):
+            index = ("trl", "lr", "norm").index(kind)
+            x, y = ([float(values[index]) for _, values in sorted(main_log(f).items())][-len(main_log(b)):] for f in (a, b))
+            assert np.allclose(x, y, rtol=1e-5 if kind == "trl" else 1e-3, atol=2e-6), (kind, x, y)
+        assert math.isclose(events(a, "eval")[-1]["loss_dense"], events(b, "eval")[-1]["loss_dense"], rel_tol=1e-5)
+    close(one, two)
+    assert events(two, "config")[0]["tokens_per_step"] == 8 * T and len(events(two, "step")) == 10
+    assert events(two, "eval")[0]["loss_dense"] == pytest.approx(events(one, "eval")[0]["loss_dense"], rel=1e-6)
+
+    for name, source, start in [("one_goes_on", two, []), ("two_go_on", one, MPIRUN)]:
+        folder = lab.folder / name
+        folder.mkdir()
+        shutil.copy(checkpoint(source, 5), folder)
+        result = execute(start + lab.command(name, **options, resume=1))
+        assert result.code == 0, result.err
+        assert sorted(main_log(folder)) == [5, 6, 7, 8, 9]
+        close(one, folder)
+    again = lab.folder / "again"  # and on as many processes as before, the same bits
+    again.mkdir()
+    shutil.copy(checkpoint(two, 5), again)
+    assert execute(MPIRUN + lab.command("again", **options, resume=1)).code == 0
+    assert model_bytes(again) == model_bytes(two)
+
+
+@needs_mpi
+def test_two_processes_stop_together(lab):
+    """An error ends both processes at once; SIGTERM to mpirun leaves a checkpoint from which one process goes on."""
+    began = time.time()
+    result = execute(MPIRUN + lab.command("bad", total_batch_size=T))
+    assert result.code != 0 and "try 128" in result.err and time.time() - began < 20
+    options = dict(steps=LONG, switch_step=25, total_batch_size=2 * T, checkpoint_every=0, depth=4)
+    code, output = kill_at(MPIRUN + lab.command("killed", **options), 10, signal.SIGTERM, 0)
+    assert code != 0
+    stopped = checkpoints(lab.folder / "killed")
+    assert len(stopped) == 1 and stopped[0] >= 10, output
+    killed, whole = lab.train("killed", **options, resume=1), lab.train("whole", **options)
+    losses = [[float(v[0]) for _, v in sorted(main_log(f).items())] for f in (killed, whole)]
+    assert np.allclose(*losses, rtol=1e-5)
