@@ -453,7 +453,7 @@ def linux_archive(cache, say):
                        reverse=True):
         os.makedirs(cache, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as tmp:
-            say("downloading %s (about 140 MB)" % name)
+            say("downloading %s (about 150 MB)" % name)
             got = subprocess.run(["apt-get", "download", name], cwd=tmp, stdout=subprocess.DEVNULL,
                                  stderr=subprocess.PIPE, text=True)
             files = [n for n in os.listdir(tmp) if n.endswith(".deb")]
