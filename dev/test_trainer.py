@@ -126,8 +126,8 @@ class Data:
         self.small = write_shard(folder / "small.bin", self.tokens)      # 7 windows
         self.large = write_shard(folder / "large.bin", text(300))
         self.val = write_shard(folder / "val.bin", text(4))
-        outlier = text(300)
-        outlier[150 * T:151 * T] = generator.randint(200, 256, T)       # window 150 is like nothing before
+        outlier = generator.randint(0, 16, 260 * T + 1)                 # easily learnt: a loss of log(16), hardly varying
+        outlier[250 * T + 1:251 * T + 1] = generator.randint(200, 256, T)       # but window 250 is like nothing before
         self.outlier = write_shard(folder / "outlier.bin", outlier)
         pieces = [bytes([i]) for i in range(256)] + [b"<|endoftext|>"]
         self.tokenizer = write_tokenizer(folder / "tokenizer.bin", pieces, 256)
@@ -241,13 +241,14 @@ def test_resume_from_every_step(lab, case):
 
 
 def kill_at(command, step, how, delay):
-    """Starts a run and sends the signal a moment after its line of that step. Returns the exit code and the output."""
+    """Starts a run and sends the signal a moment after its line of that step, or of its first if it began later. Returns the exit code and the output."""
     process = subprocess.Popen([str(c) for c in command], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                universal_newlines=True)
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if re.match(rf"step +{step}/", line):
+        done = re.search(r"step +(\d+)/", line)
+        if done and int(done.group(1)) >= step:
             time.sleep(delay)
             process.send_signal(how)
             break
@@ -256,13 +257,14 @@ def kill_at(command, step, how, delay):
 
 
 LONG = 40  # steps of a run that is killed; the switch comes at step 25
+SLOW = dict(depth=4, channels=32, batch_size=12, total_batch_size=0)  # steps that are longer than a signal takes
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("case", ["rope", "learned", "dense"])
 def test_killed_runs_go_on_to_the_same_end(lab, case, how):
     """A run killed again and again, in both phases, ends in the bits of one that was left alone."""
-    options = plan(case, steps=LONG, checkpoint_every=2 if how == signal.SIGKILL else 0, depth=4)
+    options = plan(case, steps=LONG, checkpoint_every=2 if how == signal.SIGKILL else 0, **SLOW)
     if case != "dense":
         options["switch_step"] = 25
     whole = lab.train("whole", **options)
@@ -271,8 +273,6 @@ def test_killed_runs_go_on_to_the_same_end(lab, case, how):
     for step in sorted(rng.sample(range(1, 24), 2) + [24, 25] + rng.sample(range(26, 37), 2)):
         code, output = kill_at(lab.command("killed", **options, resume=1), step, how, rng.uniform(0, 0.008))
         left = checkpoints(lab.folder / "killed")
-        if code == 0:  # it was faster than the signal
-            break
         if how == signal.SIGKILL:
             assert code == -how
         else:
@@ -280,7 +280,7 @@ def test_killed_runs_go_on_to_the_same_end(lab, case, how):
             reached = int(re.search(r"stopped by signal at step (\d+)", output).group(1))
             assert left[-1] == reached >= step
         interrupted.append(left[-1] if left else 0)
-    assert len(interrupted) >= 2
+    assert len(interrupted) == 6 and interrupted == sorted(interrupted)
     killed = lab.train("killed", **options, resume=1)
     assert model_bytes(killed) == model_bytes(whole)
     assert main_log(killed) == main_log(whole)
@@ -742,7 +742,7 @@ def test_default_geometry_fits_every_usual_length(lab):
     """topk and tile left to the program give valid settings, a tenth of the attention or less from 2048 tokens on."""
     generator = np.random.RandomState(0)
     path = write_shard(lab.folder / "long.bin", generator.randint(0, 256, 2 ** 17 + 1))
-    for length in [64, 128, 256, 1000 * 16, 512, 1024, 2048, 3072, 4096, 8192, 16384, 32768, 98304, 131072]:
+    for length in [128, 256, 1000 * 16, 512, 1024, 2048, 3072, 4096, 8192, 16384, 32768, 98304, 131072]:
         options = dict(train_data=path, seq_len=length, topk=None, tile=None, pool=None, levels=None)
         result = execute(lab.command("out", **options) + ["--dry-run"])
         assert result.code == 0, (length, result.err)
@@ -820,40 +820,41 @@ def test_decay_frac_bounds(lab):
             assert math.isclose(e["lr"], expected_rate("wsd", step, 20, 1e-3, 0.1, 4, decay), rel_tol=1e-8), step
 
 
-OUTLIER = dict(depth=1, steps=160, shuffle=0, dense_layers="none", learning_rate=3e-3, warmup_steps=0)
+OUTLIER = dict(depth=1, steps=260, shuffle=0, dense_layers="none", learning_rate=1e-2, lr_schedule="constant", warmup_steps=0)
 
 
 @pytest.mark.parametrize("option", ["skip_loss_z", "skip_grad_z"])
 def test_an_outlier_is_skipped(lab, option):
     """The one anomalous window, and no other, is passed over: no update, the moments too; resuming changes nothing."""
-    z = dict(skip_loss_z=6) if option == "skip_loss_z" else dict(skip_grad_z=3)
+    z = {option: 6}
     options = dict(OUTLIER, train_data=lab.data.outlier, program="dense", dense_layers=None)
     folder = lab.train("skipping", **options, **z, checkpoint_every=1, keep_last=12)
     steps = step_events(folder)
-    assert steps[150]["skipped"], steps[150]
-    assert [e["step"] for e in steps if e["skipped"]] == [151]
-    assert checkpoint_body(checkpoint(folder, 150)) == checkpoint_body(checkpoint(folder, 151)) != checkpoint_body(checkpoint(folder, 152))
+    assert steps[250]["skipped"], steps[248:252]
+    assert [e["step"] for e in steps if e["skipped"]] == [251]
+    bodies = [checkpoint_body(checkpoint(folder, step)) for step in (250, 251, 252)]
+    assert bodies[0] == bodies[1] != bodies[2]
     heedless = lab.train("heedless", **options)
     assert not any(e["skipped"] for e in step_events(heedless)) and model_bytes(heedless) != model_bytes(folder)
     resumed = lab.folder / "resumed"  # the detector's window is part of the state
     resumed.mkdir()
-    shutil.copy(checkpoint(folder, 149), resumed)
+    shutil.copy(checkpoint(folder, 249), resumed)
     lab.train("resumed", **options, **z, resume=1)
     assert model_bytes(resumed) == model_bytes(folder)
-    assert [e["step"] for e in events(resumed, "step") if e["skipped"]] == [151]
+    assert [e["step"] for e in events(resumed, "step") if e["skipped"]] == [251]
 
 
 def test_the_detector_starts_anew_at_the_switch(lab):
     """The jump of the loss at the switch is no outlier: for 128 steps after it none is called one, also after a resume."""
     options = dict(OUTLIER, train_data=lab.data.outlier, skip_loss_z=6)
     early = lab.train("early", **options, switch_step=10)
-    assert [e["step"] for e in step_events(early) if e["skipped"]] == [151]
-    late = lab.train("late", **options, switch_step=140, checkpoint_every=140, keep_last=0)
+    assert [e["step"] for e in step_events(early) if e["skipped"]] == [251]
+    late = lab.train("late", **options, switch_step=240, checkpoint_every=240, keep_last=0)
     assert not any(e["skipped"] for e in step_events(late))
     resumed = lab.folder / "resumed"
     resumed.mkdir()
-    shutil.copy(checkpoint(late, 140), resumed)
-    lab.train("resumed", **options, switch_step=140, resume=1)
+    shutil.copy(checkpoint(late, 240), resumed)
+    lab.train("resumed", **options, switch_step=240, resume=1)
     assert model_bytes(resumed) == model_bytes(late)
 
 
@@ -944,7 +945,7 @@ def test_logs(lab, table):
         p = total["phases"][phase]
         assert p["steps"] == count and p["tokens"] == count * 4 * T
         assert abs(p["seconds"] - sum(e["ms"] for e in steps if e["phase"] == phase) / 1e3) < 0.01
-        assert math.isclose(p["tokens_per_second"], p["tokens"] / p["seconds"], rel_tol=0.05)
+        assert abs(p["tokens"] / p["tokens_per_second"] - p["seconds"]) < 0.001
     assert abs(total["train_s"] - total["phases"]["lighthouse"]["seconds"] - total["phases"]["dense"]["seconds"]) < 0.01
 
     train, val = {}, {}
@@ -1243,7 +1244,7 @@ def test_bpe_by_hand(lab):
         "\n\nthe": [10, 10, rank["the"]],                  # the last line end is a word of its own
         "a\n\n": [ord("a"), rank["\n\n"]],
         "é": [rank["é"]],
-        "xxxxx": [rank["xxxx"], ord("x")],                 # xx xx x -> xxxx x
+        "xxxxx": [rank["xx"], rank["xxx"]],                # xx xx x: xxx is ranked below xxxx
         " xxx": [ord(" "), rank["xxx"]],                   # xx is ranked below " xx"
         "<|endoftext|>": list(b"<|endoftext|>"),           # text is never taken for the special token
     }
@@ -1312,6 +1313,7 @@ def test_two_processes_compute_what_one_does(lab, program):
     one = lab.train("one", **options, batch_size=2)
     result = execute(MPIRUN + lab.command("two", **options, batch_size=1))
     assert result.code == 0, result.err
+    assert "\033" not in result.out, "mpirun gives its first process a terminal; a file of its output must hold plain lines"
     two = lab.folder / "two"
 
     def close(a, b):
@@ -1328,7 +1330,7 @@ def test_two_processes_compute_what_one_does(lab, program):
         folder = lab.folder / name
         folder.mkdir()
         shutil.copy(checkpoint(source, 5), folder)
-        result = execute(start + lab.command(name, **options, resume=1))
+        result = execute(start + lab.command(name, **options, batch_size=1 if start else 2, resume=1))
         assert result.code == 0, result.err
         assert sorted(main_log(folder)) == [5, 6, 7, 8, 9]
         close(one, folder)
@@ -1345,9 +1347,9 @@ def test_two_processes_stop_together(lab):
     began = time.time()
     result = execute(MPIRUN + lab.command("bad", total_batch_size=T))
     assert result.code != 0 and "try 128" in result.err and time.time() - began < 20
-    options = dict(steps=LONG, switch_step=25, total_batch_size=2 * T, checkpoint_every=0, depth=4)
+    options = dict(SLOW, steps=LONG, switch_step=25, total_batch_size=24 * T, checkpoint_every=0)
     code, output = kill_at(MPIRUN + lab.command("killed", **options), 10, signal.SIGTERM, 0)
-    assert code != 0
+    assert code != 0, output
     stopped = checkpoints(lab.folder / "killed")
     assert len(stopped) == 1 and stopped[0] >= 10, output
     killed, whole = lab.train("killed", **options, resume=1), lab.train("whole", **options)
