@@ -209,8 +209,8 @@ CASES = {
 STEPS, SWITCH = 12, 7
 
 
-def plan(case, **more):
-    options = dict(steps=STEPS, val_data=None, val_every=5, val_batches=2, learning_rate=1e-2, **CASES[case])
+def plan(lab, case, **more):
+    options = dict(steps=STEPS, val_data=lab.data.val, val_every=5, val_batches=2, learning_rate=1e-2, **CASES[case])
     if options.get("program") != "dense":
         options["switch_step"] = SWITCH
     return dict(options, **more)
@@ -219,7 +219,7 @@ def plan(case, **more):
 @pytest.mark.parametrize("case", CASES)
 def test_resume_from_every_step(lab, case):
     """A resume from any step, before, at and after the switch, inside an epoch and across, ends in the same bits."""
-    options = plan(case, val_data=lab.data.val)
+    options = plan(lab, case)
     whole = lab.train("whole", **options, checkpoint_every=0)
     every = lab.train("every", **options, checkpoint_every=1, keep_last=0)
     assert checkpoints(whole) == [STEPS] and checkpoints(every) == list(range(1, STEPS + 1))
@@ -264,7 +264,7 @@ SLOW = dict(depth=4, channels=32, batch_size=12, total_batch_size=0)  # steps th
 @pytest.mark.parametrize("case", ["rope", "learned", "dense"])
 def test_killed_runs_go_on_to_the_same_end(lab, case, how):
     """A run killed again and again, in both phases, ends in the bits of one that was left alone."""
-    options = plan(case, steps=LONG, checkpoint_every=2 if how == signal.SIGKILL else 0, **SLOW)
+    options = plan(lab, case, steps=LONG, checkpoint_every=2 if how == signal.SIGKILL else 0, **SLOW)
     if case != "dense":
         options["switch_step"] = 25
     whole = lab.train("whole", **options)
@@ -287,6 +287,22 @@ def test_killed_runs_go_on_to_the_same_end(lab, case, how):
     assert checkpoint_body(checkpoint(killed, LONG)) == checkpoint_body(checkpoint(whole, LONG))
 
 
+def test_two_threads_repeat_their_bits(lab, monkeypatch):
+    """On two threads a run and its resume give the same bits each time, and one thread's losses to rounding."""
+    options = plan(lab, "rope", checkpoint_every=5, keep_last=0)
+    single = lab.train("single", **options)
+    monkeypatch.setitem(ENV, "OMP_NUM_THREADS", "2")
+    monkeypatch.setitem(ENV, "OMP_WAIT_POLICY", "passive")  # threads that spin would disturb other tests
+    runs = [lab.train(name, **options) for name in ("a", "b")]
+    runs.append(lab.folder / "resumed")
+    runs[2].mkdir()
+    shutil.copy(checkpoint(runs[0], 5), runs[2])
+    lab.train("resumed", **options, resume=1)
+    assert model_bytes(runs[0]) == model_bytes(runs[1]) == model_bytes(runs[2])
+    losses = [[float(v[0]) for _, v in sorted(main_log(f).items())] for f in (single, runs[0])]
+    assert np.allclose(*losses, rtol=1e-4)
+
+
 @pytest.mark.parametrize("positions", ["rope", "learned"])
 @pytest.mark.parametrize("program", ["lighthouse", "dense"])
 def test_recompute_levels_are_bit_equal(lab, program, positions):
@@ -297,6 +313,13 @@ def test_recompute_levels_are_bit_equal(lab, program, positions):
         models.append(model_bytes(lab.train(f"level_{level}", **options)))
     assert models[0] != model_bytes(lab.train("untrained", **dict(options, steps=0)))
     assert all(m == models[0] for m in models)
+
+
+def test_resume_of_nothing_is_a_new_run_that_says_so(lab):
+    """--resume 1 in an empty folder starts from the beginning, and says that it found nothing to resume."""
+    result = lab.run("run", steps=2, resume=1)
+    assert result.code == 0 and "no checkpoint in" in result.out
+    assert model_bytes(lab.folder / "run") == model_bytes(lab.train("plain", steps=2))
 
 
 def test_resume_of_a_finished_run_trains_no_more(lab):
@@ -385,7 +408,8 @@ def test_no_whole_checkpoint_is_an_error(lab, saved):
 def test_other_files_in_the_folder_are_left_alone(lab, saved):
     """Leftovers of killed writes and names that only resemble a checkpoint's are neither read nor removed."""
     def litter(path):
-        for name in ["ckpt_00000009.bin.partial", "ckpt_00000009.bin.bak", "ckpt_.bin", "ckpt_00000009", "xckpt_00000009.bin", "model.bin.partial"]:
+        for name in ["ckpt_00000009.bin.partial", "ckpt_00000009.bin.bak", "ckpt_.bin", "ckpt_00000009", "ckpt_9.bin", "ckpt_-0000009.bin",
+                     "xckpt_00000009.bin", "model.bin.partial"]:
             (path.parent / name).write_bytes(b"rubbish")
     folder, result = resumed_from(lab, saved, "run", litter)
     assert result.code == 0 and "warning" not in result.out
@@ -1192,6 +1216,14 @@ def test_samples_of_a_trained_model(lab):
                       sample_top_k=1)
     assert float(main_log(model)[149][0]) < 0.1
     assert events(model, "sample")[-1]["text"] == "abcdefghijklmnopqrstuvw"
+
+
+def test_a_sample_may_hold_the_byte_zero(lab):
+    """Byte 0 is a token like any other: it ends no text, neither the sample's nor what follows it."""
+    silent = write_tokenizer(lab.folder / "zero.bin", [b"\0x"] * 256 + [b"<|endoftext|>"], 256)
+    folder = lab.train("run", steps=8, sample_every=1, sample_tokens=6, tokenizer=silent)
+    texts = [e["text"] for e in events(folder, "sample")]
+    assert max(map(len, texts)) == 12 and all(text == "\ufffdx" * (len(text) // 2) for text in texts)
 
 
 def test_a_prompt_that_does_not_fit_is_refused(lab):
