@@ -1,8 +1,8 @@
 // Proves that our Lighthouse attention is the authors': against vectors made by their PyTorch release (fp32, no RoPE,
 // tile 128), the selection is equal entry by entry, the output and the three gradients to 1e-5 relative l2.
 //
-//   g++ -std=c++17 -O3 -march=native -fopenmp -DCPU_BACKEND -DUSE_CBLAS dev/test_golden.cpp -o build/test_golden \
-//       -lopenblas
+//   flags="-std=c++17 -O3 -march=native -fopenmp -DCPU_BACKEND -DUSE_CBLAS"
+//   g++ $flags dev/test_golden.cpp -o build/test_golden -lopenblas
 //   build/test_golden dev/vectors/*.bin
 //
 // A file: int32[64] header (20260506, 1, B, N, H, D, L, p, k, S); float32 q, k, v, dout, each (B,N,H,D); int32 index
@@ -60,14 +60,14 @@ static void test_file(const char* path) {
     snprintf(why, sizeof(why), "B, N, H and D are at least 1");
     if (B < 1 || T < 1 || H < 1 || D < 1 ||
         !lighthouse_shape(&s, T, H, D, header[6], header[7], header[8], 128, why, sizeof(why))) {
-        snprintf(figures, sizeof(figures), "B %d, N %lld, H %d, D %d is no valid shape: %s", B, (long long)T, H, D, why);
+        snprintf(figures, sizeof(figures), "B %d, N %d, H %d, D %d is no valid shape: %s", B, header[3], H, D, why);
         fclose(file);
         return report(false, path, figures);
     }
     size_t tokens = (size_t)B * T, elements = tokens * H * D, indices = (size_t)B * H * s.S;
     int64_t expected_size = sizeof(header) + (8 * elements + indices) * 4;
     if (header[9] != s.S || size != expected_size) {
-        snprintf(figures, sizeof(figures), "S %d, %lld bytes; by the shape in its header S is %lld, the size %lld bytes",
+        snprintf(figures, sizeof(figures), "S %d, %lld bytes; by its header's shape S is %lld, the size %lld bytes",
                  header[9], (long long)size, (long long)s.S, (long long)expected_size);
         fclose(file);
         return report(false, path, figures);
