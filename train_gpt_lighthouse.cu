@@ -216,9 +216,11 @@ static bool lighthouse_shape(LighthouseShape* s, int64_t T, int H, int D, int le
         return false;
     }
     if (T / unit < tile) {
-        snprintf(why, why_size,
-                 "a tile has %lld coarsest entries, fewer than tile = %d: lower topk to at most %lld, or levels or pool",
-                 (long long)(T / unit), tile, (long long)(T / coarse / tile * tile));
+        int64_t most = T / coarse / tile * tile;
+        char fewer[64] = "";
+        if (most > 0) snprintf(fewer, sizeof fewer, "topk to at most %lld, or ", (long long)most);
+        snprintf(why, why_size, "a tile has %lld coarsest entries, fewer than tile = %d: lower %stile, levels or pool",
+                 (long long)(T / unit), tile, fewer);
         return false;
     }
     s->T = T; s->H = H; s->D = D;
@@ -615,6 +617,22 @@ static void loader_sequence(const Loader* d, int64_t i, int* inputs, int* target
         inputs[t] = shard_token(s, w * d->T + t);
         targets[t] = shard_token(s, w * d->T + t + 1);
     }
+}
+
+// Tells other data of the same size apart: a checksum of the first tokens of windows from everywhere. It does not depend on
+// how the tokens are cut into shards.
+static uint64_t loader_fingerprint(const Loader* d) {
+    const int64_t samples = 1024, length = d->T < 64 ? d->T : 64;
+    int* tokens = (int*)host_alloc(samples * length * sizeof(int));
+    for (int64_t i = 0; i < samples; i++) {
+        int64_t w = (int64_t)((double)i / samples * d->windows);
+        const Shard* s = d->shards;
+        while (w >= s->windows) w -= (s++)->windows;
+        for (int64_t t = 0; t < length; t++) tokens[i * length + t] = shard_token(s, w * d->T + t);
+    }
+    uint64_t sum = checksum(tokens, samples * length * sizeof(int));
+    free(tokens);
+    return sum;
 }
 
 // ===================================================================================================================
@@ -1165,6 +1183,7 @@ struct RunState {
     double phase_s[2];
     Detector loss, norm;
     int64_t seq_len, total_batch, windows, seed, shuffle;  // what must not change in a resume
+    uint64_t data;                                         // loader_fingerprint
 };
 
 struct CheckpointHeader {
@@ -1189,6 +1208,26 @@ static void model_header(int32_t* h, const Dims* d, int64_t step) {
     h[9] = (int32_t)step;
 }
 
+// The state and the chunks' checksums behind a checkpoint's header, to be freed, into *front. Returns NULL or what is wrong.
+static char* checkpoint_front(int fd, const char* path, const CheckpointHeader* h, char** front) {
+    size_t bytes = h->state_bytes + h->chunks * 8;
+    *front = (char*)host_alloc(bytes);
+    read_at(fd, *front, bytes, sizeof *h, path);
+    return h->state_checksum == checksum(*front, bytes) ? NULL : text("%s is damaged: wrong checksum of the run's state", path);
+}
+
+// Reads and checks chunk i of a checkpoint's body. Returns NULL or what is wrong.
+static char* checkpoint_chunk(int fd, const char* path, const CheckpointHeader* h, const char* front, int64_t i, char* buffer,
+                              int64_t* bytes) {
+    int64_t body = h->file_bytes - h->weights_offset, at = h->weights_offset + i * CHUNK;
+    *bytes = body - i * CHUNK < CHUNK ? body - i * CHUNK : CHUNK;
+    uint64_t sum;
+    memcpy(&sum, front + h->state_bytes + 8 * i, 8);
+    read_at(fd, buffer, *bytes, at, path);
+    return sum == checksum(buffer, *bytes) ? NULL : text("%s is damaged: wrong checksum of bytes %lld to %lld", path, (long long)at,
+                                                         (long long)(at + *bytes));
+}
+
 // Reads and checks the header of a model file or checkpoint. Returns where the weights begin; *bf16: 2-byte weights.
 static int64_t model_file_open(const char* path, int* fd, Dims* d, bool* bf16) {
     *fd = open_to_read(path);
@@ -1201,6 +1240,8 @@ static int64_t model_file_open(const char* path, int* fd, Dims* d, bool* bf16) {
     if (h[0] == CHECKPOINT_MAGIC) {
         read_at(*fd, &c, sizeof c, 0, path);
         if (c.header_checksum != checksum(&c, sizeof c - 8)) fatal("%s: the header's checksum is wrong: the file is damaged", path);
+        if (file_size(*fd, path) != c.file_bytes) fatal("%s is cut: %lld bytes of %lld", path, (long long)file_size(*fd, path),
+                                                        (long long)c.file_bytes);
         memcpy(h, c.model, sizeof h);
         offset = c.weights_offset;
     }
@@ -1238,7 +1279,19 @@ static void model_load(Model* m, const char* path) {
     bool bf16;
     int64_t offset = model_file_open(path, &fd, &d, &bf16), n = m->parameters;
     float* host = (float*)host_alloc(n * sizeof(float));
-    read_at(fd, host, n * (bf16 ? 2 : 4), offset, path);
+    CheckpointHeader h;
+    read_at(fd, &h.magic, sizeof h.magic, 0, path);
+    if (h.magic == CHECKPOINT_MAGIC) {
+        read_at(fd, &h, sizeof h, 0, path);
+        char *front, *buffer = (char*)host_alloc(CHUNK), *why = checkpoint_front(fd, path, &h, &front);
+        int64_t bytes, all = n * sizeof(float);
+        for (int64_t i = 0; !why && i * CHUNK < all; i++) {
+            why = checkpoint_chunk(fd, path, &h, front, i, buffer, &bytes);
+            memcpy((char*)host + i * CHUNK, buffer, all - i * CHUNK < bytes ? all - i * CHUNK : bytes);
+        }
+        if (why) fatal("%s", why);
+        free(front); free(buffer);
+    } else read_at(fd, host, n * (bf16 ? 2 : 4), offset, path);
     if (bf16) {  // widen from the end, in place: a bf16 is the upper half of a float
         for (int64_t i = n - 1; i >= 0; i--) {
             uint32_t bits = (uint32_t)((uint16_t*)host)[i] << 16;
@@ -1357,7 +1410,7 @@ static char* checkpoint_read(Model* m, const char* path, RunState* state) {
     if (fd < 0) return text("%s: %s", path, strerror(errno));
     CheckpointHeader h;
     char *front = NULL, *buffer = NULL, *why = NULL;
-    int64_t size = file_size(fd, path), body = 3 * m->parameters * sizeof(float);
+    int64_t size = file_size(fd, path);
     if (size < (int64_t)sizeof h) why = text("%s is cut: %lld bytes, less than a header", path, (long long)size);
     if (!why) read_at(fd, &h, sizeof h, 0, path);
     if (!why && (h.magic != CHECKPOINT_MAGIC || h.version != CHECKPOINT_VERSION))
@@ -1375,20 +1428,11 @@ static char* checkpoint_read(Model* m, const char* path, RunState* state) {
               h.model[1] > 100 ? "rope" : "learned", (long long)m->dims.maxT, m->dims.V, m->dims.L, m->dims.NH, m->dims.C,
               m->dims.rope ? "rope" : "learned", path);
     if (!why) {
-        size_t front_bytes = sizeof(RunState) + h.chunks * 8;
-        front = (char*)host_alloc(front_bytes);
         buffer = (char*)host_alloc(CHUNK);
-        read_at(fd, front, front_bytes, sizeof h, path);
-        if (h.state_checksum != checksum(front, front_bytes)) why = text("%s is damaged: wrong checksum of the run's state", path);
-        for (int64_t i = 0; !why && i < h.chunks; i++) {
-            int64_t n = body - i * CHUNK < CHUNK ? body - i * CHUNK : CHUNK;
-            uint64_t sum;
-            memcpy(&sum, front + sizeof(RunState) + 8 * i, 8);
-            read_at(fd, buffer, n, h.weights_offset + i * CHUNK, path);
-            if (sum != checksum(buffer, n))
-                why = text("%s is damaged: wrong checksum of bytes %lld to %lld", path, (long long)(h.weights_offset + i * CHUNK),
-                           (long long)(h.weights_offset + i * CHUNK + n));
-            else checkpoint_body(m, buffer, i * CHUNK, n, true);
+        why = checkpoint_front(fd, path, &h, &front);
+        for (int64_t i = 0, n; !why && i < h.chunks; i++) {
+            why = checkpoint_chunk(fd, path, &h, front, i, buffer, &n);
+            if (!why) checkpoint_body(m, buffer, i * CHUNK, n, true);
         }
         if (!why) memcpy(state, front, sizeof(RunState));
     }
@@ -1409,8 +1453,10 @@ static int64_t* checkpoint_list(const char* dir, int* count) {
     DIR* d = opendir(dir);
     for (struct dirent* e; d && (e = readdir(d));) {
         long long step;
-        int end = 0;
-        if (sscanf(e->d_name, "ckpt_%lld.bin%n", &step, &end) != 1 || !end || e->d_name[end]) continue;
+        if (sscanf(e->d_name, "ckpt_%lld.bin", &step) != 1 || step < 0) continue;
+        char name[64];
+        snprintf(name, sizeof name, "ckpt_%08lld.bin", step);
+        if (strcmp(name, e->d_name)) continue;
         steps = (int64_t*)realloc(steps, (*count + 1) * sizeof(int64_t));
         steps[(*count)++] = step;
     }
@@ -1421,11 +1467,13 @@ static int64_t* checkpoint_list(const char* dir, int* count) {
 
 static char* checkpoint_path(const Config* c, int64_t step) { return text("%s/ckpt_%08lld.bin", c->out_dir, (long long)step); }
 
-static void checkpoint_prune(const Config* c) {
-    int count;
+// Later steps than the one just written can only be damaged files that the resume passed over: they do not count.
+static void checkpoint_prune(const Config* c, int64_t written) {
+    int count, later = 0;
     int64_t* steps = checkpoint_list(c->out_dir, &count);
-    for (int i = 0; c->keep_last > 0 && i < count; i++) {
-        if (i < c->keep_last || (c->keep_every && steps[i] % c->keep_every == 0)) continue;
+    while (later < count && steps[later] > written) later++;
+    for (int i = later; c->keep_last > 0 && i < count; i++) {
+        if (i - later < c->keep_last || (c->keep_every && steps[i] % c->keep_every == 0)) continue;
         char* path = checkpoint_path(c, steps[i]);
         unlink(path);
         free(path);
@@ -1581,7 +1629,6 @@ static char* sample(Model* m, const Config* c, const Tokenizer* k, int64_t step)
     float* sorted = (float*)host_alloc(V * sizeof(float));
     for (int64_t t = 0; t < T; t++) tokens[t] = k->end_of_text;
     int encoded = tokenizer_encode(k, c->prompt, tokens + 1, (int)T - 1);
-    if (encoded < 0) fatal("--prompt \"%s\" has a byte that the tokenizer has no token for", c->prompt);
     int64_t length = 1 + encoded, end = length + c->sample_tokens < T ? length + c->sample_tokens : T;
     char* out = text("%s", c->prompt);
     size_t out_length = strlen(out);
@@ -1613,7 +1660,8 @@ static char* sample(Model* m, const Config* c, const Tokenizer* k, int64_t step)
         tokens[length] = next;
         if (next >= k->count) continue;  // an id of the padding of a file that holds fewer tokens than the vocabulary
         out = (char*)realloc(out, out_length + k->length[next] + 1);
-        memcpy(out + out_length, k->piece[next], k->length[next]);
+        for (int i = 0; i < k->length[next]; i++)  // a C string has no byte 0: 0xFF is no text either
+            out[out_length + i] = k->piece[next][i] ? k->piece[next][i] : (char)0xFF;
         out_length += k->length[next];
         out[out_length] = 0;
     }
@@ -1628,14 +1676,24 @@ struct Logs {
     bool terminal;  // standard output is one: draw the bar
 };
 
+// Opens a log to append to. A last line that a crash or a full disk cut off is ended, so that it spoils no other.
+static FILE* log_open(const char* path) {
+    FILE* f = fopen(path, "a+");
+    if (!f) fatal("cannot write %s: %s", path, strerror(errno));
+    if (!fseek(f, -1, SEEK_END) && fgetc(f) != '\n') {
+        fseek(f, 0, SEEK_END);  // between reading and writing
+        fputc('\n', f);
+    }
+    return f;
+}
+
 static Logs logs_open(const Config* c) {
     Logs g = {NULL, NULL, false};
     if (procs.rank) return g;
     char *main_path = text("%s/main.log", c->out_dir), *json_path = text("%s/log.jsonl", c->out_dir);
-    g.main = fopen(main_path, "a");
-    g.jsonl = fopen(json_path, "a");
-    if (!g.main || !g.jsonl) fatal("cannot write %s: %s", g.main ? json_path : main_path, strerror(errno));
-    g.terminal = isatty(STDOUT_FILENO);
+    g.main = log_open(main_path);
+    g.jsonl = log_open(json_path);
+    g.terminal = isatty(STDOUT_FILENO) && isatty(STDERR_FILENO);  // under mpirun the first is one even when it ends in a file
     free(main_path); free(json_path);
     return g;
 }
@@ -1768,6 +1826,7 @@ static void parse_options(Config* c, int argc, char** argv) {
     if (!known) fatal("--lr-schedule is \"%s\"; it must be cosine, linear, constant or wsd", c->lr_schedule);
     if (strcmp(c->positions, "rope") && strcmp(c->positions, "learned"))
         fatal("--positions is \"%s\"; it must be rope or learned", c->positions);
+    if (!*c->out_dir) fatal("--out-dir is empty; it must be a directory");
 }
 
 static bool given(const char* name) {
@@ -1806,7 +1865,7 @@ static Dims choose_dims(const Config* c, int64_t largest_id, bool* from_file) {
     d.NH = c->heads ? (int)c->heads : descriptors[known].heads;
     d.V = (int)c->vocab_size;
     if (d.V == 0) d.V = largest_id < 257 ? 257 : 50257;
-    if (largest_id >= d.V) fatal("the data holds token ids up to %lld, more than GPT-2's 50257: give --vocab-size", (long long)largest_id);
+    if (c->vocab_size == 0 && largest_id >= d.V) fatal("the data holds token ids up to %lld, more than GPT-2's 50257: give --vocab-size", (long long)largest_id);
     d.Vp = (d.V + 127) / 128 * 128;
     d.maxT = c->seq_len;
     d.rope = !strcmp(c->positions, "rope");
@@ -1851,9 +1910,9 @@ static void choose_lighthouse_layers(Model* m, const Config* c) {
 
 // The rate of the device's own matrix product at this model's widest layer: what MFU is measured against. The weights
 // themselves serve as random input: zeros would run faster than real data.
-static double measure_device(Model* m) {
+static double measure_device(Model* m, int64_t T) {
     int C = m->dims.C;
-    int64_t N = (int64_t)m->dims.L * 4 * C, room = (m->arena.base ? activations_bytes(m, {1, m->dims.maxT, DENSE, false, 0}) : 0);
+    int64_t N = (int64_t)m->dims.L * 4 * C, room = activations_bytes(m, {1, T, DENSE, false, 0});  // the arena is no smaller
     if (N > 8192) N = 8192;
     if (N > room / (int64_t)(4 * C * sizeof(floatX))) N = room / (4 * C * sizeof(floatX));
     double best = INFINITY, began = seconds();
@@ -2001,6 +2060,9 @@ static void setup(Trainer* t, int argc, char** argv) {
               (long long)c->total_batch_size, (long long)micro, (long long)(ceil_div(c->total_batch_size, micro) * micro));
     t->accumulation = c->total_batch_size / micro;
     t->steps = c->steps >= 0 ? c->steps : t->train.windows * c->seq_len / c->total_batch_size;
+    if (t->steps == 0 && c->steps < 0)
+        fatal("one epoch, %lld tokens, is less than one step of %lld: lower --total-batch-size, or give --steps",
+              (long long)(t->train.windows * c->seq_len), (long long)c->total_batch_size);
     if (c->warmup_steps > t->steps)
         fatal("--warmup-steps is %lld, more than the run's %lld steps", (long long)c->warmup_steps, (long long)t->steps);
     t->switch_step = parse_switch_step(c, t->steps);
@@ -2024,6 +2086,13 @@ static void setup(Trainer* t, int argc, char** argv) {
         if (!tokenizer_open(&t->tokenizer, path, dims.V))
             fatal("cannot read the tokenizer %s: %s. --tokenizer names it; --sample-every 0 does without", path, strerror(errno));
         free(path);
+        int room = (int)strlen(c->prompt) + 1, *ids = (int*)host_alloc(room * sizeof(int));
+        int encoded = tokenizer_encode(&t->tokenizer, c->prompt, ids, room);
+        free(ids);
+        if (encoded < 0) fatal("--prompt \"%s\" has a byte that the tokenizer has no token for", c->prompt);
+        if (1 + encoded >= c->seq_len)
+            fatal("--prompt has %d tokens and begins after one more, which leaves no room for a new token in seq-len %lld: shorten it",
+                  encoded, (long long)c->seq_len);
     }
 
     int64_t sample_T = sample_length(c);
@@ -2061,6 +2130,7 @@ static void setup(Trainer* t, int argc, char** argv) {
         }
         s->seq_len = c->seq_len; s->total_batch = c->total_batch_size;
         s->windows = t->train.windows; s->seed = c->seed; s->shuffle = c->shuffle;
+        s->data = loader_fingerprint(&t->train);
     }
     #define UNCHANGED(field, now, what) if (s->field != (now)) fatal("%s was made with %s %lld, now it is %lld: a resumed run " \
         "continues the same sequence of batches, so restore it, or start a new run from its weights with --model %s", path, what, \
@@ -2071,13 +2141,17 @@ static void setup(Trainer* t, int argc, char** argv) {
     UNCHANGED(seed, c->seed, "seed");
     UNCHANGED(shuffle, c->shuffle, "shuffle");
     #undef UNCHANGED
+    if (s->data != loader_fingerprint(&t->train))
+        fatal("%s was made with other training data than %s: a resumed run continues the same sequence of batches, so restore it, or "
+              "start a new run from its weights with --model %s", path, c->train_data, path);
     if (s->step > t->steps)
         fatal("%s is at step %lld, past the %lld steps asked for", path, (long long)s->step, (long long)t->steps);
     t->wall_before = s->wall_s;
-    t->device_flops = measure_device(m);
+    t->device_flops = measure_device(m, c->seq_len);
     say("speed       %.4g TFLOP/s measured in a matrix product of this model: 100%% MFU\n", t->device_flops * 1e-12);
     t->logs = logs_open(c);
     log_configuration(t, &plan, device);
+    if (c->resume && !resumed) say("no checkpoint in %s: a new run\n", c->out_dir);
     if (resumed) {
         say("resuming from %s at step %lld\n", path, (long long)s->step);
         char* json = json_string(path);
@@ -2112,7 +2186,7 @@ static void save_checkpoint(Trainer* t) {
     char* path = checkpoint_path(c, t->state.step);
     if (procs.rank == 0) {
         checkpoint_write(&t->model, path, &t->state);
-        checkpoint_prune(c);
+        checkpoint_prune(c, t->state.step);
     }
     barrier();
     progress_clear(&t->logs);
@@ -2270,7 +2344,7 @@ int main(int argc, char** argv) {
             return 128 + (stop_signal ? stop_signal : SIGTERM);
         }
     }
-    val_loss = validate(t, phase_at(t, t->steps - 1));
+    val_loss = validate(t, phase_at(t, t->steps > 0 ? t->steps - 1 : 0));
     if (c->sample_every) write_sample(t);
     finish(t, val_loss);
     processes_end();
