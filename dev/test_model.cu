@@ -1,14 +1,32 @@
 // Proves that the whole model's loss, logits and every gradient, dense and under Lighthouse, agree with PyTorch's, for every
 // recompute level; and that all recompute levels give the same bits. Reference files are made by dev/oracle.py.
 //   make build/test_model && build/test_model FILE...
-// On the CPU (fp32) the bound is 1e-5 of each tensor's norm: the oracle computes in fp64, the deepest sums here are fp32.
+// The bounds are shares of each tensor's norm; the oracle computes in fp64. fp32: 1e-5 on the CPU, 1e-4 on the GPU, whose fast
+// exponentials differ more. bf16 rounds weights and activations to 2^-9: 0.03 for dense attention; under Lighthouse the
+// rounding turns close calls of the selection round, so there only the loss is compared, to 1%.
 #define TRAINER_NO_MAIN
 #include "../train_gpt_lighthouse.cu"
 
+#ifdef CPU_BACKEND
 static const double BOUND = 1e-5;
+#else
+static const double BOUND = sizeof(floatX) == 4 ? 1e-4 : 0.03;
+#endif
 static const char* tensor_name[TENSORS] = {"wte", "wpe", "ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb",
                                            "ln2w", "ln2b", "fcw", "fcb", "fcprojw", "fcprojb", "lnfw", "lnfb"};
 static int passed = 0, failed = 0;
+
+static void poison(void* p, size_t bytes) {  // NaN: whatever is read must have been written
+#ifdef CPU_BACKEND
+    memset(p, 0xFF, bytes);
+#else
+    cudaCheck(cudaMemsetAsync(p, 0xFF, bytes, main_stream));
+#endif
+}
+
+static bool same_loss(double mine, double reference) {
+    return fabs(mine - reference) < (sizeof(floatX) == 4 ? BOUND : 0.01) * reference;
+}
 
 static void check(bool ok, const char* name, const char* figures) {
     printf("%s %s: %s\n", ok ? "ok  " : "FAIL", name, figures);
@@ -71,12 +89,13 @@ static void test_file(const char* path) {
         model_logits(m, 0, N, out);
         double error = relative_error(out, logits[phase], N * V);
         double loss = model_head(m, batch + N, eval, 0) / N;
-        check(error < BOUND && fabs(loss - reference[1 + phase]) < BOUND, text("%s %s forward", path, kind),
+        bool compare = sizeof(floatX) == 4 || phase == DENSE;
+        check((error < BOUND || !compare) && same_loss(loss, reference[1 + phase]), text("%s %s forward", path, kind),
               text("loss %.6f, PyTorch %.6f; logits differ by %.1e", loss, reference[1 + phase], error));
         free(out);
         for (int level = 0; level <= 4; level++) {
             Run r = {(int)B, T, (Phase)phase, true, level};
-            memset(m->arena.base, 0xFF, plan_part(&plan, "activations"));  // NaN: whatever is read must have been written
+            poison(m->arena.base, plan_part(&plan, "activations"));
             device_zero(m->grads, n * 4);
             loss = model_micro_step(m, batch, batch + N, r, 1.0f / N) / N;
             copy_to_host(mine, m->grads, n * 4);
@@ -86,9 +105,9 @@ static void test_file(const char* path) {
                     if (m->size[t] == 0) continue;
                     double e = relative_error(mine + m->offset[t], grads[phase] + m->offset[t], m->size[t]);
                     if (!(e <= worst)) worst = e;
-                    if (!(e < BOUND)) printf("     gradient of %s differs by %.1e\n", tensor_name[t], e);
+                    if (!(e < BOUND) && compare) printf("     gradient of %s differs by %.1e\n", tensor_name[t], e);
                 }
-                check(worst < BOUND && fabs(loss - reference[1 + phase]) < BOUND, text("%s %s gradients", path, kind),
+                check((worst < BOUND || !compare) && same_loss(loss, reference[1 + phase]), text("%s %s gradients", path, kind),
                       text("the worst of %d tensors differs by %.1e", m->dims.rope ? TENSORS - 1 : TENSORS, worst));
                 memcpy(first, mine, n * 4);
             } else {
@@ -100,6 +119,10 @@ static void test_file(const char* path) {
 
 int main(int argc, char** argv) {
     if (argc < 2) fatal("usage: %s FILE...: reference files made by dev/oracle.py", argv[0]);
+    device_open(0);
+#ifndef CPU_BACKEND
+    sdpa_deterministic = true;
+#endif
     for (int i = 1; i < argc; i++) test_file(argv[i]);
     printf("%d passed, %d failed\n", passed, failed);
     return failed != 0;
