@@ -40,21 +40,22 @@ static float* allocate_floats(size_t count) { return (float*)allocate(count, siz
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // exp of x <= 0 to 1e-7 relative, without branches or calls, so that the loops round it vectorize. x = i ln2 + f with
-// |f| at most ln2/2: 2^i goes into the exponent bits, e^f is a polynomial. Exponent bits 0 make the result 0 below
-// x = -87.7; x is held at -88 by bit masks because the compiler turns a conditional here into a branch. NaN stays NaN.
-// (The test build, in which float is double, takes the library's.)
+// |f| at most ln2/2: 2^i goes into the exponent bits, e^f is a polynomial. Adding 1.5 2^23 rounds to an integer, which
+// then stands in the lowest bits. Exponent bits 0 make the result 0 below x = -87.7; x is held at -88 by bit masks
+// because the compiler turns a conditional here into a branch. NaN stays NaN. (The test build, whose float is double,
+// takes the library's.)
 static inline float exp_fast(float x) {
     if (sizeof(float) == sizeof(double)) return std::exp(x);
-    union { float value; int32_t bits; } c, lowest, power;
+    union { float value; uint32_t bits; } c, lowest, exponent, power;
     c.value = x;
     lowest.value = -88.0f;
-    int32_t below = -(int32_t)(x < -88.0f);
+    uint32_t below = -(uint32_t)(x < -88.0f);
     c.bits = (c.bits & ~below) | (lowest.bits & below);
-    int32_t biased = (int32_t)(c.value * 1.44269504f + 127.5f);
-    float i = (float)(biased - 127);
+    exponent.value = c.value * 1.44269504f + (12582912.0f + 127.0f);
+    float i = exponent.value - (12582912.0f + 127.0f);
     float f = (c.value - i * 0.693145752f) - i * 1.42860682e-6f;
     float g = 0.49999993f + f * (0.16666521f + f * (0.041668388f + f * (0.0083687169f + f * 0.0013814598f)));
-    power.bits = biased << 23;
+    power.bits = exponent.bits << 23;
     return (1.0f + f + f * f * g) * power.value;
 }
 
