@@ -858,6 +858,8 @@ def test_an_outlier_is_skipped(lab, option):
     assert [e["step"] for e in steps if e["skipped"]] == [251]
     bodies = [checkpoint_body(checkpoint(folder, step)) for step in (250, 251, 252)]
     assert bodies[0] == bodies[1] != bodies[2]
+    done = struct.unpack("<3q", checkpoint(folder, 260).read_bytes()[4096:4120])  # the state begins with these three
+    assert done == (260, 260, 259), "a skipped step moves on in the data, but is no update for AdamW's bias correction"
     heedless = lab.train("heedless", **options)
     assert not any(e["skipped"] for e in step_events(heedless)) and model_bytes(heedless) != model_bytes(folder)
     resumed = lab.folder / "resumed"  # the detector's window is part of the state
@@ -892,6 +894,31 @@ def test_gradient_clipping(lab):
     start = ModelFile(model_bytes(lab.train("start", steps=0)))
     moved = [np.abs(ModelFile(model_bytes(folder)).qkvw - start.qkvw).mean() for folder in (off, low)]
     assert moved[1] < moved[0] / 5
+
+
+def test_weight_decay_falls_on_the_matrices(lab):
+    """One step with decay differs from one without by lr * decay * weight in the matrices, and in nothing else."""
+    start = ModelFile(model_bytes(lab.train("start", steps=0, positions="learned")))
+    options = dict(steps=1, learning_rate=0.01, warmup_steps=0, positions="learned")
+    without, decayed = (ModelFile(model_bytes(lab.train(f"d{d}", **options, weight_decay=d))) for d in (0, 1))
+    for name in ["wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw"]:
+        difference = getattr(without, name) - getattr(decayed, name)
+        assert np.allclose(difference, 0.01 * getattr(start, name), atol=1e-7, rtol=1e-3), name
+    for name in ["ln1w", "ln1b", "qkvb", "attprojb", "ln2w", "ln2b", "fcb", "fcprojb", "lnfw", "lnfb"]:
+        assert (getattr(without, name) == getattr(decayed, name)).all(), name
+
+
+@pytest.mark.parametrize("program", ["lighthouse", "dense"])
+def test_accumulation_is_a_larger_batch(lab, program):
+    """Six sequences a step as 1, 2, 3 or 6 micro-steps train alike, to rounding: the same sequences, each counted once."""
+    options = dict(program=program, steps=8, total_batch_size=6 * T, learning_rate=1e-2, train_data=lab.data.large)
+    curves = []
+    for batch in (6, 3, 2, 1):
+        log = main_log(lab.train(f"batch_{batch}", **options, batch_size=batch))
+        curves.append([[float(loss), float(norm)] for loss, _, norm in log.values()])
+    for curve in curves[1:]:
+        assert np.allclose(curve, curves[0], rtol=2e-4), np.array(curve) - curves[0]
+    assert len({loss for loss, _ in curves[0]}) == 8
 
 
 def broken_model(lab, value=math.nan):
