@@ -3,17 +3,22 @@
 
 CXX = g++
 CXXFLAGS = -std=c++17 -O3 -Wall -Wextra -Wno-missing-field-initializers -Wno-unused-function
-TRAINERS = train_gpt_lighthouse_cpu train_gpt_dense_cpu
+CPU_TRAINERS = train_gpt_lighthouse_cpu train_gpt_dense_cpu
+GPU_TRAINERS = train_gpt_lighthouse train_gpt_dense
 CPU_TESTS = build/test_ops build/test_ops_double build/test_units build/test_model build/test_golden
 GOLDEN = $(wildcard dev/vectors/*.bin)
 PYTHON = .venv/bin/python
 
-.PHONY: all help quickstart test test_golden deps deps-test clean found
-all: found $(TRAINERS)
+GPU_TESTS = build/test_gpu_ops build/test_gpu_ops_fp32 build/test_gpu_attention build/test_gpu_attention_fp32 \
+            build/test_gpu_model build/test_gpu_model_fp32
+
+.PHONY: all cpu help quickstart test test-gpu sanitize test_golden deps deps-test clean found
+all: cpu $(if $(NVCC),$(GPU_TRAINERS))
+cpu: found $(CPU_TRAINERS)
 
 # What the machine has. It is looked at on every make, and what depends on it is rebuilt only when it has changed.
 ifneq ($(filter-out help clean deps deps-test quickstart test,$(or $(MAKECMDGOALS),all)),)
-ifneq ($(shell mkdir -p build && CXX="$(CXX)" scripts/probe > build/config.new && \
+ifneq ($(shell mkdir -p build && CXX="$(CXX)" GPU_COMPUTE_CAPABILITY="$(GPU_COMPUTE_CAPABILITY)" scripts/probe > build/config.new && \
         (cmp -s build/config.new build/config.mk || cp build/config.new build/config.mk) && echo ok),ok)
 $(error scripts/probe failed)
 endif
@@ -25,6 +30,7 @@ found:
 	@echo "OpenMP    $(PROBE_OPENMP)"
 	@echo "BLAS      $(PROBE_BLAS)"
 	@echo "MPI       $(PROBE_MPI)"
+	@echo "CUDA      $(PROBE_CUDA)"
 
 # Each program is one source file; the compiler itself lists the files that it includes.
 CPU_COMPILE = $(CXX) $(CXXFLAGS) $(MARCH) $(OPENMP) -DCPU_BACKEND $(BLAS_FLAGS) $(MPI_FLAGS) -MMD -MP -MF build/$(@F).d -MT $@
@@ -36,6 +42,20 @@ build/%: dev/%.cu build/config.mk
 	$(CPU_COMPILE) -x c++ $< -o $@ $(CPU_LINK)
 build/%: dev/%.cpp build/config.mk
 	$(CPU_COMPILE) $< -o $@ $(CPU_LINK)
+
+# The GPU programs run in one process until NCCL carries their collectives, so they are built without MPI.
+GPU_COMPILE = $(NVCC) -std=c++17 -O3 -lineinfo $(GENCODE) -Xcompiler "-O3 $(OPENMP)" -MMD -MP -MF build/$(@F).d -MT $@
+GPU_LINK = -lcublasLt -lcudnn
+$(GPU_TRAINERS): %: %.cu build/config.mk
+	$(GPU_COMPILE) $< -o $@ $(GPU_LINK)
+build/test_gpu_model: dev/test_model.cu build/config.mk
+	$(GPU_COMPILE) $< -o $@ $(GPU_LINK)
+build/test_gpu_model_fp32: dev/test_model.cu build/config.mk
+	$(GPU_COMPILE) -DFLOATX_FP32 $< -o $@ -lcublasLt
+build/test_gpu_%_fp32: dev/test_gpu_%.cu build/config.mk
+	$(GPU_COMPILE) -DFLOATX_FP32 $< -o $@ -lcublasLt
+build/test_gpu_%: dev/test_gpu_%.cu build/config.mk
+	$(GPU_COMPILE) $< -o $@ $(GPU_LINK)
 -include $(wildcard build/*.d)
 
 # Installs what is missing with apt-get (as root or with sudo) and a Python environment in .venv.
@@ -54,19 +74,30 @@ test:
 	scripts/setup test
 	$(MAKE) all $(CPU_TESTS)
 	dev/run_tests
+	if nvidia-smi -L > /dev/null 2>&1; then $(MAKE) test-gpu; fi
+
+# Every kernel against its CPU twin, the model against PyTorch, GPU runs against CPU runs. Needs a GPU.
+test-gpu: all $(GPU_TESTS)
+	dev/run_gpu_tests
+sanitize: $(GPU_TESTS)
+	dev/run_gpu_tests sanitize
 
 test_golden: build/test_golden
 	build/test_golden $(GOLDEN)
 
 clean:
-	rm -rf build $(TRAINERS)
+	rm -rf build $(CPU_TRAINERS) $(GPU_TRAINERS)
 
 help:
-	@echo "make               find out what this machine has and build train_gpt_lighthouse_cpu and train_gpt_dense_cpu"
+	@echo "make               find out what this machine has and build the trainers for the CPU and, with nvcc, for GPUs"
+	@echo "make cpu           build only train_gpt_lighthouse_cpu and train_gpt_dense_cpu"
 	@echo "make quickstart    install what is missing, prepare text, train with Lighthouse and dense, compare, plot"
 	@echo "make test          build and run every test (installs what the tests need)"
+	@echo "make test-gpu      every kernel against its CPU twin and GPU runs against CPU runs, on a machine with a GPU"
+	@echo "make sanitize      the GPU tests under compute-sanitizer: memcheck, racecheck, initcheck, synccheck"
 	@echo "make test_golden   Lighthouse attention against the official release's vectors in dev/vectors"
 	@echo "make deps          install compilers, libraries and the Python environment .venv"
 	@echo "make deps-test     the same with what the tests need: PyTorch, transformers"
 	@echo "make clean         remove what was built"
-	@echo "CXX=clang++        another compiler"
+	@echo "CXX=clang++                  another compiler"
+	@echo "GPU_COMPUTE_CAPABILITY=90    the GPU architecture to build for, instead of this machine's"

@@ -35,6 +35,7 @@ S slots of the gathered Lighthouse sequence. Every pointer is declared with its 
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <time.h>
@@ -387,6 +388,7 @@ static void* device_alloc(size_t bytes) {  // zeroed
 static void device_zero(void* p, size_t bytes) { memset(p, 0, bytes); }
 static void copy_to_device(void* device, const void* host, size_t bytes) { memcpy(device, host, bytes); }
 static void copy_to_host(void* host, const void* device, size_t bytes) { memcpy(host, device, bytes); }
+static void device_open(int) {}
 static void device_synchronize() {}
 static size_t device_memory_free() {
     FILE* f = fopen("/proc/meminfo", "r");
@@ -396,12 +398,125 @@ static size_t device_memory_free() {
     if (f) fclose(f);
     return (size_t)kib * 1024;
 }
+static size_t device_memory_taken() {  // by this process, at its peak
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    return (size_t)usage.ru_maxrss * 1024;
+}
 static void device_name(char* name, size_t size) {
     FILE* f = fopen("/proc/cpuinfo", "r");
     char line[256], model[200] = "CPU";
     while (f && fgets(line, sizeof line, f)) if (sscanf(line, "model name : %199[^\n]", model) == 1) break;
     if (f) fclose(f);
     snprintf(name, size, "%s, %ld cores", model, sysconf(_SC_NPROCESSORS_ONLN));
+}
+#else
+// ---- device memory: on an NVIDIA GPU
+
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#ifndef FLOATX_FP32
+#include <cudnn.h>
+#endif
+#include <algorithm>
+
+// The type of weights and activations. The fp32 build is for tests: there every kernel must agree with its CPU twin to
+// fp32 rounding, which a bf16 result cannot show.
+#ifdef FLOATX_FP32
+typedef float floatX;
+#define FLOATX_CUDA CUDA_R_32F
+#else
+typedef __nv_bfloat16 floatX;
+#define FLOATX_CUDA CUDA_R_16BF
+#endif
+static const char* backend_name = "cuda";
+
+static void cuda_check(cudaError_t error, const char* call, const char* file, int line) {
+    if (error == cudaSuccess) return;
+    const char* hint = "run again under compute-sanitizer to find the kernel";
+    if (error == cudaErrorMemoryAllocation) hint = "the device's memory is full: is another process on it? See nvidia-smi";
+    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion)
+        hint = "this program was built for another GPU or a newer driver: build it on this machine";
+    if (error == cudaErrorInsufficientDriver) hint = "the driver is older than the CUDA toolkit of this build: update the driver";
+    if (error == cudaErrorNoDevice) hint = "no GPU was found: look at nvidia-smi and CUDA_VISIBLE_DEVICES, or use the _cpu program";
+    fatal("%s:%d: %s failed: %s (%s); %s", file, line, call, cudaGetErrorString(error), cudaGetErrorName(error), hint);
+}
+#define cudaCheck(call) cuda_check((call), #call, __FILE__, __LINE__)
+
+static void cublas_check(cublasStatus_t status, const char* call, const char* file, int line) {
+    if (status == CUBLAS_STATUS_SUCCESS) return;
+    fatal("%s:%d: %s failed: %s; check that the cuBLAS libraries at run time are those of the build (ldd), and that every "
+          "dimension of the model is a multiple of 8", file, line, call, cublasLtGetStatusString(status));
+}
+#define cublasCheck(call) cublas_check((call), #call, __FILE__, __LINE__)
+
+// What a kernel assumes of its arguments; the message names the value, since the caller is far away.
+#define opRequire(condition, ...) do { if (!(condition)) fatal(__VA_ARGS__); } while (0)
+
+static cudaStream_t main_stream;  // every kernel and every library call runs here, in order
+static int device_sms;            // multiprocessors, for kernels that size their grid to one wave
+static size_t device_free_at_start;  // bytes, after CUDA itself took what it needs
+static cublasLtHandle_t cublaslt_handle;
+static void* cublaslt_workspace;
+static const size_t cublaslt_workspace_bytes = 32 << 20;  // what NVIDIA recommends for Hopper and later
+
+// Device memory for partial results inside one operation. The stream orders the operations, so they share one buffer; the
+// memory plan makes it as large as the largest *_scratch_bytes() of the run.
+static char* op_scratch;
+static size_t op_scratch_bytes;
+
+static void* scratch(size_t bytes, const char* op) {
+    opRequire(bytes <= op_scratch_bytes, "%s needs %zu bytes of scratch memory, the plan took %zu: its %s_scratch_bytes() "
+              "is missing in the memory plan or was asked with a smaller shape", op, bytes, op_scratch_bytes, op);
+    return op_scratch;
+}
+
+static void device_open(int device) {
+    cudaCheck(cudaSetDevice(device));
+    cudaCheck(cudaDeviceGetAttribute(&device_sms, cudaDevAttrMultiProcessorCount, device));
+    cudaCheck(cudaStreamCreateWithFlags(&main_stream, cudaStreamNonBlocking));
+    size_t total;
+    cudaCheck(cudaMemGetInfo(&device_free_at_start, &total));
+    cublasCheck(cublasLtCreate(&cublaslt_handle));
+}
+static void device_synchronize() { cudaCheck(cudaStreamSynchronize(main_stream)); }
+static void* device_alloc(size_t bytes) {  // zeroed
+    void* p;
+    cudaCheck(cudaMalloc(&p, bytes ? bytes : 1));
+    cudaCheck(cudaMemsetAsync(p, 0, bytes, main_stream));
+    return p;
+}
+static void device_zero(void* p, size_t bytes) { cudaCheck(cudaMemsetAsync(p, 0, bytes, main_stream)); }
+static void copy_to_device(void* device, const void* host, size_t bytes) {
+    cudaCheck(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, main_stream));
+    device_synchronize();  // the caller may change its copy at once
+}
+static void copy_to_host(void* host, const void* device, size_t bytes) {
+    cudaCheck(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, main_stream));
+    device_synchronize();
+}
+static size_t device_memory_free() {
+    size_t free_bytes, total;
+    cudaCheck(cudaMemGetInfo(&free_bytes, &total));
+    return free_bytes;
+}
+static size_t device_memory_taken() { return device_free_at_start - device_memory_free(); }
+static void device_name(char* name, size_t size) {
+    cudaDeviceProp properties;
+    int device, runtime;
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaGetDeviceProperties(&properties, device));
+    cudaCheck(cudaRuntimeGetVersion(&runtime));
+    snprintf(name, size, "%s, CUDA %d.%d", properties.name, runtime / 1000, runtime % 1000 / 10);
+}
+
+// Blocks for work items, per_block each, along grid.x (the one dimension that reaches 2^31 - 1).
+static unsigned grid_for(int64_t work, int64_t per_block) {
+    int64_t blocks = (work + per_block - 1) / per_block;
+    opRequire(blocks > 0 && blocks <= INT32_MAX, "a launch over %lld items needs %lld blocks, outside 1 to 2^31 - 1",
+              (long long)work, (long long)blocks);
+    return (unsigned)blocks;
 }
 #endif
 
@@ -642,11 +757,2134 @@ static uint64_t loader_fingerprint(const Loader* d) {
 #ifdef CPU_BACKEND
 #include "dev/cpu_ops.h"
 using namespace cpu;
+#else
+// ---- CUDA: loads of 8 elements, reductions ------------------------------------------------------------------------
+// Eight neighbouring elements: one 128-bit access in bf16, two in fp32. Rows are multiples of 8 everywhere. They stay in the
+// type of memory until used, since that takes half the registers while a thread waits for several of them.
+template <typename T> struct alignas(16) Pack8 { T v[8]; };
+
+template <typename T> __device__ __forceinline__ Pack8<T> load8(const T* p) {
+    Pack8<T> pack;
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(T) / 2; i++) ((int4*)&pack)[i] = ((const int4*)p)[i];
+    return pack;
+}
+// "stream": the data is not wanted again soon, so it should be the first to leave the L2.
+template <typename T> __device__ __forceinline__ Pack8<T> load8_stream(const T* p) {
+    Pack8<T> pack;
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(T) / 2; i++) ((int4*)&pack)[i] = __ldcs((const int4*)p + i);
+    return pack;
+}
+template <typename T> __device__ __forceinline__ void store8(T* p, const Pack8<T>& pack) {
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(T) / 2; i++) ((int4*)p)[i] = ((const int4*)&pack)[i];
+}
+template <typename T> __device__ __forceinline__ void store8_stream(T* p, const Pack8<T>& pack) {
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(T) / 2; i++) __stcs((int4*)p + i, ((const int4*)&pack)[i]);
+}
+__device__ __forceinline__ Pack8<float> pack8(const float (&x)[8], float) {
+    Pack8<float> pack;
+#pragma unroll
+    for (int i = 0; i < 8; i++) pack.v[i] = x[i];
+    return pack;
+}
+__device__ __forceinline__ Pack8<__nv_bfloat16> pack8(const float (&x)[8], __nv_bfloat16) {
+    Pack8<__nv_bfloat16> pack;
+#pragma unroll
+    for (int i = 0; i < 4; i++) ((__nv_bfloat162*)&pack)[i] = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+    return pack;
+}
+// Rounds eight floats to T: to_pack8<floatX>(x).
+template <typename T> __device__ __forceinline__ Pack8<T> to_pack8(const float (&x)[8]) { return pack8(x, T()); }
+// Makes the compiler convert the elements again where they are used next, instead of holding eight floats until then.
+template <typename T> __device__ __forceinline__ void stay_packed(Pack8<T>& pack) {
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(T) * 2; i++) asm volatile("" : "+r"(((int*)&pack)[i]));
+}
+
+// Over the warp, or over WIDTH neighbouring lanes, which mask names; the result is the same in all of them.
+template <int WIDTH = 32> __device__ __forceinline__ float warp_sum(float x, unsigned mask = 0xffffffffu) {
+#pragma unroll
+    for (int offset = WIDTH / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(mask, x, offset);
+    return x;
+}
+template <int WIDTH = 32> __device__ __forceinline__ float warp_max(float x, unsigned mask = 0xffffffffu) {
+#pragma unroll
+    for (int offset = WIDTH / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(mask, x, offset));
+    return x;
+}
+
+#define opRequireRows(op, C) opRequire((C) > 0 && (C) % 8 == 0, "%s: rows of %d elements, not a multiple of 8", op, (int)(C))
+
+// ---- sums over rows: partial results to totals -----------------------------------------------------------------------
+// dst += the sum over g of partial[g]: the second stage of every gradient that sums over all rows. Columns below split
+// belong to dst0, the others to dst1.
+__global__ void __launch_bounds__(1024) add_partials_kernel(float* dst0, float* dst1, int split,
+                                                            const float* partial /*(groups, n)*/, int groups, int n) {
+    __shared__ float sums[32][33];
+    int column = blockIdx.x * 32 + threadIdx.x;
+    float sum = 0.0f;
+    if (column < n) {
+        for (int g = threadIdx.y; g < groups; g += 32) sum += partial[(int64_t)g * n + column];
+    }
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y > 0 || column >= n) return;
+    sum = 0.0f;
+    for (int g = 0; g < 32; g++) sum += sums[g][threadIdx.x];
+    float* dst = column < split ? dst0 + column : dst1 + (column - split);
+    *dst += sum;
+}
+
+void add_partials(float* dst0, float* dst1, int split, const float* partial, int groups, int n) {
+    add_partials_kernel<<<grid_for(n, 32), dim3(32, 32), 0, main_stream>>>(dst0, dst1, split, partial, groups, n);
+    cudaCheck(cudaGetLastError());
+}
+
+// ---- encoder ---------------------------------------------------------------------------------------------------------
+// A warp a row: the token is read once, and C needs no division.
+__global__ void __launch_bounds__(256) encoder_forward_kernel(floatX* out, const int* tokens, const floatX* wte,
+                                                              const floatX* wpe, int64_t N, int64_t T, int C, int64_t t0) {
+    int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+    if (row >= N) return;
+    const floatX* word = wte + (int64_t)tokens[row] * C;
+    const floatX* position = wpe ? wpe + (t0 + row % T) * C : NULL;
+    for (int c = threadIdx.x * 8; c < C; c += 256) {
+        Pack8<floatX> x = load8(word + c);
+        if (position) {
+            Pack8<floatX> p = load8(position + c);
+            float sum[8];
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum[i] = (float)x.v[i] + (float)p.v[i];
+            x = to_pack8<floatX>(sum);
+        }
+        store8(out + row * C + c, x);
+    }
+}
+
+void encoder_forward(floatX* out /*(B,T,C)*/, const int* tokens /*(B,T)*/, const floatX* wte /*(Vp,C)*/,
+                     const floatX* wpe /*(maxT,C) or NULL*/, int B, int64_t T, int C, int64_t t0 /*position of token 0*/) {
+    opRequireRows("encoder_forward", C);
+    int64_t N = B * T;
+    encoder_forward_kernel<<<grid_for(N, 8), dim3(32, 8), 0, main_stream>>>(out, tokens, wte, wpe, N, T, C, t0);
+    cudaCheck(cudaGetLastError());
+}
+
+// dwte sums the rows of dout that hold the same token, anything from none to all of them (bytes: N/257 on average).
+// So the rows are sorted by token, stably, and the sorted list is cut into pieces of equal length, whatever the tokens.
+// A block adds up the runs of equal tokens of its piece. A run inside the piece is complete and goes to dwte. Of a run
+// that crosses the piece's borders the sum is kept, and a second kernel adds those up. Every row of dwte is written by
+// one block only.
+constexpr int SORT_TILE = 2048;       // tokens that a block sorts
+constexpr int SORT_BITS = 9;          // of the token in one pass: a byte vocabulary, 257 tokens, takes one
+constexpr int SORT_DIGITS = 1 << SORT_BITS;
+#ifndef ENC_P
+#define ENC_P 32
 #endif
+constexpr int ENCODER_PIECE = ENC_P;     // least rows a piece
+constexpr int ENCODER_PIECES = 8192;  // most pieces: several waves of blocks, and little scratch memory
+
+struct EncoderScratch {
+    int64_t tiles, pieces;
+    int piece;     // rows a piece
+    int* key[2];   // (N) tokens, sorted by one more digit each pass
+    int* row[2];   // (N) their rows of dout
+    int* counts;   // (SORT_DIGITS, tiles) tokens of each digit in each tile, then where they start within the digit
+    int* totals;   // (SORT_DIGITS)
+    float* head;   // (pieces, C) sum of the piece's part of a run that began before it
+    float* tail;   // (pieces, C) sum of the piece's part of a run that begins in it and goes on behind it
+    size_t bytes;
+};
+
+EncoderScratch encoder_scratch(char* base, int64_t N, int C) {
+    EncoderScratch s;
+    s.tiles = ceil_div(N, SORT_TILE);
+    s.piece = std::max(ENCODER_PIECE, (int)ceil_div(N, ENCODER_PIECES));
+    s.pieces = ceil_div(N, s.piece);
+    Arena a = {base, 0};
+    for (int i = 0; i < 2; i++) {
+        s.key[i] = TAKE(&a, int, N);
+        s.row[i] = TAKE(&a, int, N);
+    }
+    s.counts = TAKE(&a, int, SORT_DIGITS * s.tiles);
+    s.totals = TAKE(&a, int, SORT_DIGITS);
+    s.head = TAKE(&a, float, s.pieces * C);
+    s.tail = TAKE(&a, float, s.pieces * C);
+    s.bytes = a.used;
+    return s;
+}
+
+size_t encoder_backward_scratch_bytes(int64_t N, int C) { return encoder_scratch(NULL, N, C).bytes; }
+
+// One pass of a radix sort, by the SORT_BITS bits from shift on: count, prefix sums, move.
+__global__ void __launch_bounds__(SORT_DIGITS) sort_count_kernel(int* counts /*(SORT_DIGITS,tiles)*/, const int* key,
+                                                                 int64_t n, int shift) {
+    __shared__ int bins[SORT_DIGITS];
+    bins[threadIdx.x] = 0;
+    __syncthreads();
+    int64_t end = min(n, (int64_t)(blockIdx.x + 1) * SORT_TILE);
+    for (int64_t i = (int64_t)blockIdx.x * SORT_TILE + threadIdx.x; i < end; i += SORT_DIGITS) {
+        // integers: the order of the additions does not show
+        atomicAdd(&bins[(key[i] >> shift) & (SORT_DIGITS - 1)], 1);
+    }
+    __syncthreads();
+    counts[(int64_t)threadIdx.x * gridDim.x + blockIdx.x] = bins[threadIdx.x];
+}
+
+// Inclusive prefix sum over the warp.
+__device__ __forceinline__ int warp_prefix(int x) {
+    for (int offset = 1; offset < 32; offset *= 2) {
+        int other = __shfl_up_sync(0xffffffffu, x, offset);
+        if (threadIdx.x % 32 >= offset) x += other;
+    }
+    return x;
+}
+
+// A warp a digit: the counts of its tiles become the number of tokens in the tiles before.
+__global__ void __launch_bounds__(256) sort_prefix_kernel(int* counts /*(SORT_DIGITS,tiles)*/,
+                                                          int* totals /*(SORT_DIGITS)*/, int64_t tiles) {
+    int digit = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    int before = 0;
+    for (int64_t t = lane; t - lane < tiles; t += 32) {
+        int count = t < tiles ? counts[digit * tiles + t] : 0;
+        int sum = warp_prefix(count);
+        if (t < tiles) counts[digit * tiles + t] = before + sum - count;
+        before += __shfl_sync(0xffffffffu, sum, 31);
+    }
+    if (lane == 0) totals[digit] = before;
+}
+
+__global__ void __launch_bounds__(SORT_DIGITS) sort_move_kernel(int* key_out, int* row_out, const int* key,
+                                                                const int* row /*or NULL: as they stand*/,
+                                                                const int* counts, const int* totals, int64_t n,
+                                                                int shift) {
+    constexpr int WARPS = SORT_DIGITS / 32;
+    __shared__ int next[WARPS][SORT_DIGITS];  // counts of each warp's tokens of this round, then where they go
+    __shared__ int warp_totals[WARPS];
+    int d = threadIdx.x, lane = d % 32, warp = d / 32;  // thread d looks after digit d
+    int before = warp_prefix(totals[d]);
+    if (lane == 31) warp_totals[warp] = before;
+    for (int w = 0; w < WARPS; w++) next[w][d] = 0;
+    __syncthreads();
+    before -= totals[d];  // tokens with smaller digits
+    for (int w = 0; w < warp; w++) before += warp_totals[w];
+    int at = before + counts[(int64_t)d * gridDim.x + blockIdx.x];  // where the next token with digit d goes
+    int64_t begin = (int64_t)blockIdx.x * SORT_TILE, end = min(n, begin + SORT_TILE);
+    for (int64_t i0 = begin; i0 < end; i0 += SORT_DIGITS) {
+        int64_t i = i0 + threadIdx.x;
+        int k = i < end ? key[i] : 0;
+        int digit = i < end ? (k >> shift) & (SORT_DIGITS - 1) : SORT_DIGITS;
+        unsigned peers = __match_any_sync(0xffffffffu, digit);
+        int rank = __popc(peers & ((1u << lane) - 1));  // equal digits keep their order: the sort is stable
+        if (rank == 0 && i < end) next[warp][digit] = __popc(peers);
+        __syncthreads();
+        for (int w = 0; w < WARPS; w++) {
+            int count = next[w][d];
+            next[w][d] = at;
+            at += count;
+        }
+        __syncthreads();
+        if (i < end) {
+            int to = next[warp][digit] + rank;
+            key_out[to] = k;
+            row_out[to] = row ? row[i] : (int)i;
+        }
+        __syncthreads();
+        for (int w = 0; w < WARPS; w++) next[w][d] = 0;
+        __syncthreads();
+    }
+}
+
+#ifndef ENC_U
+#define ENC_U 2
+#endif
+#ifndef ENC_MIN
+#define ENC_MIN 1
+#endif
+__global__ void __launch_bounds__(256, ENC_MIN) encoder_backward_kernel(float* dwte, float* head, float* tail,
+                                                               const floatX* dout, const int* key /*(n) sorted*/,
+                                                               const int* row /*(n)*/, int64_t n, int piece, int C) {
+    constexpr int U = ENC_U;
+    int c = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
+    if (c >= C) return;
+    int64_t begin = (int64_t)blockIdx.x * piece, end = min(n, begin + piece);
+    bool from_before = begin > 0 && key[begin - 1] == key[begin];  // the run that we are in began before the piece
+    bool goes_on = end < n && key[end - 1] == key[end];            // the last run goes on behind it
+    float sum[8] = {};
+    for (int64_t i0 = begin; i0 < end; i0 += U) {
+        int k[U + 1];
+        bool ends[U], to_head[U], complete[U];
+        Pack8<floatX> x[U];
+        Pack8<float> old[U];
+#pragma unroll
+        for (int u = 0; u <= U; u++) k[u] = i0 + u < end ? key[i0 + u] : -1;
+#pragma unroll
+        for (int u = 0; u < U; u++) {  // all loads before the first use, those of dwte too
+            x[u] = {};
+            if (i0 + u < end) x[u] = load8_stream(dout + (int64_t)row[i0 + u] * C + c);
+            ends[u] = k[u] != k[u + 1];
+            to_head[u] = from_before;
+            complete[u] = ends[u] && !from_before && !(i0 + u + 1 == end && goes_on);
+            if (complete[u]) old[u] = load8(dwte + (int64_t)k[u] * C + c);
+            from_before = from_before && !ends[u];
+        }
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) sum[j] += (float)x[u].v[j];
+            if (!ends[u]) continue;
+            float* to = (to_head[u] ? head : tail) + (int64_t)blockIdx.x * C;
+            if (complete[u]) {
+                to = dwte + (int64_t)k[u] * C;
+#pragma unroll
+                for (int j = 0; j < 8; j++) sum[j] += old[u].v[j];
+            }
+            store8(to + c, to_pack8<float>(sum));
+#pragma unroll
+            for (int j = 0; j < 8; j++) sum[j] = 0.0f;
+        }
+    }
+}
+
+// Adds up the runs that cross pieces: the tail of the piece where the run begins and the heads of the following ones. A
+// block looks at 8 pieces and takes 256 columns; of a run's heads each of its 8 warps adds every eighth.
+__global__ void __launch_bounds__(256) encoder_backward_join_kernel(float* dwte, const float* head, const float* tail,
+                                                                    const int* key, int64_t n, int piece,
+                                                                    int64_t pieces, int C) {
+    __shared__ __align__(16) float sums[8][256];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int c = blockIdx.y * 256 + lane * 8;
+    int64_t p = (int64_t)blockIdx.x * 8 + lane, begin = p * piece, end = begin + piece;
+    bool joins = lane < 8 && end < n && key[end - 1] == key[end] &&
+                 (begin == 0 || key[begin - 1] != key[end]);  // else the run began in an earlier piece
+    unsigned todo = __ballot_sync(0xffffffffu, joins);
+    for (; todo; todo &= todo - 1) {
+        p = (int64_t)blockIdx.x * 8 + __ffs(todo) - 1;
+        int k = key[p * piece + piece - 1];
+        float sum[8] = {};
+        if (c < C) {
+            if (warp == 0) {
+                Pack8<float> x = load8(tail + p * C + c);
+#pragma unroll
+                for (int j = 0; j < 8; j++) sum[j] = x.v[j];
+            }
+            for (int64_t q0 = p + 1 + warp; q0 < pieces && key[q0 * piece] == k; q0 += 32) {
+                Pack8<float> x[4];
+#pragma unroll
+                for (int u = 0; u < 4; u++) {
+                    int64_t q = q0 + 8 * u;
+                    x[u] = {};
+                    if (q < pieces && key[q * piece] == k) x[u] = load8(head + q * C + c);
+                }
+#pragma unroll
+                for (int u = 0; u < 4; u++) {
+#pragma unroll
+                    for (int j = 0; j < 8; j++) sum[j] += x[u].v[j];
+                }
+            }
+        }
+        store8(&sums[warp][lane * 8], to_pack8<float>(sum));
+        __syncthreads();
+        int column = blockIdx.y * 256 + threadIdx.x;
+        if (column < C) {
+            float total = 0.0f;
+            for (int w = 0; w < 8; w++) total += sums[w][threadIdx.x];
+            dwte[(int64_t)k * C + column] += total;
+        }
+        __syncthreads();
+    }
+}
+
+// A warp a position, summing over the batch.
+__global__ void __launch_bounds__(256) encoder_backward_wpe_kernel(float* dwpe, const floatX* dout, int B, int64_t T, int C,
+                                                                   int64_t t0) {
+    int64_t t = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+    if (t >= T) return;
+    for (int c = threadIdx.x * 8; c < C; c += 256) {
+        Pack8<float> sum = load8(dwpe + (t0 + t) * C + c);
+        for (int b = 0; b < B; b++) {
+            Pack8<floatX> x = load8(dout + (b * T + t) * C + c);
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum.v[i] += (float)x.v[i];
+        }
+        store8(dwpe + (t0 + t) * C + c, sum);
+    }
+}
+
+void encoder_backward(float* dwte /*(Vp,C) +=*/, float* dwpe /*(maxT,C) += or NULL*/, const floatX* dout /*(B,T,C)*/,
+                      const int* tokens /*(B,T)*/, int B, int64_t T, int C, int64_t t0, int Vp) {
+    opRequireRows("encoder_backward", C);
+    int64_t N = B * T;
+    opRequire(N > 0 && N <= INT32_MAX, "encoder_backward: %lld rows, outside 1 to 2^31 - 1", (long long)N);
+    EncoderScratch s = encoder_scratch((char*)scratch(encoder_backward_scratch_bytes(N, C), "encoder_backward"), N, C);
+    const int *key = tokens, *row = NULL;
+    int into = 0;
+    for (int shift = 0; shift == 0 || (Vp - 1) >> shift; shift += SORT_BITS) {
+        sort_count_kernel<<<(int)s.tiles, SORT_DIGITS, 0, main_stream>>>(s.counts, key, N, shift);
+        sort_prefix_kernel<<<SORT_DIGITS / 8, 256, 0, main_stream>>>(s.counts, s.totals, s.tiles);
+        sort_move_kernel<<<(int)s.tiles, SORT_DIGITS, 0, main_stream>>>(s.key[into], s.row[into], key, row, s.counts,
+                                                                        s.totals, N, shift);
+        key = s.key[into];
+        row = s.row[into];
+        into ^= 1;
+    }
+    int threads = std::min(256, (int)ceil_div(C / 8, 32) * 32);
+    dim3 pieces(s.pieces, ceil_div(C / 8, threads)), joins(ceil_div(s.pieces, 8), ceil_div(C, 256));
+    encoder_backward_kernel<<<pieces, threads, 0, main_stream>>>(dwte, s.head, s.tail, dout, key, row, N, s.piece, C);
+    encoder_backward_join_kernel<<<joins, 256, 0, main_stream>>>(dwte, s.head, s.tail, key, N, s.piece, s.pieces, C);
+    cudaCheck(cudaGetLastError());
+    if (dwpe) {
+        encoder_backward_wpe_kernel<<<grid_for(T, 8), dim3(32, 8), 0, main_stream>>>(dwpe, dout, B, T, C, t0);
+        cudaCheck(cudaGetLastError());
+    }
+}
+
+// ---- layernorm -----------------------------------------------------------------------------------------------------
+// A warp a row, which it holds in registers: no barriers, and each element is read once. K is the number of groups of 256
+// channels, 8 a lane.
+constexpr int LAYERNORM_MAX_C = 4096;
+
+// Calls launch.operator()<K>() for the least K that has a kernel and covers C channels.
+#define LAYERNORM_DISPATCH(op, C, CALL) \
+    opRequireRows(op, C); \
+    opRequire(C <= LAYERNORM_MAX_C, "%s: %d channels, at most %d", op, C, LAYERNORM_MAX_C); \
+    switch ((C + 255) / 256) { \
+        case 1: CALL(1); break; \
+        case 2: CALL(2); break; \
+        case 3: CALL(3); break; \
+        case 4: CALL(4); break; \
+        case 5: CALL(5); break; \
+        case 6: CALL(6); break; \
+        case 7: CALL(7); break; \
+        case 8: CALL(8); break; \
+        default: CALL(16); \
+    }
+
+template <int K>
+__global__ void __launch_bounds__(256) layernorm_forward_kernel(floatX* out, float* mean, float* rstd, const floatX* inp,
+                                                                const floatX* weight, const floatX* bias, int64_t N,
+                                                                int C) {
+    int lane = threadIdx.x;
+    int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+    if (row >= N) return;
+    Pack8<floatX> x[K];
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        int c = k * 256 + lane * 8;
+        if (c < C) x[k] = load8_stream(inp + row * C + c);
+    }
+    float sum = 0.0f, square = 0.0f;
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        if (k * 256 + lane * 8 >= C) continue;
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum += (float)x[k].v[i];
+    }
+    float m = warp_sum(sum) / C;
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        if (k * 256 + lane * 8 >= C) continue;
+#pragma unroll
+        for (int i = 0; i < 8; i++) square += ((float)x[k].v[i] - m) * ((float)x[k].v[i] - m);
+    }
+    float scale = rsqrtf(warp_sum(square) / C + 1e-5f);
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        int c = k * 256 + lane * 8;
+        if (c >= C) continue;
+        Pack8<floatX> w = load8(weight + c), b = load8(bias + c);
+        float y[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) y[i] = ((float)x[k].v[i] - m) * scale * (float)w.v[i] + (float)b.v[i];
+        store8(out + row * C + c, to_pack8<floatX>(y));
+    }
+    if (lane == 0) {
+        mean[row] = m;
+        rstd[row] = scale;
+    }
+}
+
+void layernorm_forward(floatX* out, float* mean /*(N)*/, float* rstd /*(N)*/, const floatX* inp /*(N,C)*/,
+                       const floatX* weight /*(C)*/, const floatX* bias /*(C)*/, int64_t N, int C) {
+#define FORWARD(K) \
+    layernorm_forward_kernel<K><<<grid_for(N, 8), dim3(32, 8), 0, main_stream>>>(out, mean, rstd, inp, weight, bias, N, C)
+    LAYERNORM_DISPATCH("layernorm_forward", C, FORWARD)
+#undef FORWARD
+    cudaCheck(cudaGetLastError());
+}
+
+// One wave of blocks of 4 warps goes over all rows. Each lane keeps its channels' sums for dweight and dbias in registers
+// to the end, then the block adds up its warps'. What registers are needed for decides how many blocks fit.
+#ifndef LN_K3
+#define LN_K3 4
+#endif
+#ifndef LN_OLD
+#define LN_OLD 5
+#endif
+constexpr int layernorm_backward_blocks(int K) { return K <= 2 ? 5 : K == 3 ? 4 : K <= LN_K3 ? 3 : 2; }
+constexpr int LAYERNORM_MAX_BLOCKS = 1024;
+
+template <int K>
+__global__ void __launch_bounds__(128, layernorm_backward_blocks(K))
+    layernorm_backward_kernel(floatX* dinp, float* partial /*(blocks,2,C)*/, const floatX* dout, const floatX* inp,
+                              const floatX* weight, const float* mean, const float* rstd, int64_t N, int C) {
+    extern __shared__ float4 layernorm_total[];
+    float* total = (float*)layernorm_total;  // (2,C)
+    int lane = threadIdx.x, warp = threadIdx.y;
+    float dweight[K][8] = {}, dbias[K][8] = {};
+    for (int64_t row = (int64_t)blockIdx.x * 4 + warp; row < N; row += (int64_t)gridDim.x * 4) {
+        Pack8<floatX> d[K], x[K], old[K];
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+            int c = k * 256 + lane * 8;
+            if (c >= C) continue;
+            d[k] = load8_stream(dout + row * C + c);
+            x[k] = load8_stream(inp + row * C + c);
+            if (K <= LN_OLD) old[k] = load8(dinp + row * C + c);  // early, where registers allow
+        }
+        float m = mean[row], scale = rstd[row];
+        float sum = 0.0f, dot = 0.0f;  // of dnorm = weight * dout, and of dnorm * norm
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+            int c = k * 256 + lane * 8;
+            if (c >= C) continue;
+            Pack8<floatX> w = load8(weight + c);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                float norm = ((float)x[k].v[i] - m) * scale, dnorm = (float)d[k].v[i] * (float)w.v[i];
+                sum += dnorm;
+                dot += dnorm * norm;
+                dbias[k][i] += (float)d[k].v[i];
+                dweight[k][i] += (float)d[k].v[i] * norm;
+            }
+        }
+        sum = warp_sum(sum) / C;
+        dot = warp_sum(dot) / C;
+#ifndef LN_NO_OPAQUE
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+            stay_packed(d[k]);
+            stay_packed(x[k]);
+        }
+#endif
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+            int c = k * 256 + lane * 8;
+            if (c >= C) continue;
+            if (K > LN_OLD) old[k] = load8(dinp + row * C + c);
+            Pack8<floatX> w = load8(weight + c);
+            float y[8];
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                float norm = ((float)x[k].v[i] - m) * scale, dnorm = (float)d[k].v[i] * (float)w.v[i];
+                y[i] = (float)old[k].v[i] + (dnorm - sum - norm * dot) * scale;
+            }
+            store8(dinp + row * C + c, to_pack8<floatX>(y));
+        }
+    }
+    for (int w = 0; w < 4; w++) {  // in order, so that the sums are the same every time
+        if (warp == w) {
+#pragma unroll
+            for (int k = 0; k < K; k++) {
+                int c = k * 256 + lane * 8;
+                if (c >= C) continue;
+                if (w > 0) {
+#pragma unroll
+                    for (int i = 0; i < 8; i++) {
+                        dweight[k][i] += total[c + i];
+                        dbias[k][i] += total[C + c + i];
+                    }
+                }
+                store8(total + c, to_pack8<float>(dweight[k]));
+                store8(total + C + c, to_pack8<float>(dbias[k]));
+            }
+        }
+        __syncthreads();
+    }
+    for (int c = (warp * 32 + lane) * 8; c < 2 * C; c += 1024) {
+        store8(partial + (int64_t)blockIdx.x * 2 * C + c, load8(total + c));
+    }
+}
+
+size_t layernorm_backward_scratch_bytes(int C) { return (size_t)LAYERNORM_MAX_BLOCKS * 2 * C * sizeof(float); }
+
+void layernorm_backward(floatX* dinp /*(N,C) +=*/, float* dweight /*(C) +=*/, float* dbias /*(C) +=*/,
+                        const floatX* dout /*(N,C)*/, const floatX* inp /*(N,C)*/, const floatX* weight /*(C)*/,
+                        const float* mean /*(N)*/, const float* rstd /*(N)*/, int64_t N, int C) {
+    float* partial = (float*)scratch(layernorm_backward_scratch_bytes(C), "layernorm_backward");
+    int blocks = 0;
+#define BACKWARD(K) \
+    blocks = (int)std::min(ceil_div(N, 4), (int64_t)std::min(layernorm_backward_blocks(K) * device_sms, \
+                                                             LAYERNORM_MAX_BLOCKS)); \
+    layernorm_backward_kernel<K><<<blocks, dim3(32, 4), 2 * C * sizeof(float), main_stream>>>(dinp, partial, dout, inp, \
+                                                                                             weight, mean, rstd, N, C)
+    LAYERNORM_DISPATCH("layernorm_backward", C, BACKWARD)
+#undef BACKWARD
+    cudaCheck(cudaGetLastError());
+    add_partials(dweight, dbias, C, partial, blocks, 2 * C);
+}
+
+// ---- matmul ----------------------------------------------------------------------------------------------------------
+// cuBLASLt's matrices are column major, so a row-major (N,C) is its (C,N), and D = op(A) op(B) is written for the transposes.
+// Sums are fp32; in the fp32 build without TF32. The choice of a kernel takes far longer than a launch, so it is made once a
+// shape and kept; it does not depend on timings, so a resumed run gets the same one.
+struct MatmulPlan {
+    int64_t m, n, k;
+    bool trans_a, trans_b, bias, add, float_out;
+    cublasLtMatmulDesc_t desc;
+    cublasLtMatrixLayout_t a, b, d;
+    cublasLtMatmulAlgo_t algo;
+};
+constexpr int MATMUL_PLANS = 256;
+MatmulPlan matmul_plans[MATMUL_PLANS];
+int64_t matmul_plan_count;
+
+MatmulPlan* matmul_plan(int64_t m, int64_t n, int64_t k, bool trans_a, bool trans_b, bool bias, bool add, bool float_out) {
+    for (int i = 0; i < std::min(matmul_plan_count, (int64_t)MATMUL_PLANS); i++) {
+        MatmulPlan* p = &matmul_plans[i];
+        if (p->m == m && p->n == n && p->k == k && p->trans_a == trans_a && p->trans_b == trans_b && p->bias == bias &&
+            p->add == add && p->float_out == float_out) return p;
+    }
+    MatmulPlan* p = &matmul_plans[matmul_plan_count % MATMUL_PLANS];
+    if (matmul_plan_count++ >= MATMUL_PLANS) {  // sampling meets a new length with every token: the oldest plan goes
+        cublasCheck(cublasLtMatmulDescDestroy(p->desc));
+        cublasCheck(cublasLtMatrixLayoutDestroy(p->a));
+        cublasCheck(cublasLtMatrixLayoutDestroy(p->b));
+        cublasCheck(cublasLtMatrixLayoutDestroy(p->d));
+    }
+    *p = {m, n, k, trans_a, trans_b, bias, add, float_out};
+    cublasOperation_t op_a = trans_a ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasLtEpilogue_t epilogue = bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
+    cublasCheck(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof(op_a)));
+    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof(op_b)));
+    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(epilogue)));
+    int64_t a_rows = trans_a ? k : m, a_cols = trans_a ? m : k, b_rows = trans_b ? n : k, b_cols = trans_b ? k : n;
+    cublasCheck(cublasLtMatrixLayoutCreate(&p->a, FLOATX_CUDA, a_rows, a_cols, a_rows));
+    cublasCheck(cublasLtMatrixLayoutCreate(&p->b, FLOATX_CUDA, b_rows, b_cols, b_rows));
+    cublasCheck(cublasLtMatrixLayoutCreate(&p->d, float_out ? CUDA_R_32F : FLOATX_CUDA, m, n, m));
+
+    cublasLtMatmulPreference_t preference;
+    cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
+    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                     &cublaslt_workspace_bytes, sizeof(cublaslt_workspace_bytes)));
+    uint32_t alignment = 16;  // cuBLASLt assumes 256 unless told; tensors inside the parameter memory have 16
+    for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                       CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES}) {
+        cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, which, &alignment, sizeof(alignment)));
+    }
+    cublasLtMatmulHeuristicResult_t result;
+    int found = 0;
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(cublaslt_handle, p->desc, p->a, p->b, p->d, p->d, preference, 1,
+                                                           &result, &found);
+    opRequire(status == CUBLAS_STATUS_SUCCESS && found > 0, "cuBLASLt knows no kernel for m = %lld, n = %lld, k = %lld, "
+              "trans %d %d, bias %d: %s", (long long)m, (long long)n, (long long)k, trans_a, trans_b, bias,
+              cublasLtGetStatusString(status));
+    cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
+    p->algo = result.algo;
+    return p;
+}
+
+// D (m,n) = op(A) op(B) + bias (m) + add (m,n), column major. add may be D itself where D is float.
+void matmul_cublaslt(void* d, const floatX* a, const floatX* b, const floatX* bias, const void* add, int64_t m, int64_t n,
+                     int64_t k, bool trans_a, bool trans_b, bool float_out) {
+    opRequire(m > 0 && n > 0 && k > 0 && m % 8 == 0 && (trans_a ? k % 8 == 0 : true),
+              "matmul: rows of %lld and %lld elements, not multiples of 8", (long long)m, (long long)k);
+    opRequire((((uintptr_t)d | (uintptr_t)a | (uintptr_t)b | (uintptr_t)bias | (uintptr_t)add) & 15) == 0,
+              "matmul: a tensor does not start at a multiple of 16 bytes (d %p, a %p, b %p, bias %p, add %p)", d, (void*)a,
+              (void*)b, (void*)bias, (void*)add);
+    MatmulPlan* p = matmul_plan(m, n, k, trans_a, trans_b, bias != NULL, add != NULL, float_out);
+    if (bias) {
+        cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
+    }
+    const float one = 1.0f, beta = add ? 1.0f : 0.0f;
+    cublasCheck(cublasLtMatmul(cublaslt_handle, p->desc, &one, a, p->a, b, p->b, &beta, add ? add : d, p->d, d, p->d,
+                               &p->algo, cublaslt_workspace, cublaslt_workspace_bytes, main_stream));
+}
+
+void matmul_forward(floatX* out /*(N,OC)*/, const floatX* inp /*(N,C)*/, const floatX* weight /*(OC,C)*/,
+                    const floatX* bias /*(OC) or NULL*/, const floatX* addend /*(N,OC) or NULL, may not alias out*/, int64_t N,
+                    int C, int OC) {
+    matmul_cublaslt(out, weight, inp, bias, addend, OC, N, C, true, false, false);
+}
+
+// Sums of the columns of dout. A block takes 256 columns of a range of rows: 8 columns a lane, every 8th row a warp.
+__global__ void __launch_bounds__(256, 4) bias_backward_kernel(float* partial /*(ranges,OC)*/, const floatX* dout, int64_t N,
+                                                               int OC, int64_t range) {
+    __shared__ float sums[8][256];
+    int lane = threadIdx.x, warp = threadIdx.y;
+    int c = blockIdx.x * 256 + lane * 8;
+    int64_t end = min(N, (int64_t)(blockIdx.y + 1) * range);
+    float sum[8] = {};
+    if (c < OC) {
+        for (int64_t row0 = (int64_t)blockIdx.y * range + warp; row0 < end; row0 += 64) {
+            Pack8<floatX> x[8];
+#pragma unroll
+            for (int u = 0; u < 8; u++) {
+                x[u] = {};
+                if (row0 + 8 * u < end) x[u] = load8(dout + (row0 + 8 * u) * OC + c);
+            }
+#pragma unroll
+            for (int u = 0; u < 8; u++) {
+#pragma unroll
+                for (int i = 0; i < 8; i++) sum[i] += (float)x[u].v[i];
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) sums[warp][i * 32 + lane] = sum[i];  // neighbouring lanes in neighbouring banks
+    __syncthreads();
+    int t = warp * 32 + lane, column = blockIdx.x * 256 + (t % 32) * 8 + t / 32;
+    if (column >= OC) return;
+    float total = 0.0f;
+    for (int w = 0; w < 8; w++) total += sums[w][t];
+    partial[(int64_t)blockIdx.y * OC + column] = total;
+}
+
+constexpr int BIAS_MAX_BLOCKS = 2048;
+size_t matmul_backward_scratch_bytes(int OC) { return (BIAS_MAX_BLOCKS * 256 + (size_t)OC) * sizeof(float); }
+
+void bias_backward(float* dbias /*(OC) +=*/, const floatX* dout /*(N,OC)*/, int64_t N, int OC) {
+    opRequireRows("bias_backward", OC);
+    float* partial = (float*)scratch(matmul_backward_scratch_bytes(OC), "matmul_backward");
+    int column_blocks = (OC + 255) / 256;
+    int64_t ranges = std::max(1, std::min(4 * device_sms, BIAS_MAX_BLOCKS) / column_blocks);  // one wave of equal blocks
+    ranges = std::min(ranges, ceil_div(N, 64));
+    int64_t range = ceil_div(N, ranges);
+    ranges = ceil_div(N, range);
+    bias_backward_kernel<<<dim3(column_blocks, (unsigned)ranges), dim3(32, 8), 0, main_stream>>>(partial, dout, N, OC, range);
+    cudaCheck(cudaGetLastError());
+    add_partials(dbias, NULL, OC, partial, (int)ranges, OC);
+}
+
+void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC,C) +=*/, float* dbias /*(OC) += or NULL*/,
+                     const floatX* dout /*(N,OC)*/, const floatX* inp /*(N,C)*/, const floatX* weight /*(OC,C)*/, int64_t N,
+                     int C, int OC) {
+    if (dinp) matmul_cublaslt(dinp, weight, dout, NULL, NULL, C, N, OC, false, false, false);
+    matmul_cublaslt(dweight, inp, dout, NULL, dweight, C, OC, N, false, true, true);
+    if (dbias) bias_backward(dbias, dout, N, OC);
+}
+
+// ---- GELU, tanh approximation ----------------------------------------------------------------------------------------
+// 0.5 x (1 + tanh u) = x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3): one exp and one division, and no cancellation
+// where tanh is near -1.
+__device__ __forceinline__ float gelu_sigmoid(float x) {
+    float minus_2u = -1.5957691216f * x * (1.0f + 0.044715f * x * x);
+    return __fdividef(1.0f, 1.0f + __expf(minus_2u));
+}
+
+__global__ void __launch_bounds__(256) gelu_forward_kernel(floatX* out, const floatX* inp, int64_t n) {
+    int64_t i = ((int64_t)blockIdx.x * 256 + threadIdx.x) * 8;
+    if (i >= n) return;
+    Pack8<floatX> x = load8_stream(inp + i);
+    float y[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) y[j] = (float)x.v[j] * gelu_sigmoid((float)x.v[j]);
+    store8(out + i, to_pack8<floatX>(y));
+}
+
+__global__ void __launch_bounds__(256) gelu_backward_kernel(floatX* dinp, const floatX* dout, const floatX* inp,
+                                                            int64_t n) {
+    int64_t i = ((int64_t)blockIdx.x * 256 + threadIdx.x) * 8;
+    if (i >= n) return;
+    Pack8<floatX> x = load8_stream(inp + i), d = load8_stream(dout + i);
+    float y[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        float v = (float)x.v[j], s = gelu_sigmoid(v);
+        float two_du = 1.5957691216f * (1.0f + 3.0f * 0.044715f * v * v);
+        y[j] = (float)d.v[j] * (s + v * s * (1.0f - s) * two_du);
+    }
+    store8(dinp + i, to_pack8<floatX>(y));
+}
+
+void gelu_forward(floatX* out, const floatX* inp, int64_t n) {
+    opRequire(n % 8 == 0, "gelu_forward: %lld elements, not a multiple of 8", (long long)n);
+    gelu_forward_kernel<<<grid_for(n, 2048), 256, 0, main_stream>>>(out, inp, n);
+    cudaCheck(cudaGetLastError());
+}
+
+void gelu_backward(floatX* dinp /*may be dout*/, const floatX* dout, const floatX* inp, int64_t n) {
+    opRequire(n % 8 == 0, "gelu_backward: %lld elements, not a multiple of 8", (long long)n);
+    gelu_backward_kernel<<<grid_for(n, 2048), 256, 0, main_stream>>>(dinp, dout, inp, n);
+    cudaCheck(cudaGetLastError());
+}
+
+// ---- cross-entropy with its gradient -----------------------------------------------------------------------------------
+__device__ __forceinline__ float exp2_fast(float x) {  // exp2f without the code for denormal results
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// TEAM threads a row: a block for the vocabularies of tokenizers, half a warp for that of bytes. The first pass over the
+// logits keeps a running maximum and a sum relative to it; the second pass, in place, finds them in the L1 and L2 still,
+// the more so as it goes backwards. So device memory sees each logit read once and written once.
+#ifndef CE_UNROLL
+#define CE_UNROLL 2
+#endif
+#ifndef CE_TEAM
+#define CE_TEAM 512
+#endif
+#ifndef CE_MIN
+#define CE_MIN 3
+#endif
+template <int TEAM>
+__global__ void __launch_bounds__(TEAM == 16 ? 256 : TEAM, TEAM == 16 ? 1 : CE_MIN)
+    crossentropy_kernel(floatX* logits, float* losses, const int* targets, float dloss, int64_t N, int V, int Vp,
+                        bool grad) {
+    constexpr int UNROLL = CE_UNROLL, STEP = TEAM * 8 * UNROLL;
+    constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
+    __shared__ float shared[2][(TEAM + 31) / 32];
+    int64_t row = (int64_t)blockIdx.x * (blockDim.x / TEAM) + threadIdx.x / TEAM;
+    if (row >= N) return;  // whole teams
+    int t = threadIdx.x % TEAM;
+    int target = targets[row];
+    floatX* x = logits + row * Vp;
+    if (target < 0) {
+        if (t == 0) losses[row] = 0.0f;
+        if (grad) {
+            for (int c = t * 8; c < Vp; c += TEAM * 8) store8_stream(x + c, Pack8<floatX>{});
+        }
+        return;
+    }
+    float target_logit = t == 0 ? (float)x[target] : 0.0f;  // before the second pass overwrites it
+
+    float shift = -1e30f, sum = 0.0f;  // sum of 2^(x log2(e) - shift); finite, for the threads that have no column
+    for (int c0 = t * 8; c0 < V; c0 += STEP) {
+        Pack8<floatX> pack[UNROLL];
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+            if (c0 + u * TEAM * 8 < V) pack[u] = load8(x + c0 + u * TEAM * 8);
+        }
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+            int c = c0 + u * TEAM * 8;
+            if (c >= V) break;
+            float z[8], most = -INFINITY;
+#pragma unroll
+            for (int i = 0; i < 8; i++) z[i] = (float)pack[u].v[i];
+            if (c + 8 > V) {
+#pragma unroll
+                for (int i = 0; i < 8; i++) z[i] = c + i < V ? z[i] : -INFINITY;
+            }
+#pragma unroll
+            for (int i = 0; i < 8; i++) most = fmaxf(most, z[i]);
+            if (most * LOG2E > shift) {
+                sum *= exp2_fast(shift - most * LOG2E);
+                shift = most * LOG2E;
+            }
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum += exp2_fast(z[i] * LOG2E - shift);
+        }
+    }
+    constexpr int WIDTH = TEAM < 32 ? TEAM : 32;
+    unsigned mask = TEAM < 32 ? 0xffffu << (threadIdx.x & 16) : 0xffffffffu;  // the warp's other team may be gone
+    float top = warp_max<WIDTH>(shift, mask);
+    sum = warp_sum<WIDTH>(sum * exp2_fast(shift - top), mask);
+    if (TEAM > 32) {
+        if (t % 32 == 0) {
+            shared[0][t / 32] = top;
+            shared[1][t / 32] = sum;
+        }
+        __syncthreads();
+        float warp_top = t % 32 < TEAM / 32 ? shared[0][t % 32] : -1e30f;
+        float warp_part = t % 32 < TEAM / 32 ? shared[1][t % 32] : 0.0f;
+        top = warp_max(warp_top);
+        sum = warp_sum(warp_part * exp2_fast(warp_top - top));
+    }
+    if (t == 0) losses[row] = (log2f(sum) + top) * LN2 - target_logit;
+    if (!grad) return;
+
+    float scale = dloss / sum;
+    int steps = (Vp + STEP - 1) / STEP;
+    for (int c0 = (steps - 1) * STEP + t * 8; c0 >= 0; c0 -= STEP) {
+        Pack8<floatX> pack[UNROLL];
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+            if (c0 + u * TEAM * 8 < V) pack[u] = load8_stream(x + c0 + u * TEAM * 8);
+        }
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+            int c = c0 + u * TEAM * 8;
+            if (c >= Vp) break;
+            float z[8] = {};
+            if (c < V) {
+#pragma unroll
+                for (int i = 0; i < 8; i++) z[i] = exp2_fast((float)pack[u].v[i] * LOG2E - top) * scale;
+                if (target >= c && target < c + 8) {
+#pragma unroll
+                    for (int i = 0; i < 8; i++) z[i] -= c + i == target ? dloss : 0.0f;
+                }
+                if (c + 8 > V) {
+#pragma unroll
+                    for (int i = 0; i < 8; i++) z[i] = c + i < V ? z[i] : 0.0f;
+                }
+            }
+            store8_stream(x + c, to_pack8<floatX>(z));
+        }
+    }
+}
+
+void crossentropy_forward_backward(floatX* logits /*(N,Vp) in, dlogits out when grad*/, float* losses /*(N)*/,
+                                   const int* targets /*(N), < 0: no loss, no gradient*/,
+                                   float dloss /*gradient of each row's loss*/, int64_t N, int V, int Vp, bool grad) {
+    opRequireRows("crossentropy_forward_backward", Vp);
+    if (Vp <= 1024) {
+        crossentropy_kernel<16><<<grid_for(N, 16), 256, 0, main_stream>>>(logits, losses, targets, dloss, N, V, Vp, grad);
+    } else {
+        crossentropy_kernel<CE_TEAM><<<grid_for(N, 1), CE_TEAM, 0, main_stream>>>(logits, losses, targets, dloss, N, V,
+                                                                                  Vp, grad);
+    }
+    cudaCheck(cudaGetLastError());
+}
+
+// ---- RoPE --------------------------------------------------------------------------------------------------------------
+// Angles at position 10^6 need more bits than fp32 has, and a table of every position would be as large as q. So the host
+// makes two short tables in double, of pos & 1023 and of the multiples of 1024, and a complex product joins them.
+void rope_table(float* table /*(1024 + ceil(T/1024), D/2, 2) cos, sin; host memory*/, int64_t T, int D, double theta) {
+    int64_t rows = 1024 + (T + 1023) / 1024;
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t position = r < 1024 ? r : (r - 1024) * 1024;
+        for (int d = 0; d < D / 2; d++) {
+            double angle = position * pow(theta, -2.0 * d / D);
+            table[(r * (D / 2) + d) * 2] = (float)cos(angle);
+            table[(r * (D / 2) + d) * 2 + 1] = (float)sin(angle);
+        }
+    }
+}
+
+// cos and sin of dimensions d .. d+7 at a position.
+__device__ __forceinline__ void rope_angles(float (&cosine)[8], float (&sine)[8], const float* table, int64_t position, int d,
+                                            int D) {
+    const float4* low = (const float4*)(table + ((position & 1023) * (D / 2) + d) * 2);
+    const float4* high = (const float4*)(table + ((1024 + (position >> 10)) * (D / 2) + d) * 2);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float4 a = low[i], b = high[i];
+        cosine[2 * i] = a.x * b.x - a.y * b.y;
+        sine[2 * i] = a.x * b.y + a.y * b.x;
+        cosine[2 * i + 1] = a.z * b.z - a.w * b.w;
+        sine[2 * i + 1] = a.z * b.w + a.w * b.z;
+    }
+}
+
+// A warp a token. Its lanes go over the heads of q, then those of k, 256 neighbouring elements at a time, so that a lane
+// always has the same 8 dimensions: one set of angles does for all heads. Their partners are D/16 lanes away.
+__global__ void __launch_bounds__(256) rope_rotate_kernel(floatX* qkv, const float* table, float direction, int64_t N,
+                                                          int64_t T, int H, int D) {
+    int64_t token = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+    if (token >= N) return;
+    int lane = threadIdx.x, far = D / 16, d = lane % (2 * far) * 8;
+    bool lower = d < D / 2;
+    float cosine[8], sine[8];
+    rope_angles(cosine, sine, table, token % T, lower ? d : d - D / 2, D);
+#pragma unroll
+    for (int i = 0; i < 8; i++) sine[i] *= lower ? -direction : direction;
+    floatX* x = qkv + token * 3 * H * D + lane * 8;
+    int n = 2 * H * D - lane * 8;  // elements from x on
+    for (int i0 = 0; i0 < 2 * H * D; i0 += 1024) {
+        Pack8<floatX> mine[4];
+#pragma unroll
+        for (int u = 0; u < 4; u++) {
+            mine[u] = {};
+            if (i0 + u * 256 < n) mine[u] = load8_stream(x + i0 + u * 256);
+        }
+#pragma unroll
+        for (int u = 0; u < 4; u++) {
+            Pack8<floatX> other;
+#pragma unroll
+            for (int i = 0; i < (int)sizeof(floatX) * 2; i++) {
+                ((int*)&other)[i] = __shfl_xor_sync(0xffffffffu, ((int*)&mine[u])[i], far);
+            }
+            float y[8];
+#pragma unroll
+            for (int i = 0; i < 8; i++) y[i] = (float)mine[u].v[i] * cosine[i] + (float)other.v[i] * sine[i];
+            if (i0 + u * 256 < n) store8(x + i0 + u * 256, to_pack8<floatX>(y));
+        }
+    }
+}
+
+void rope_rotate(floatX* qkv /*(B,T,3,H,D), q and k in place*/, const float* table /*device memory*/,
+                 int direction /*+1 forward, -1 inverse = backward*/, int B, int64_t T, int H, int D) {
+    opRequire(D >= 16 && D <= 256 && (D & (D - 1)) == 0, "rope_rotate: head size %d, not 16, 32, 64, 128 or 256", D);
+    int64_t N = B * T;
+    rope_rotate_kernel<<<grid_for(N, 8), dim3(32, 8), 0, main_stream>>>(qkv, table, (float)direction, N, T, H, D);
+    cudaCheck(cudaGetLastError());
+}
+
+// ---- sums ----------------------------------------------------------------------------------------------------------------
+// Sum of x or of its squares: floats over 8 elements, double from there on, in a fixed order.
+constexpr int SUM_BLOCKS = 1024, SUM_THREADS = 256;
+
+__device__ __forceinline__ double block_sum_double(double x) {
+    __shared__ double shared[SUM_THREADS];
+    shared[threadIdx.x] = x;
+    for (int half = SUM_THREADS / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+    }
+    return shared[0];  // right in thread 0
+}
+
+template <bool SQUARE>
+__global__ void __launch_bounds__(SUM_THREADS) sum_kernel(double* partial /*(SUM_BLOCKS)*/, const float* x, int64_t n) {
+    int64_t thread = (int64_t)blockIdx.x * SUM_THREADS + threadIdx.x, threads = (int64_t)SUM_BLOCKS * SUM_THREADS;
+    double total = 0.0;
+    int64_t head = min(n, (int64_t)(4 - ((uintptr_t)x / 4) % 4) % 4);  // up to the first multiple of 16 bytes
+    int64_t packs = (n - head) / 8;
+    for (int64_t i = thread; i < packs; i += threads) {
+        Pack8<float> pack = load8_stream(x + head + i * 8);
+        float sum = 0.0f;
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum += SQUARE ? pack.v[j] * pack.v[j] : pack.v[j];
+        total += sum;
+    }
+    if (thread < 16) {  // the elements before and behind the packs
+        if (thread < head) total += SQUARE ? x[thread] * x[thread] : x[thread];
+        int64_t i = head + packs * 8 + thread;
+        if (i < n) total += SQUARE ? x[i] * x[i] : x[i];
+    }
+    total = block_sum_double(total);
+    if (threadIdx.x == 0) partial[blockIdx.x] = total;
+}
+
+__global__ void __launch_bounds__(SUM_THREADS) sum_partials_kernel(double* out, const double* partial) {
+    double total = 0.0;
+    for (int i = threadIdx.x; i < SUM_BLOCKS; i += SUM_THREADS) total += partial[i];
+    total = block_sum_double(total);
+    if (threadIdx.x == 0) *out = total;
+}
+
+size_t sum_scratch_bytes() { return (SUM_BLOCKS + 1) * sizeof(double); }
+
+// The result stays on the device, so nothing waits.
+template <bool SQUARE> void sum_async(double* out /*device memory*/, const float* x, int64_t n) {
+    double* partial = (double*)scratch(sum_scratch_bytes(), "sum");
+    sum_kernel<SQUARE><<<SUM_BLOCKS, SUM_THREADS, 0, main_stream>>>(partial, x, n);
+    sum_partials_kernel<<<1, SUM_THREADS, 0, main_stream>>>(out, partial);
+    cudaCheck(cudaGetLastError());
+}
+void sum_squares_async(double* out, const float* x, int64_t n) { sum_async<true>(out, x, n); }
+void sum_losses_async(double* out, const float* x, int64_t n) { sum_async<false>(out, x, n); }
+
+template <bool SQUARE> double sum_to_host(const float* x, int64_t n) {
+    double* out = (double*)scratch(sum_scratch_bytes(), "sum") + SUM_BLOCKS;
+    double result;
+    sum_async<SQUARE>(out, x, n);
+    cudaCheck(cudaMemcpyAsync(&result, out, sizeof(result), cudaMemcpyDeviceToHost, main_stream));
+    cudaCheck(cudaStreamSynchronize(main_stream));
+    return result;
+}
+double sum_squares(const float* x, int64_t n) { return sum_to_host<true>(x, n); }
+double sum_losses(const float* x, int64_t n) { return sum_to_host<false>(x, n); }
+
+// ---- AdamW ---------------------------------------------------------------------------------------------------------------
+struct AdamW { float lr, beta1, beta2, beta1_correction, beta2_correction, eps, weight_decay, grad_scale; };
+
+__device__ __forceinline__ void adamw_element(float& p, float& m, float& v, float grad, const AdamW& a) {
+    float g = grad * a.grad_scale;
+    m = a.beta1 * m + (1.0f - a.beta1) * g;
+    v = a.beta2 * v + (1.0f - a.beta2) * g * g;
+    p -= a.lr * (m / a.beta1_correction / (sqrtf(v / a.beta2_correction) + a.eps) + a.weight_decay * p);
+}
+
+__global__ void __launch_bounds__(256) adamw_kernel(floatX* params /*or NULL*/, float* master, float* m, float* v,
+                                                    const float* grads, int64_t n, AdamW a) {
+    int64_t i = ((int64_t)blockIdx.x * 256 + threadIdx.x) * 8;
+    if (i + 8 <= n) {
+        Pack8<float> g = load8_stream(grads + i), p = load8_stream(master + i), pm = load8_stream(m + i),
+                     pv = load8_stream(v + i);
+#pragma unroll
+        for (int j = 0; j < 8; j++) adamw_element(p.v[j], pm.v[j], pv.v[j], g.v[j], a);
+        store8_stream(master + i, p);
+        store8_stream(m + i, pm);
+        store8_stream(v + i, pv);
+        if (params) store8(params + i, to_pack8<floatX>(p.v));
+    } else {
+        for (; i < n; i++) {
+            adamw_element(master[i], m[i], v[i], grads[i], a);
+            if (params) params[i] = (floatX)master[i];
+        }
+    }
+}
+
+void adamw_update(floatX* params, float* master /*or NULL: params are fp32*/, float* m, float* v, const float* grads,
+                  int64_t n, float lr, float beta1, float beta2, float beta1_correction /*1-beta1^t*/, float beta2_correction,
+                  float eps, float weight_decay, float grad_scale) {
+    if (n == 0) return;
+    if (!master) {
+        opRequire(sizeof(floatX) == sizeof(float), "adamw_update: parameters in bf16 need fp32 masters");
+        master = (float*)params;
+        params = NULL;
+    }
+    opRequire((((uintptr_t)params | (uintptr_t)master | (uintptr_t)m | (uintptr_t)v | (uintptr_t)grads) & 15) == 0,
+              "adamw_update: a tensor does not start at a multiple of 16 bytes");
+    AdamW a = {lr, beta1, beta2, beta1_correction, beta2_correction, eps, weight_decay, grad_scale};
+    adamw_kernel<<<grid_for(n, 2048), 256, 0, main_stream>>>(params, master, m, v, grads, n, a);
+    cudaCheck(cudaGetLastError());
+}
+
+// The scratch memory that the operations of a pass over (B, T) rows need.
+size_t operations_scratch_bytes(int B, int64_t T, int C) {
+    size_t need[] = {encoder_backward_scratch_bytes(B * T, C), layernorm_backward_scratch_bytes(C), matmul_backward_scratch_bytes(4 * C),
+                     sum_scratch_bytes()};
+    return *std::max_element(need, need + 4);
+}
+
+// ---- CUDA: causal attention ---------------------------------------------------------------------------------------
+// In bf16 it is cuDNN's, through the backend C API: the graph of elementary operations that cuDNN's runtime compiler
+// recognizes as flash attention. cuDNN has none for fp32; there plain kernels do it, for tests at small T.
+
+void* sdpa_workspace;         // device memory that the memory plan took, as much as sdpa_prepare() asked for
+size_t sdpa_workspace_bytes;
+bool sdpa_deterministic;      // the backward that gives the same bits in every run; slower, and see below
+// The deterministic backward keeps 2 B H T^2 bytes. Above this many it runs head by head and needs 2 T^2.
+int64_t sdpa_deterministic_bytes = (int64_t)8 << 30;
+
+#ifndef FLOATX_FP32
+void cudnn_check(cudnnStatus_t status, const char* call, const char* file, int line) {
+    if (status == CUDNN_STATUS_SUCCESS) return;
+    char reason[1024] = "";
+    cudnnGetLastErrorString(reason, sizeof(reason));
+    fprintf(stderr, "%s:%d: %s failed: %s: %s; CUDNN_LOGLEVEL_DBG=3 CUDNN_LOGDEST_DBG=stdout makes cuDNN say more\n",
+            file, line, call, cudnnGetErrorString(status), reason);
+    exit(EXIT_FAILURE);
+}
+#define cudnnCheck(call) cudnn_check((call), #call, __FILE__, __LINE__)
+
+cudnnHandle_t cudnn_handle;
+typedef cudnnBackendDescriptor_t CudnnNode;  // a tensor, an operation, a graph, a plan
+
+// Tensors that the caller passes, by their cuDNN id. Ids above these belong to the values inside a graph.
+enum SdpaTensor {
+    SDPA_Q = 1, SDPA_K, SDPA_V, SDPA_O, SDPA_STATS, SDPA_DO, SDPA_DQ, SDPA_DK, SDPA_DV,
+    SDPA_DQ_SUM,                        // (B,H,T,D) fp32: dQ is summed here by several blocks
+    SDPA_DOT,                           // (B,H,T) fp32: sum over d of dO O
+    SDPA_SCALE, SDPA_MASKED, SDPA_ONE,  // scalars, in host memory
+    SDPA_TENSORS
+};
+
+// A plan is for one shape. The tensors may be one head of a wider tensor: heads sets the strides, H the work.
+struct SdpaPlan {
+    int B, H, heads, D;
+    int64_t T;
+    bool backward, stats, deterministic;
+    CudnnNode plan;
+    int64_t workspace;              // bytes that cuDNN asks for
+    int64_t ids[SDPA_TENSORS];      // the tensors that a call must pass
+    int ids_count;
+};
+
+// What a graph is made of while it is built; the plan outlives it.
+struct SdpaGraph {
+    SdpaPlan* plan;
+    CudnnNode made[160], ops[24];
+    int made_count, ops_count;
+    int64_t next_id;
+};
+struct SdpaLayout { int64_t dims[4], strides[4]; };
+
+static void cudnn_set(CudnnNode d, cudnnBackendAttributeName_t name, cudnnBackendAttributeType_t type,
+                      int64_t count, const void* value) {
+    cudnnCheck(cudnnBackendSetAttribute(d, name, type, count, value));
+}
+static void cudnn_set_descriptor(CudnnNode d, cudnnBackendAttributeName_t name,
+                                 CudnnNode value) {
+    cudnn_set(d, name, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &value);
+}
+static CudnnNode cudnn_new(SdpaGraph* g, cudnnBackendDescriptorType_t type) {
+    CudnnNode d;
+    cudnnCheck(cudnnBackendCreateDescriptor(type, &d));
+    opRequire(g->made_count < 160, "the attention graph outgrew its list of descriptors");
+    g->made[g->made_count++] = d;
+    return d;
+}
+
+static CudnnNode sdpa_tensor(SdpaGraph* g, int64_t id /*0: a value inside the graph*/, SdpaLayout layout,
+                                            cudnnDataType_t type) {
+    CudnnNode d = cudnn_new(g, CUDNN_BACKEND_TENSOR_DESCRIPTOR);
+    int64_t alignment = 16, unique = id ? id : g->next_id++;
+    bool yes = true, scalar = id >= SDPA_SCALE;
+    cudnn_set(d, CUDNN_ATTR_TENSOR_DATA_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &type);
+    cudnn_set(d, CUDNN_ATTR_TENSOR_DIMENSIONS, CUDNN_TYPE_INT64, 4, layout.dims);
+    cudnn_set(d, CUDNN_ATTR_TENSOR_STRIDES, CUDNN_TYPE_INT64, 4, layout.strides);
+    cudnn_set(d, CUDNN_ATTR_TENSOR_UNIQUE_ID, CUDNN_TYPE_INT64, 1, &unique);
+    cudnn_set(d, CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, CUDNN_TYPE_INT64, 1, &alignment);
+    if (!id) cudnn_set(d, CUDNN_ATTR_TENSOR_IS_VIRTUAL, CUDNN_TYPE_BOOLEAN, 1, &yes);
+    if (scalar) cudnn_set(d, CUDNN_ATTR_TENSOR_IS_BY_VALUE, CUDNN_TYPE_BOOLEAN, 1, &yes);
+    cudnnCheck(cudnnBackendFinalize(d));
+    if (id) g->plan->ids[g->plan->ids_count++] = id;
+    return d;
+}
+
+static void sdpa_finish_op(SdpaGraph* g, CudnnNode op) {
+    cudnnCheck(cudnnBackendFinalize(op));
+    g->ops[g->ops_count++] = op;
+}
+
+static void sdpa_matmul(SdpaGraph* g, CudnnNode a, CudnnNode b, CudnnNode c) {
+    cudnnDataType_t f32 = CUDNN_DATA_FLOAT;
+    CudnnNode kind = cudnn_new(g, CUDNN_BACKEND_MATMUL_DESCRIPTOR);
+    cudnn_set(kind, CUDNN_ATTR_MATMUL_COMP_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &f32);
+    cudnnCheck(cudnnBackendFinalize(kind));
+    CudnnNode op = cudnn_new(g, CUDNN_BACKEND_OPERATION_MATMUL_DESCRIPTOR);
+    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_MATMUL_DESC, kind);
+    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_MATMUL_ADESC, a);
+    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_MATMUL_BDESC, b);
+    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_MATMUL_CDESC, c);
+    sdpa_finish_op(g, op);
+}
+
+// y = mode(x), mode(x, b), or mode(x, b) where the mask t says so. Returns y.
+static CudnnNode sdpa_pointwise(SdpaGraph* g, cudnnPointwiseMode_t mode, CudnnNode y,
+                                               CudnnNode x, CudnnNode b = NULL,
+                                               CudnnNode t = NULL, int64_t axis = -1,
+                                               cudnnDataType_t precision = CUDNN_DATA_FLOAT) {
+    CudnnNode kind = cudnn_new(g, CUDNN_BACKEND_POINTWISE_DESCRIPTOR);
+    cudnn_set(kind, CUDNN_ATTR_POINTWISE_MODE, CUDNN_TYPE_POINTWISE_MODE, 1, &mode);
+    cudnn_set(kind, CUDNN_ATTR_POINTWISE_MATH_PREC, CUDNN_TYPE_DATA_TYPE, 1, &precision);
+    if (axis >= 0) cudnn_set(kind, CUDNN_ATTR_POINTWISE_AXIS, CUDNN_TYPE_INT64, 1, &axis);
+    cudnnCheck(cudnnBackendFinalize(kind));
+    CudnnNode op = cudnn_new(g, CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR);
+    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR, kind);
+    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_POINTWISE_XDESC, x);
+    if (b) cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_POINTWISE_BDESC, b);
+    if (t) cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_POINTWISE_TDESC, t);
+    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_POINTWISE_YDESC, y);
+    sdpa_finish_op(g, op);
+    return y;
+}
+
+static CudnnNode sdpa_reduce(SdpaGraph* g, cudnnReduceTensorOp_t mode, CudnnNode y,
+                                            CudnnNode x) {
+    cudnnDataType_t f32 = CUDNN_DATA_FLOAT;
+    CudnnNode kind = cudnn_new(g, CUDNN_BACKEND_REDUCTION_DESCRIPTOR);
+    cudnn_set(kind, CUDNN_ATTR_REDUCTION_OPERATOR, CUDNN_TYPE_REDUCTION_OPERATOR_TYPE, 1, &mode);
+    cudnn_set(kind, CUDNN_ATTR_REDUCTION_COMP_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &f32);
+    cudnnCheck(cudnnBackendFinalize(kind));
+    CudnnNode op = cudnn_new(g, CUDNN_BACKEND_OPERATION_REDUCTION_DESCRIPTOR);
+    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_REDUCTION_DESC, kind);
+    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_REDUCTION_XDESC, x);
+    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_REDUCTION_YDESC, y);
+    sdpa_finish_op(g, op);
+    return y;
+}
+
+static CudnnNode sdpa_reshape(SdpaGraph* g, CudnnNode y, CudnnNode x) {
+    CudnnNode op = cudnn_new(g, CUDNN_BACKEND_OPERATION_RESHAPE_DESCRIPTOR);
+    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_RESHAPE_XDESC, x);
+    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_RESHAPE_YDESC, y);
+    sdpa_finish_op(g, op);
+    return y;
+}
+
+static SdpaLayout sdpa_contiguous(int64_t a, int64_t b, int64_t c, int64_t d) {
+    return {{a, b, c, d}, {b * c * d, c * d, d, 1}};
+}
+static SdpaLayout sdpa_transposed(SdpaLayout l) {
+    return {{l.dims[0], l.dims[1], l.dims[3], l.dims[2]}, {l.strides[0], l.strides[1], l.strides[3], l.strides[2]}};
+}
+
+// Scores above the diagonal become minus infinity: x where row >= column, else the scalar.
+static CudnnNode sdpa_causal(SdpaGraph* g, SdpaLayout TT, CudnnNode x) {
+    const cudnnDataType_t I32 = CUDNN_DATA_INT32, BOOLEAN = CUDNN_DATA_BOOLEAN, F32 = CUDNN_DATA_FLOAT;
+    CudnnNode masked = sdpa_tensor(g, SDPA_MASKED, sdpa_contiguous(1, 1, 1, 1), F32);
+    CudnnNode row = sdpa_tensor(g, 0, TT, I32), column = sdpa_tensor(g, 0, TT, I32);
+    sdpa_pointwise(g, CUDNN_POINTWISE_GEN_INDEX, row, x, NULL, NULL, 2);
+    sdpa_pointwise(g, CUDNN_POINTWISE_GEN_INDEX, column, x, NULL, NULL, 3);
+    CudnnNode seen = sdpa_pointwise(g, CUDNN_POINTWISE_CMP_GE, sdpa_tensor(g, 0, TT, BOOLEAN), row, column,
+                                                   NULL, -1, BOOLEAN);
+    return sdpa_pointwise(g, CUDNN_POINTWISE_BINARY_SELECT, sdpa_tensor(g, 0, TT, F32), x, masked, seen);
+}
+
+// The operations must come in this form and order: anything else is not recognized as attention, or is twice slower.
+static void sdpa_forward_graph(SdpaGraph* g) {
+    const SdpaPlan* p = g->plan;
+    const cudnnDataType_t F32 = CUDNN_DATA_FLOAT, BF16 = CUDNN_DATA_BFLOAT16;
+    int64_t B = p->B, H = p->H, T = p->T, D = p->D, C = (int64_t)p->heads * D;
+    SdpaLayout packed = {{B, H, T, D}, {3 * C * T, D, 3 * C, 1}}, plain = {{B, H, T, D}, {C * T, D, C, 1}};
+    SdpaLayout TT = sdpa_contiguous(B, H, T, T), T1 = sdpa_contiguous(B, H, T, 1);
+    SdpaLayout stats_layout = {{B, H, T, 1}, {p->heads * T, T, 1, 1}};
+    #define VALUE(layout) sdpa_tensor(g, 0, layout, F32)
+    CudnnNode q = sdpa_tensor(g, SDPA_Q, packed, BF16);
+    CudnnNode kt = sdpa_tensor(g, SDPA_K, sdpa_transposed(packed), BF16);
+    CudnnNode v = sdpa_tensor(g, SDPA_V, packed, BF16);
+    CudnnNode o = sdpa_tensor(g, SDPA_O, plain, BF16);
+    CudnnNode stats = sdpa_tensor(g, p->stats ? SDPA_STATS : 0, stats_layout, F32);
+    CudnnNode scale = sdpa_tensor(g, SDPA_SCALE, sdpa_contiguous(1, 1, 1, 1), F32);
+
+    CudnnNode s = VALUE(TT);
+    sdpa_matmul(g, q, kt, s);
+    s = sdpa_pointwise(g, CUDNN_POINTWISE_MUL, VALUE(TT), s, scale);
+    s = sdpa_causal(g, TT, s);
+    CudnnNode top = sdpa_reduce(g, CUDNN_REDUCE_TENSOR_MAX, VALUE(T1), s);
+    CudnnNode e = sdpa_pointwise(g, CUDNN_POINTWISE_SUB, VALUE(TT), s, top);
+    e = sdpa_pointwise(g, CUDNN_POINTWISE_EXP, VALUE(TT), e);
+    CudnnNode sum = sdpa_reduce(g, CUDNN_REDUCE_TENSOR_ADD, VALUE(T1), e);
+    CudnnNode log_sum = sdpa_pointwise(g, CUDNN_POINTWISE_LOG, VALUE(T1), sum);
+    sdpa_pointwise(g, CUDNN_POINTWISE_ADD, stats, top, log_sum);
+    CudnnNode weights = sdpa_tensor(g, 0, TT, BF16);
+    sdpa_pointwise(g, CUDNN_POINTWISE_DIV, weights, e, sum);
+    sdpa_matmul(g, weights, v, o);
+}
+
+// P = exp(S - stats), dV = P^T dO, dS = scale P (dO V^T - dot), dK = dS^T Q, dQ = dS K. The engine adds up dQ in fp32
+// from several blocks, in any order; told to write dQ itself it keeps all of dS instead and becomes deterministic.
+static void sdpa_backward_graph(SdpaGraph* g) {
+    const SdpaPlan* p = g->plan;
+    const cudnnDataType_t F32 = CUDNN_DATA_FLOAT, BF16 = CUDNN_DATA_BFLOAT16;
+    int64_t B = p->B, H = p->H, T = p->T, D = p->D, C = (int64_t)p->heads * D;
+    SdpaLayout packed = {{B, H, T, D}, {3 * C * T, D, 3 * C, 1}}, plain = {{B, H, T, D}, {C * T, D, C, 1}};
+    SdpaLayout TT = sdpa_contiguous(B, H, T, T), T1 = sdpa_contiguous(B, H, T, 1), TD = sdpa_contiguous(B, H, T, D);
+    SdpaLayout TT_columns = {{B, H, T, T}, {H * T * T, T * T, 1, T}};
+    SdpaLayout stats_layout = {{B, H, T, 1}, {p->heads * T, T, 1, 1}}, one_value = sdpa_contiguous(1, 1, 1, 1);
+    CudnnNode q = sdpa_tensor(g, SDPA_Q, packed, BF16);
+    CudnnNode kt = sdpa_tensor(g, SDPA_K, sdpa_transposed(packed), BF16);
+    CudnnNode vt = sdpa_tensor(g, SDPA_V, sdpa_transposed(packed), BF16);
+    CudnnNode o = sdpa_tensor(g, SDPA_O, plain, BF16), d_o = sdpa_tensor(g, SDPA_DO, plain, BF16);
+    CudnnNode stats = sdpa_tensor(g, SDPA_STATS, stats_layout, F32);
+    CudnnNode dq = sdpa_tensor(g, SDPA_DQ, packed, BF16), dk = sdpa_tensor(g, SDPA_DK, packed, BF16);
+    CudnnNode dv = sdpa_tensor(g, SDPA_DV, packed, BF16);
+    CudnnNode scale = sdpa_tensor(g, SDPA_SCALE, one_value, F32);
+    CudnnNode one = sdpa_tensor(g, SDPA_ONE, one_value, F32);
+
+    CudnnNode dot = sdpa_pointwise(g, CUDNN_POINTWISE_MUL, VALUE(TD), d_o, o);
+    dot = sdpa_reduce(g, CUDNN_REDUCE_TENSOR_ADD, VALUE(T1), dot);
+    dot = sdpa_pointwise(g, CUDNN_POINTWISE_MUL, sdpa_tensor(g, SDPA_DOT, T1, F32), dot, one);
+    CudnnNode s = VALUE(TT);
+    sdpa_matmul(g, q, kt, s);
+    s = sdpa_pointwise(g, CUDNN_POINTWISE_MUL, VALUE(TT), s, scale);
+    s = sdpa_pointwise(g, CUDNN_POINTWISE_SUB, VALUE(TT), s, stats);
+    s = sdpa_causal(g, TT, s);
+    CudnnNode weights = sdpa_pointwise(g, CUDNN_POINTWISE_EXP, VALUE(TT), s);
+    CudnnNode weights_t = sdpa_reshape(g, sdpa_tensor(g, 0, TT_columns, BF16), weights);
+    sdpa_matmul(g, weights_t, d_o, dv);
+    CudnnNode ds = VALUE(TT);
+    sdpa_matmul(g, d_o, vt, ds);
+    ds = sdpa_pointwise(g, CUDNN_POINTWISE_SUB, VALUE(TT), ds, dot);
+    ds = sdpa_pointwise(g, CUDNN_POINTWISE_MUL, VALUE(TT), ds, weights);
+    ds = sdpa_pointwise(g, CUDNN_POINTWISE_MUL, VALUE(TT), ds, scale);
+    CudnnNode ds_t = sdpa_reshape(g, sdpa_tensor(g, 0, TT_columns, BF16), ds);
+    sdpa_matmul(g, ds_t, q, dk);
+    CudnnNode k = sdpa_reshape(g, sdpa_tensor(g, 0, packed, BF16), kt);
+    if (p->deterministic) {
+        sdpa_matmul(g, ds, k, dq);
+    } else {
+        CudnnNode dq_sum = sdpa_tensor(g, SDPA_DQ_SUM, TD, F32);
+        sdpa_matmul(g, ds, k, dq_sum);
+        sdpa_pointwise(g, CUDNN_POINTWISE_IDENTITY, dq, dq_sum);
+    }
+    #undef VALUE
+}
+
+static void sdpa_build(SdpaPlan* p) {
+    if (!cudnn_handle) {
+        size_t version = cudnnGetVersion();
+        opRequire(version >= 90000 && version != 91000 && version != 91001,
+                  "cuDNN %zu.%zu.%zu is %s: install 9.14 or later", version / 10000, version / 100 % 100, version % 100,
+                  version < 90000 ? "too old" : "known to compute attention wrongly");
+        cudnnCheck(cudnnCreate(&cudnn_handle));
+        cudnnCheck(cudnnSetStream(cudnn_handle, main_stream));
+    }
+    SdpaGraph graph = {p, {}, {}, 0, 0, SDPA_TENSORS}, *g = &graph;
+    if (p->backward) sdpa_backward_graph(g); else sdpa_forward_graph(g);
+
+    CudnnNode operations = cudnn_new(g, CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR);
+    cudnn_set(operations, CUDNN_ATTR_OPERATIONGRAPH_OPS, CUDNN_TYPE_BACKEND_DESCRIPTOR, g->ops_count, g->ops);
+    cudnn_set(operations, CUDNN_ATTR_OPERATIONGRAPH_HANDLE, CUDNN_TYPE_HANDLE, 1, &cudnn_handle);
+    cudnnCheck(cudnnBackendFinalize(operations));
+
+    CudnnNode heuristic = cudnn_new(g, CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR);
+    cudnnBackendHeurMode_t mode = CUDNN_HEUR_MODE_A;
+    cudnn_set_descriptor(heuristic, CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, operations);
+    cudnn_set(heuristic, CUDNN_ATTR_ENGINEHEUR_MODE, CUDNN_TYPE_HEUR_MODE, 1, &mode);
+    cudnnCheck(cudnnBackendFinalize(heuristic));
+
+    // The first query gives an upper bound of the number of engines, the second the engines, best first.
+    CudnnNode engines[16];
+    int64_t count = 0;
+    cudnnCheck(cudnnBackendGetAttribute(heuristic, CUDNN_ATTR_ENGINEHEUR_RESULTS, CUDNN_TYPE_BACKEND_DESCRIPTOR, 0,
+                                        &count, NULL));
+    int64_t asked = count < 16 ? count : 16;
+    for (int64_t i = 0; i < asked; i++) engines[i] = cudnn_new(g, CUDNN_BACKEND_ENGINECFG_DESCRIPTOR);
+    count = 0;
+    if (asked > 0) {
+        cudnnCheck(cudnnBackendGetAttribute(heuristic, CUDNN_ATTR_ENGINEHEUR_RESULTS, CUDNN_TYPE_BACKEND_DESCRIPTOR,
+                                            asked, &count, engines));
+    }
+    p->plan = NULL;
+    for (int64_t i = 0; i < count && i < asked && !p->plan; i++) {
+        CudnnNode plan;
+        cudnnCheck(cudnnBackendCreateDescriptor(CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR, &plan));
+        cudnn_set(plan, CUDNN_ATTR_EXECUTION_PLAN_HANDLE, CUDNN_TYPE_HANDLE, 1, &cudnn_handle);
+        cudnn_set_descriptor(plan, CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, engines[i]);
+        if (cudnnBackendFinalize(plan) == CUDNN_STATUS_SUCCESS) p->plan = plan;
+        else cudnnCheck(cudnnBackendDestroyDescriptor(plan));
+    }
+    if (!p->plan) {
+        char reason[1024] = "";
+        cudnnGetLastErrorString(reason, sizeof(reason));
+        opRequire(false, "cuDNN %zu has no engine for the causal attention %s of B = %d, T = %lld, H = %d, D = %d in "
+                  "bf16 on this GPU (it needs compute capability 8.0 or newer, D a multiple of 8 up to 256, and the "
+                  "graph, heuristic and engines libraries beside libcudnn); its last word: %s", cudnnGetVersion(),
+                  p->backward ? "backward" : "forward", p->B, (long long)p->T, p->H, p->D, reason);
+    }
+    cudnnCheck(cudnnBackendGetAttribute(p->plan, CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, CUDNN_TYPE_INT64, 1, &count,
+                                        &p->workspace));
+    for (int i = g->made_count - 1; i >= 0; i--) cudnnCheck(cudnnBackendDestroyDescriptor(g->made[i]));
+}
+
+// The plan for the whole (B, H) or, for a deterministic backward that would take too much memory, for one head.
+static SdpaPlan* sdpa_plan(bool backward, bool stats, int B, int64_t T, int H, int D) {
+    static SdpaPlan plans[64];
+    static int plans_count;
+    SdpaPlan want = {B, H, H, D, T, backward, stats, backward && sdpa_deterministic, NULL, 0, {}, 0};
+    if (want.deterministic && 2 * (double)B * H * T * T > (double)sdpa_deterministic_bytes) want.B = want.H = 1;
+    for (int i = 0; i < plans_count; i++) {
+        SdpaPlan* p = &plans[i];
+        if (p->B == want.B && p->H == want.H && p->heads == H && p->D == D && p->T == T && p->backward == backward &&
+            p->stats == stats && p->deterministic == want.deterministic) return p;
+    }
+    opRequire(T > 0 && B > 0 && H > 0 && D % 8 == 0, "attention over B = %d, T = %lld, H = %d, D = %d: D must be a "
+              "multiple of 8, the others positive", B, (long long)T, H, D);
+    opRequire(plans_count < 64, "more than 64 attention shapes in one run");
+    sdpa_build(&want);
+    plans[plans_count] = want;
+    return &plans[plans_count++];
+}
+
+static int64_t round_up_256(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+static int64_t sdpa_dq_sum_bytes(const SdpaPlan* p) {
+    return p->backward && !p->deterministic ? round_up_256(4 * (int64_t)p->B * p->H * p->T * p->D) : 0;
+}
+static int64_t sdpa_dot_bytes(const SdpaPlan* p) {
+    return p->backward ? round_up_256(4 * (int64_t)p->B * p->H * p->T) : 0;
+}
+static int64_t sdpa_plan_bytes(const SdpaPlan* p) {
+    return sdpa_dq_sum_bytes(p) + sdpa_dot_bytes(p) + round_up_256(p->workspace);
+}
+
+// Builds what a shape needs, about a second each the first time on a machine, and returns the bytes of workspace for
+// it: called before training for every shape of the run, so that nothing is compiled or allocated later.
+int64_t sdpa_prepare(int B, int64_t T, int H, int D, bool need_stats, bool backward) {
+    int64_t bytes = sdpa_plan_bytes(sdpa_plan(false, need_stats, B, T, H, D));
+    if (backward) {
+        int64_t more = sdpa_plan_bytes(sdpa_plan(true, true, B, T, H, D));
+        if (more > bytes) bytes = more;
+    }
+    return bytes;
+}
+
+// at[id] is where tensor id lies.
+static void sdpa_run(const SdpaPlan* p, void* (&at)[SDPA_TENSORS]) {
+    int64_t bytes = sdpa_plan_bytes(p);
+    opRequire(bytes <= (int64_t)sdpa_workspace_bytes, "attention over B = %d, T = %lld, H = %d, D = %d needs %lld "
+              "bytes of workspace, the plan took %zu: sdpa_prepare() was not asked for this shape", p->B,
+              (long long)p->T, p->H, p->D, (long long)bytes, sdpa_workspace_bytes);
+    float scale = 1.0f / sqrtf((float)p->D), masked = -INFINITY, one = 1.0f;
+    at[SDPA_SCALE] = &scale;
+    at[SDPA_MASKED] = &masked;
+    at[SDPA_ONE] = &one;
+    at[SDPA_DQ_SUM] = sdpa_workspace;
+    at[SDPA_DOT] = (char*)at[SDPA_DQ_SUM] + sdpa_dq_sum_bytes(p);
+    void* workspace = (char*)at[SDPA_DOT] + sdpa_dot_bytes(p);
+    void* pointers[SDPA_TENSORS];
+    for (int i = 0; i < p->ids_count; i++) {
+        int64_t id = p->ids[i];
+        pointers[i] = at[id];
+        // cuDNN computes nonsense on misaligned tensors, without an error. A head's statistics may start anywhere.
+        int64_t alignment = id == SDPA_STATS || id >= SDPA_SCALE ? 4 : 16;
+        opRequire(at[id] && (uintptr_t)at[id] % alignment == 0, "attention tensor %lld lies at %p, which is not a "
+                  "multiple of %lld", (long long)id, at[id], (long long)alignment);
+    }
+    CudnnNode pack;
+    cudnnCheck(cudnnBackendCreateDescriptor(CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR, &pack));
+    cudnn_set(pack, CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, CUDNN_TYPE_INT64, p->ids_count, p->ids);
+    cudnn_set(pack, CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, CUDNN_TYPE_VOID_PTR, p->ids_count, pointers);
+    cudnn_set(pack, CUDNN_ATTR_VARIANT_PACK_WORKSPACE, CUDNN_TYPE_VOID_PTR, 1, &workspace);
+    cudnnCheck(cudnnBackendFinalize(pack));
+    cudnnCheck(cudnnBackendExecute(cudnn_handle, p->plan, pack));
+    cudnnCheck(cudnnBackendDestroyDescriptor(pack));
+}
+
+void sdpa_forward(floatX* out /*(B,T,H,D)*/, float* stats /*(B,H,T) or NULL*/, const floatX* qkv /*(B,T,3,H,D)*/, int B,
+                  int64_t T, int H, int D) {
+    SdpaPlan* p = sdpa_plan(false, stats != NULL, B, T, H, D);
+    floatX* x = (floatX*)qkv;  // cuDNN's interface knows no const
+    void* at[SDPA_TENSORS] = {};
+    at[SDPA_Q] = x;
+    at[SDPA_K] = x + (int64_t)H * D;
+    at[SDPA_V] = x + 2 * (int64_t)H * D;
+    at[SDPA_O] = out;
+    at[SDPA_STATS] = stats;
+    sdpa_run(p, at);
+}
+
+void sdpa_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dout /*(B,T,H,D)*/, const floatX* qkv, const floatX* out,
+                   const float* stats /*(B,H,T)*/, int B, int64_t T, int H, int D) {
+    SdpaPlan* p = sdpa_plan(true, true, B, T, H, D);
+    for (int b = 0; b < B; b += p->B) {
+        for (int h = 0; h < H; h += p->H) {
+            int64_t C = (int64_t)H * D, row = b * T * C + h * (int64_t)D, row3 = b * T * 3 * C + h * (int64_t)D;
+            void* at[SDPA_TENSORS] = {};
+            for (int part = 0; part < 3; part++) {
+                at[SDPA_Q + part] = (floatX*)qkv + row3 + part * C;
+                at[SDPA_DQ + part] = dqkv + row3 + part * C;
+            }
+            at[SDPA_O] = (floatX*)out + row;
+            at[SDPA_DO] = (floatX*)dout + row;
+            at[SDPA_STATS] = (float*)stats + ((int64_t)b * H + h) * T;
+            sdpa_run(p, at);
+        }
+    }
+}
+
+#else  // FLOATX_FP32
+
+int64_t sdpa_prepare(int, int64_t, int, int, bool, bool) { return 0; }
+
+// A warp owns one row and walks the others; a lane holds every 32nd dimension.
+static const int SDPA_MAX_D = 256;
+#define SDPA_EACH_DIM(i, d) for (int i = 0, d = threadIdx.x % 32; i < SDPA_MAX_D / 32; i++, d += 32) if (d < D)
+#define SDPA_ROW() \
+    int64_t row = (blockIdx.x * (int64_t)blockDim.x + threadIdx.x) / 32; \
+    if (row >= B * H * T) return; \
+    int64_t bh = row / T, t = row % T, C = (int64_t)H * D; \
+    int64_t base = bh / H * T * C + bh % H * D; /* of a (B,T,H,D) tensor; of a packed one 3 (base - h D) + h D */ \
+    int64_t base3 = bh / H * T * 3 * C + bh % H * D;
+
+__global__ void sdpa_forward_kernel(float* out, float* stats, const float* qkv, int B, int64_t T, int H, int D) {
+    SDPA_ROW();
+    float q[SDPA_MAX_D / 32], o[SDPA_MAX_D / 32] = {}, top = -INFINITY, sum = 0.0f, scale = 1.0f / sqrtf((float)D);
+    SDPA_EACH_DIM(i, d) q[i] = qkv[base3 + t * 3 * C + d] * scale;
+    for (int64_t j = 0; j <= t; j++) {
+        const float* k = qkv + base3 + j * 3 * C + C;
+        float score = 0.0f;
+        SDPA_EACH_DIM(i, d) score += q[i] * k[d];
+        score = warp_sum(score);
+        float new_top = fmaxf(top, score), shrink = expf(top - new_top), weight = expf(score - new_top);
+        top = new_top;
+        sum = sum * shrink + weight;
+        SDPA_EACH_DIM(i, d) o[i] = o[i] * shrink + weight * k[C + d];
+    }
+    SDPA_EACH_DIM(i, d) out[base + t * C + d] = o[i] / sum;
+    if (stats && threadIdx.x % 32 == 0) stats[row] = top + logf(sum);
+}
+
+__global__ void sdpa_backward_dq_kernel(float* dqkv, const float* dout, const float* qkv, const float* out,
+                                        const float* stats, int B, int64_t T, int H, int D) {
+    SDPA_ROW();
+    float q[SDPA_MAX_D / 32], g[SDPA_MAX_D / 32], dq[SDPA_MAX_D / 32] = {}, dot = 0.0f, scale = 1.0f / sqrtf((float)D);
+    SDPA_EACH_DIM(i, d) {
+        q[i] = qkv[base3 + t * 3 * C + d] * scale;
+        g[i] = dout[base + t * C + d];
+        dot += g[i] * out[base + t * C + d];
+    }
+    dot = warp_sum(dot);
+    for (int64_t j = 0; j <= t; j++) {
+        const float* k = qkv + base3 + j * 3 * C + C;
+        float score = 0.0f, dweight = 0.0f;
+        SDPA_EACH_DIM(i, d) { score += q[i] * k[d]; dweight += g[i] * k[C + d]; }
+        float ds = expf(warp_sum(score) - stats[row]) * (warp_sum(dweight) - dot);
+        SDPA_EACH_DIM(i, d) dq[i] += ds * k[d];
+    }
+    SDPA_EACH_DIM(i, d) dqkv[base3 + t * 3 * C + d] = dq[i] * scale;
+}
+
+__global__ void sdpa_backward_dkv_kernel(float* dqkv, const float* dout, const float* qkv, const float* out,
+                                         const float* stats, int B, int64_t T, int H, int D) {
+    SDPA_ROW();
+    float k[SDPA_MAX_D / 32], v[SDPA_MAX_D / 32], dk[SDPA_MAX_D / 32] = {}, dv[SDPA_MAX_D / 32] = {};
+    float scale = 1.0f / sqrtf((float)D);
+    SDPA_EACH_DIM(i, d) {
+        k[i] = qkv[base3 + t * 3 * C + C + d] * scale;
+        v[i] = qkv[base3 + t * 3 * C + 2 * C + d];
+    }
+    for (int64_t j = t; j < T; j++) {
+        const float *q = qkv + base3 + j * 3 * C, *g = dout + base + j * C, *o = out + base + j * C;
+        float score = 0.0f, dweight = 0.0f;  // the weight's gradient less the row's sum: g (v - o)
+        SDPA_EACH_DIM(i, d) { score += q[d] * k[i]; dweight += g[d] * (v[i] - o[d]); }
+        float weight = expf(warp_sum(score) - stats[bh * T + j]), ds = weight * warp_sum(dweight);
+        SDPA_EACH_DIM(i, d) { dk[i] += ds * q[d]; dv[i] += weight * g[d]; }
+    }
+    SDPA_EACH_DIM(i, d) {
+        dqkv[base3 + t * 3 * C + C + d] = dk[i] * scale;
+        dqkv[base3 + t * 3 * C + 2 * C + d] = dv[i];
+    }
+}
+
+void sdpa_forward(floatX* out, float* stats, const floatX* qkv, int B, int64_t T, int H, int D) {
+    opRequire(D <= SDPA_MAX_D, "attention with D = %d: at most %d in fp32", D, SDPA_MAX_D);
+    sdpa_forward_kernel<<<grid_for(B * H * T, 8), 256, 0, main_stream>>>(out, stats, qkv, B, T, H, D);
+    cudaCheck(cudaGetLastError());
+}
+
+void sdpa_backward(floatX* dqkv, const floatX* dout, const floatX* qkv, const floatX* out, const float* stats, int B,
+                   int64_t T, int H, int D) {
+    opRequire(D <= SDPA_MAX_D, "attention with D = %d: at most %d in fp32", D, SDPA_MAX_D);
+    sdpa_backward_dq_kernel<<<grid_for(B * H * T, 8), 256, 0, main_stream>>>(dqkv, dout, qkv, out, stats, B, T, H, D);
+    cudaCheck(cudaGetLastError());
+    sdpa_backward_dkv_kernel<<<grid_for(B * H * T, 8), 256, 0, main_stream>>>(dqkv, dout, qkv, out, stats, B, T, H, D);
+    cudaCheck(cudaGetLastError());
+}
+#endif  // FLOATX_FP32
+
+#endif  // CPU_BACKEND
 
 // ===================================================================================================================
 // 6. Lighthouse attention, composed of the operations: scores -> selection -> gather (pool, rotate) -> SDPA -> scatter.
 // The selection gets no gradient; the backward pass uses the index that the forward pass kept.
+
+#ifndef CPU_BACKEND
+// ---- CUDA: Lighthouse ---------------------------------------------------------------------------------------------
+// Kernels that move head vectors know D at compile time: a group of D/8 lanes holds a vector, 8 neighbouring elements
+// (Pack8) in each lane, and works alone: the lanes of a group do the same, groups of one warp may not. Pooling factors
+// are powers of 2, so entry indices come from shifts. Sums are fp32, in one group's registers and in a fixed order.
+
+#define WITH_HEAD_SIZE(D, ...) \
+    switch (D) { \
+        case 16: { constexpr int HEAD = 16; __VA_ARGS__; break; } \
+        case 32: { constexpr int HEAD = 32; __VA_ARGS__; break; } \
+        case 64: { constexpr int HEAD = 64; __VA_ARGS__; break; } \
+        case 128: { constexpr int HEAD = 128; __VA_ARGS__; break; } \
+        default: opRequire(false, "head size %d: Lighthouse on the GPU knows 16, 32, 64 and 128", D); \
+    } \
+    cudaCheck(cudaGetLastError())
+
+template <int LANES> __device__ __forceinline__ unsigned group_mask() {
+    if (LANES == 32) return 0xffffffffu;
+    return ((1u << (LANES % 32)) - 1) << (threadIdx.x % 32 / LANES * LANES);
+}
+
+template <int LANES> __device__ __forceinline__ float group_sum(float x) {
+#pragma unroll
+    for (int offset = LANES / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(group_mask<LANES>(), x, offset);
+    return x;
+}
+
+__device__ __forceinline__ int pool_bits(const LighthouseShape& s) { return 31 - __clz(s.pool); }
+
+// The level of a flat entry index.
+__device__ __forceinline__ int entry_level(const LighthouseShape& s, int32_t flat) {
+    int l = 0;
+    while (flat >= s.off[l + 1]) l++;
+    return l;
+}
+
+__device__ __forceinline__ void add_pack(float (&sum)[8], const Pack8<floatX>& x) {
+#pragma unroll
+    for (int d = 0; d < 8; d++) sum[d] += (float)x.v[d];
+}
+
+// Scores: the norms of q and k, and above level 0 the maximum over the tokens covered. A block takes SCORE_TOKENS
+// tokens of all heads, so that it reads whole rows, and makes the levels whose entries fit into them.
+static const int SCORE_TOKENS = 64;
+
+template <int D>
+__global__ void __launch_bounds__(1024) lighthouse_scores_kernel(float* scores, const floatX* __restrict__ qkv, int B,
+                                                                 LighthouseShape s, int rows, unsigned chunks) {
+    constexpr int LANES = D / 8, BATCH = 4;
+    extern __shared__ float norms[];  // (2H, SCORE_TOKENS + 1): q's heads, then k's; the odd stride spreads the banks
+    int b = blockIdx.x / chunks, vectors = 2 * s.H;
+    int64_t t0 = (int64_t)(blockIdx.x % chunks) * SCORE_TOKENS, row = 3 * (int64_t)s.H * D;
+    int tokens = s.T - t0 < SCORE_TOKENS ? (int)(s.T - t0) : SCORE_TOKENS;
+    int lane = threadIdx.x % LANES, group = threadIdx.x / LANES, step = blockDim.x / LANES / rows;
+    for (int r = group % rows; r < vectors; r += rows) {
+        const floatX* x = qkv + (b * s.T + t0) * row + (int64_t)r * D + lane * 8;
+        for (int t = group / rows; t < tokens; t += BATCH * step) {
+            Pack8<floatX> pack[BATCH];
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) {
+                if (t + i * step < tokens) pack[i] = load8_stream(x + (t + i * step) * row);
+            }
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) {
+                if (t + i * step >= tokens) continue;
+                float square = 0.0f;
+#pragma unroll
+                for (int d = 0; d < 8; d++) square += (float)pack[i].v[d] * (float)pack[i].v[d];
+                square = group_sum<LANES>(square);
+                if (lane == 0) norms[r * (SCORE_TOKENS + 1) + t + i * step] = sqrtf(square);
+            }
+        }
+    }
+    __syncthreads();
+    int64_t entries = s.off[s.levels];
+    for (int l = 0, width = 1; l < s.levels && width <= SCORE_TOKENS; l++, width *= s.pool) {
+        int count = tokens / width;
+        for (int i = threadIdx.x; i < vectors * count; i += blockDim.x) {
+            int r = i / count, e = i % count;
+            const float* covered = norms + r * (SCORE_TOKENS + 1) + e * width;
+            float top = covered[0];
+            for (int j = 1; j < width; j++) top = fmaxf(top, covered[j]);
+            int64_t part = r / s.H, h = r % s.H;
+            scores[((part * B + b) * s.H + h) * entries + s.off[l] + t0 / width + e] = top;
+        }
+    }
+}
+
+// One level from the one below, for entries wider than SCORE_TOKENS.
+__global__ void lighthouse_pyramid_kernel(float* scores, int l, LighthouseShape s, unsigned chunks) {
+    int64_t e = (int64_t)(blockIdx.x % chunks) * blockDim.x + threadIdx.x;
+    if (e >= s.n[l]) return;
+    float* head = scores + blockIdx.x / chunks * s.off[s.levels];
+    const float* child = head + s.off[l - 1] + e * s.pool;
+    float top = child[0];
+    for (int j = 1; j < s.pool; j++) top = fmaxf(top, child[j]);
+    head[s.off[l] + e] = top;
+}
+
+void lighthouse_scores(float* scores /*(2,B,H,E): a then b*/, const floatX* qkv /*(B,T,3,H,D) raw, before RoPE*/, int B,
+                       const LighthouseShape* s) {
+    int lanes = s->D / 8, rows = 2 * s->H * lanes <= 1024 ? 2 * s->H : 1024 / lanes;
+    int threads = rows * lanes * (rows * lanes < 256 ? 256 / (rows * lanes) : 1);
+    size_t shared = 2 * s->H * (SCORE_TOKENS + 1) * sizeof(float);
+    opRequire(shared <= 48 << 10, "%d heads: at most 94 fit into a block of lighthouse_scores", s->H);
+    unsigned chunks = grid_for(s->T, SCORE_TOKENS);
+    unsigned blocks = grid_for((int64_t)chunks * B, 1);
+    WITH_HEAD_SIZE(s->D, lighthouse_scores_kernel<HEAD><<<blocks, threads, shared, main_stream>>>(
+                             scores, qkv, B, *s, rows, chunks));
+    int64_t width = 1;
+    for (int l = 1; l < s->levels; l++) {
+        width *= s->pool;
+        if (width <= SCORE_TOKENS) continue;
+        chunks = grid_for(s->n[l], 256);
+        blocks = grid_for(2 * (int64_t)B * s->H * chunks, 1);
+        lighthouse_pyramid_kernel<<<blocks, 256, 0, main_stream>>>(scores, l, *s, chunks);
+        cudaCheck(cudaGetLastError());
+    }
+}
+
+// Selection. A block does one tile of one head, level after level. There are few blocks, so what counts is the time
+// from barrier to barrier: the m/2 best are found by their threshold, four passes of a histogram over one byte of the
+// score's bits each, never by a sort. Which candidates are picked is kept as bits, 32 to a word, with the number of
+// picked ones before each word; counted in these, every entry finds its place in the sequence.
+
+// A norm's bits order like the norm. NaN counts as infinity. 0 is left for candidates that cannot be picked any more.
+__device__ __forceinline__ uint32_t score_key(float score) {
+    uint32_t bits = __float_as_uint(score) & 0x7fffffffu;
+    return (bits < 0x7f800000u ? bits : 0x7f800000u) + 1;
+}
+
+__device__ __forceinline__ int warp_inclusive_sum(int x) {
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+        int y = __shfl_up_sync(0xffffffffu, x, offset);
+        if ((int)(threadIdx.x % 32) >= offset) x += y;
+    }
+    return x;
+}
+
+// The want-th largest of the block's n keys; in ties, how many of the keys equal to it are among the want largest.
+template <class Key>
+__device__ __forceinline__ uint32_t kth_largest(int* ties, Key key, int n, int want, int32_t* histogram /*(256 + 2)*/) {
+    uint32_t high = 0;  // the bytes found so far
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        for (int i = threadIdx.x; i < 256; i += blockDim.x) histogram[i] = 0;
+        __syncthreads();
+        for (int j = threadIdx.x; j < n; j += blockDim.x) {
+            uint32_t x = key(j);
+            if (shift == 24 || x >> (shift + 8) == high) atomicAdd(&histogram[x >> shift & 255], 1);
+        }
+        __syncthreads();
+        if (threadIdx.x < 32) {  // lane i holds the bins 8i ... 8i+7, counted from the largest byte down
+            int bin[8], sum = 0;
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum += bin[i] = histogram[255 - (threadIdx.x * 8 + i)];
+            int above = warp_inclusive_sum(sum) - sum;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                if (above < want && above + bin[i] >= want) {
+                    histogram[256] = 255 - (threadIdx.x * 8 + i);
+                    histogram[257] = want - above;
+                }
+                above += bin[i];
+            }
+        }
+        __syncthreads();
+        high = high << 8 | histogram[256];
+        want = histogram[257];
+    }
+    *ties = want;
+    return high;
+}
+
+// Adds the want best candidates to those picked. before[w]: picked ones before word w. Key 0 is never picked.
+template <class Key>
+__device__ __forceinline__ void pick_best(uint32_t* picked, int32_t* before, Key key, int n, int want,
+                                          int32_t* histogram) {
+    int ties, words = n / 32 + 1, lane = threadIdx.x % 32;
+    uint32_t threshold = kth_largest(&ties, key, n, want, histogram);
+    for (int w = threadIdx.x / 32; w < words; w += blockDim.x / 32) {
+        uint32_t x = w * 32 + lane < n ? key(w * 32 + lane) : 0;
+        uint32_t larger = __ballot_sync(0xffffffffu, x > threshold), equal = __ballot_sync(0xffffffffu, x == threshold);
+        if (lane == 0) {
+            picked[w] |= larger;
+            before[w] = equal;  // lent to the pass below
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        int equals = 0, total = 0;
+        for (int w0 = 0; w0 < words; w0 += 32) {
+            int w = w0 + lane;
+            uint32_t equal = w < words ? before[w] : 0, word = w < words ? picked[w] : 0;
+            int through = warp_inclusive_sum(__popc(equal)), room = ties - (equals + through - __popc(equal));
+            equals += __shfl_sync(0xffffffffu, through, 31);
+            while (equal && __popc(equal) > room) equal ^= 0x80000000u >> __clz(equal);  // ties: the lower index stays
+            word |= equal;
+            through = warp_inclusive_sum(__popc(word));
+            if (w < words) {
+                picked[w] = word;
+                before[w] = total + through - __popc(word);
+            }
+            total += __shfl_sync(0xffffffffu, through, 31);
+        }
+    }
+    __syncthreads();
+}
+
+__global__ void __launch_bounds__(1024) lighthouse_select_kernel(int32_t* index, const float* scores, int B,
+                                                                 LighthouseShape s, int words, bool cached) {
+    extern __shared__ int32_t select_shared[];
+    int L = s.levels, m = s.tile, bits = pool_bits(s);
+    int32_t* histogram = select_shared;                                   // (264)
+    int32_t* rank = histogram + 264;                                      // (L-1, m) rank of the picked at its level
+    int32_t* entry = rank + (L - 1) * m;                                  // (L-1, m) and its entry
+    uint32_t* picked = (uint32_t*)(entry + (L - 1) * m);                  // (L-1, words); row 0 of all four is level 1
+    int32_t* before = (int32_t*)(picked + (L - 1) * words);               // (L-1, words)
+    uint32_t* keys = (uint32_t*)(before + (L - 1) * words);               // (2, candidates) where they fit
+    int tile = blockIdx.x % s.tiles, coarse = (int)(s.n[L - 1] / s.tiles);
+    int64_t bh = blockIdx.x / s.tiles;
+    const float* head = scores + bh * s.off[L];  // its a; its b lies one side further
+    int64_t one_side = (int64_t)B * s.H * s.off[L];
+
+    // The entry of candidate j of level l: the tile's coarsest entries, or the children of the entries picked above.
+    auto candidate = [&](int l, int j) {
+        return l == L - 1 ? tile * coarse + j : (entry[l * m + (j >> bits)] << bits) + (j & (s.pool - 1));
+    };
+    for (int l = L - 1; l >= 1; l--) {
+        int n = l == L - 1 ? coarse : m << bits;
+        uint32_t* l_picked = picked + (l - 1) * words;
+        int32_t* l_before = before + (l - 1) * words;
+        for (int j = threadIdx.x; cached && j < n; j += blockDim.x) {
+            const float* score = head + s.off[l] + candidate(l, j);
+            keys[j] = score_key(score[0]);
+            keys[n + j] = score_key(score[one_side]);
+        }
+        for (int w = threadIdx.x; w < words; w += blockDim.x) l_picked[w] = 0;
+        __syncthreads();
+        for (int side = 0; side < 2; side++) {  // by a, then by b among the others
+            auto key = [&](int j) -> uint32_t {
+                if (l_picked[j / 32] >> (j % 32) & 1) return 0;
+                return cached ? keys[side * n + j] : score_key(head[side * one_side + s.off[l] + candidate(l, j)]);
+            };
+            pick_best(l_picked, l_before, key, n, m / 2, histogram);
+        }
+        for (int j = threadIdx.x; j < n; j += blockDim.x) {
+            uint32_t word = l_picked[j / 32], bit = 1u << (j % 32);
+            if (!(word & bit)) continue;
+            int r = l_before[j / 32] + __popc(word & (bit - 1));
+            rank[(l - 1) * m + r] = j;
+            entry[(l - 1) * m + r] = candidate(l, j);
+        }
+        __syncthreads();
+    }
+
+    // An entry comes after the finer entries that end by its own end and after the coarser ones that end before it.
+    // Each picked one among the first x candidates of a level has p children: so many candidates of the next finer
+    // level end by the end of candidate x - 1.
+    int32_t* out = index + bh * s.S + tile * s.tile_slots;
+    for (int l = L - 1; l >= 0; l--) {
+        int n = l == L - 1 ? coarse : m << bits;
+        for (int j = threadIdx.x; j < n; j += blockDim.x) {
+            int place = j;
+            for (int f = l, x = j + 1; f >= 1; f--) {
+                uint32_t word = picked[(f - 1) * words + x / 32] & ((1u << (x % 32)) - 1);
+                x = (before[(f - 1) * words + x / 32] + __popc(word)) << bits;
+                place += x;
+            }
+            for (int c = l + 1, r = j; c < L; c++) {
+                r = rank[(c - 1) * m + (r >> bits)];
+                place += r;
+            }
+            out[place] = (int32_t)(s.off[l] + candidate(l, j));
+        }
+    }
+}
+
+void lighthouse_select(int32_t* index /*(B,H,S) flat entry index in sequence order*/, const float* scores /*(2,B,H,E)*/,
+                       int B, const LighthouseShape* s) {
+    static int limit;  // of a block's shared memory
+    if (!limit) {
+        int device;
+        cudaCheck(cudaGetDevice(&device));
+        cudaCheck(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+        cudaCheck(cudaFuncSetAttribute(lighthouse_select_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit));
+    }
+    int64_t coarse = s->n[s->levels - 1] / s->tiles, below = s->levels > 2 ? (int64_t)s->tile * s->pool : 0;
+    int64_t most = coarse > below ? coarse : below, words = most / 32 + 1;
+    int64_t shared = (264 + 2 * (s->levels - 1) * (s->tile + words)) * sizeof(int32_t);
+    int64_t keys = 2 * most * sizeof(uint32_t), entries = s->off[s->levels];
+    opRequire(entries <= INT32_MAX, "%lld entries of all levels: an index has 32 bits", (long long)entries);
+    opRequire(shared <= limit, "a tile of %lld coarsest entries needs %lld bytes of shared memory, the GPU has %d: "
+              "raise topk, levels or pool", (long long)coarse, (long long)shared, limit);
+    bool cached = shared + keys <= limit;
+    int threads = most >= 1024 ? 1024 : most <= 128 ? 128 : (int)(most + 31) / 32 * 32;
+    if (cached) shared += keys;
+    lighthouse_select_kernel<<<grid_for((int64_t)B * s->H * s->tiles, 1), threads, shared, main_stream>>>(
+        index, scores, B, *s, (int)words, cached);
+    cudaCheck(cudaGetLastError());
+}
+
+__global__ void lighthouse_invert_kernel(int32_t* slot, const int32_t* index, LighthouseShape s, unsigned chunks) {
+    int64_t bh = blockIdx.x / chunks, r = (int64_t)(blockIdx.x % chunks) * blockDim.x + threadIdx.x;
+    if (r < s.S) slot[bh * s.off[s.levels] + index[bh * s.S + r]] = (int32_t)r;
+}
+
+void lighthouse_invert(int32_t* slot /*(B,H,E) slot of the entry, or -1*/, const int32_t* index /*(B,H,S)*/, int B,
+                       const LighthouseShape* s) {
+    int64_t heads = (int64_t)B * s->H;
+    unsigned chunks = grid_for(s->S, 256);
+    cudaCheck(cudaMemsetAsync(slot, 0xff, heads * s->off[s->levels] * sizeof(int32_t), main_stream));
+    lighthouse_invert_kernel<<<grid_for(heads * chunks, 1), 256, 0, main_stream>>>(slot, index, *s, chunks);
+    cudaCheck(cudaGetLastError());
+}
+
+// Where a group of lanes works in the two kernels in which it makes one slot. A block takes neighbouring slots of one
+// head: children lie just before their parent, so the parent finds its tokens in the L1. Neighbouring blocks take the
+// other heads, which read the same rows of the tensor.
+struct SlotPlace { int b, h; int64_t r; };
+static const int SLOT_THREADS = 256;
+
+__device__ __forceinline__ SlotPlace slot_place(const LighthouseShape& s, unsigned chunks, int lanes) {
+    unsigned rest = blockIdx.x / s.H;
+    int64_t r = (int64_t)(rest % chunks) * (SLOT_THREADS / lanes) + threadIdx.x / lanes;
+    return {(int)(rest / chunks), (int)(blockIdx.x % s.H), r};
+}
+
+// Turns a vector that lies across its group: dimension d is paired with d + D/2, which D/16 lanes further holds.
+template <int D>
+__device__ __forceinline__ void rope_turn(float (&x)[8], const float (&cosine)[8], const float (&sine)[8],
+                                          int direction, int lane) {
+    float sign = lane < D / 16 ? -direction : direction;
+#pragma unroll
+    for (int d = 0; d < 8; d++) {
+        float partner = __shfl_xor_sync(group_mask<D / 8>(), x[d], D / 16);
+        x[d] = x[d] * cosine[d] + sign * partner * sine[d];
+    }
+}
+
+template <int D>
+__global__ void __launch_bounds__(SLOT_THREADS) lighthouse_gather_kernel(
+        floatX* slots, const floatX* __restrict__ qkv, const int32_t* __restrict__ index,
+        const float* __restrict__ rope, LighthouseShape s, unsigned chunks) {
+    constexpr int LANES = D / 8;
+    SlotPlace at = slot_place(s, chunks, LANES);
+    if (at.r >= s.S) return;
+    int lane = threadIdx.x % LANES;
+    int32_t flat = index[((int64_t)at.b * s.H + at.h) * s.S + at.r];
+    int l = entry_level(s, flat);
+    int64_t i = flat - s.off[l], width = (int64_t)1 << (l * pool_bits(s)), part = (int64_t)s.H * D;
+    const floatX* x = qkv + (at.b * s.T + i * width) * 3 * part + at.h * D + lane * 8;
+    float q[8] = {}, k[8] = {}, v[8] = {};
+#pragma unroll 4
+    for (int64_t t = 0; t < width; t++, x += 3 * part) {
+        Pack8<floatX> xq = load8(x), xk = load8(x + part), xv = load8(x + 2 * part);
+        add_pack(q, xq);
+        add_pack(k, xk);
+        add_pack(v, xv);
+    }
+    float inverse = 1.0f / width;  // a power of 2: exact
+#pragma unroll
+    for (int d = 0; d < 8; d++) { q[d] *= inverse; k[d] *= inverse; v[d] *= inverse; }
+    if (rope) {
+        float cosine[8], sine[8];
+        rope_angles(cosine, sine, rope, (i + 1) * width - 1, lane % (D / 16) * 8, D);
+        rope_turn<D>(q, cosine, sine, +1, lane);
+        rope_turn<D>(k, cosine, sine, +1, lane);
+    }
+    floatX* y = slots + (at.b * s.S + at.r) * 3 * part + at.h * D + lane * 8;
+    store8(y, to_pack8<floatX>(q));
+    store8(y + part, to_pack8<floatX>(k));
+    store8(y + 2 * part, to_pack8<floatX>(v));
+}
+
+void lighthouse_gather(floatX* slots /*(B,S,3,H,D)*/, const floatX* qkv /*(B,T,3,H,D)*/,
+                       const int32_t* index /*(B,H,S)*/, const float* rope /*table or NULL*/, int B,
+                       const LighthouseShape* s) {
+    unsigned chunks = grid_for(s->S, SLOT_THREADS / (s->D / 8)), blocks = grid_for((int64_t)B * s->H * chunks, 1);
+    WITH_HEAD_SIZE(s->D, lighthouse_gather_kernel<HEAD><<<blocks, SLOT_THREADS, 0, main_stream>>>(
+                             slots, qkv, index, rope, *s, chunks));
+}
+
+// A slot's gradient is the sum of dout over the tokens that it was added to: c_l tokens from the last one it covers on.
+template <int D>
+__global__ void __launch_bounds__(SLOT_THREADS) lighthouse_scatter_backward_kernel(
+        floatX* dattn, const floatX* __restrict__ dout, const int32_t* __restrict__ index, LighthouseShape s,
+        unsigned chunks) {
+    constexpr int LANES = D / 8;
+    SlotPlace at = slot_place(s, chunks, LANES);
+    if (at.r >= s.S) return;
+    int lane = threadIdx.x % LANES;
+    int32_t flat = index[((int64_t)at.b * s.H + at.h) * s.S + at.r];
+    int l = entry_level(s, flat);
+    int64_t width = (int64_t)1 << (l * pool_bits(s)), first = (flat - s.off[l] + 1) * width - 1, row = (int64_t)s.H * D;
+    int64_t count = s.T - first < width ? s.T - first : width;
+    const floatX* x = dout + (at.b * s.T + first) * row + at.h * D + lane * 8;
+    float sum[8] = {};
+#pragma unroll 8
+    for (int64_t t = 0; t < count; t++, x += row) {
+        Pack8<floatX> pack = load8(x);
+        add_pack(sum, pack);
+    }
+    store8(dattn + (at.b * s.S + at.r) * row + at.h * D + lane * 8, to_pack8<floatX>(sum));
+}
+
+void lighthouse_scatter_backward(floatX* dattn /*(B,S,H,D)*/, const floatX* dout /*(B,T,H,D)*/,
+                                 const int32_t* index /*(B,H,S)*/, int B, const LighthouseShape* s) {
+    unsigned chunks = grid_for(s->S, SLOT_THREADS / (s->D / 8)), blocks = grid_for((int64_t)B * s->H * chunks, 1);
+    WITH_HEAD_SIZE(s->D, lighthouse_scatter_backward_kernel<HEAD><<<blocks, SLOT_THREADS, 0, main_stream>>>(
+                             dattn, dout, index, *s, chunks));
+}
+
+// The two kernels that make tokens: a group takes CHUNK tokens of one head that share their entries of every level
+// above 0, sums those entries' slots once, and adds to each token its own level-0 slot. Neighbouring groups take the
+// other heads.
+#define WITH_TOKEN_CHUNK(pool, ...) \
+    if ((pool) == 2) { constexpr int CHUNK = 2; __VA_ARGS__; } \
+    else if ((pool) == 4) { constexpr int CHUNK = 4; __VA_ARGS__; } \
+    else { constexpr int CHUNK = 8; __VA_ARGS__; }
+
+// Token t receives from level l the entry floor((t+1)/c_l) - 1, which is the same for tokens u CHUNK - 1 to u CHUNK +
+// CHUNK - 2. So chunk u begins a token before u CHUNK, and there is one chunk more than T / CHUNK.
+template <int D, int CHUNK>
+__global__ void lighthouse_scatter_kernel(floatX* out, const floatX* __restrict__ attn,
+                                          const int32_t* __restrict__ slot, int B, LighthouseShape s) {
+    constexpr int LANES = D / 8;
+    unsigned group = (blockIdx.x * (int64_t)blockDim.x + threadIdx.x) / LANES, chunks = (unsigned)(s.T / CHUNK) + 1;
+    if (group >= chunks * s.H * B) return;
+    int lane = threadIdx.x % LANES, h = group % s.H, bits = pool_bits(s);
+    int64_t end = (int64_t)(group / s.H % chunks) * CHUNK;  // t + 1 of the first token
+    int64_t b = group / s.H / chunks, row = (int64_t)s.H * D;
+    const int32_t* head_slot = slot + (b * s.H + h) * s.off[s.levels];
+    const floatX* x = attn + b * s.S * row + h * D + lane * 8;
+    int32_t own[CHUNK];
+#pragma unroll
+    for (int j = 0; j < CHUNK; j++) own[j] = end + j >= 1 && end + j <= s.T ? head_slot[end + j - 1] : -1;
+    float shared_sum[8] = {};
+    for (int l = 1; l < s.levels; l++) {
+        int64_t i = (end >> (l * bits)) - 1;
+        int32_t r = i >= 0 ? head_slot[s.off[l] + i] : -1;
+        if (r >= 0) add_pack(shared_sum, load8(x + r * row));
+    }
+    Pack8<floatX> pack = to_pack8<floatX>(shared_sum);
+    floatX* y = out + (b * s.T + end - 1) * row + h * D + lane * 8;
+#pragma unroll
+    for (int j = 0; j < CHUNK; j++, y += row) {
+        if (end + j < 1 || end + j > s.T) continue;
+        if (own[j] < 0) {
+            store8_stream(y, pack);
+            continue;
+        }
+        float sum[8] = {};
+        add_pack(sum, load8(x + own[j] * row));
+#pragma unroll
+        for (int d = 0; d < 8; d++) sum[d] += shared_sum[d];
+        store8_stream(y, to_pack8<floatX>(sum));
+    }
+}
+
+void lighthouse_scatter(floatX* out /*(B,T,H,D)*/, const floatX* attn /*(B,S,H,D)*/, const int32_t* slot /*(B,H,E)*/,
+                        int B, const LighthouseShape* s) {
+    WITH_TOKEN_CHUNK(s->pool, {
+        int64_t groups = (s->T / CHUNK + 1) * s->H * B;
+        opRequire(groups <= UINT32_MAX, "%lld groups of tokens: more than 32 bits count", (long long)groups);
+        unsigned blocks = grid_for(groups * (s->D / 8), 256);
+        WITH_HEAD_SIZE(s->D, lighthouse_scatter_kernel<HEAD, CHUNK><<<blocks, 256, 0, main_stream>>>(
+                                 out, attn, slot, B, *s));
+    });
+}
+
+// Gives the gradients of a slot's q, k and v, the rotation undone, to use(which of the three, the lane's 8 elements).
+template <int D, class Use>
+__device__ __forceinline__ void slot_gradient(const floatX* x /*the slot*/, int64_t part, const float* rope,
+                                              int64_t position, int lane, Use use) {
+    Pack8<floatX> pack[3] = {load8(x), load8(x + part), load8(x + 2 * part)};
+    float cosine[8], sine[8];
+    if (rope) rope_angles(cosine, sine, rope, position, lane % (D / 16) * 8, D);
+#pragma unroll
+    for (int which = 0; which < 3; which++) {
+        float y[8] = {};
+        add_pack(y, pack[which]);
+        if (rope && which < 2) rope_turn<D>(y, cosine, sine, -1, lane);
+        use(which, y);
+    }
+}
+
+// Every token adds, for each level whose entry over it is in the sequence, that slot's gradient / c_l.
+template <int D, int CHUNK>
+__global__ void __launch_bounds__(256, 3) lighthouse_gather_backward_kernel(
+        floatX* dqkv, const floatX* __restrict__ dslots, const int32_t* __restrict__ slot,
+        const float* __restrict__ rope, int B, LighthouseShape s) {
+    constexpr int LANES = D / 8;
+    unsigned group = (blockIdx.x * (int64_t)blockDim.x + threadIdx.x) / LANES, chunks = (unsigned)(s.T / CHUNK);
+    if (group >= chunks * s.H * B) return;
+    int lane = threadIdx.x % LANES, h = group % s.H, bits = pool_bits(s);
+    int64_t t0 = (int64_t)(group / s.H % chunks) * CHUNK, b = group / s.H / chunks;
+    int64_t part = (int64_t)s.H * D, row = 3 * part;
+    const int32_t* head_slot = slot + (b * s.H + h) * s.off[s.levels];
+    const floatX* x = dslots + b * s.S * row + h * D + lane * 8;
+    // The tokens have one parent: all of them are in the sequence or none is, and if so in neighbouring slots.
+    int32_t own = head_slot[t0];
+    float sum[3][8] = {};
+    for (int l = s.levels - 1; l >= 1; l--) {
+        int64_t i = t0 >> (l * bits), width = (int64_t)1 << (l * bits);
+        int32_t r = head_slot[s.off[l] + i];
+        if (r < 0) continue;
+        float inverse = 1.0f / width;
+        slot_gradient<D>(x + r * row, part, rope, (i + 1) * width - 1, lane, [&](int which, const float (&y)[8]) {
+#pragma unroll
+            for (int d = 0; d < 8; d++) sum[which][d] += y[d] * inverse;
+        });
+    }
+    floatX* out = dqkv + (b * s.T + t0) * row + h * D + lane * 8;
+    if (own < 0) {
+        Pack8<floatX> pack[3] = {to_pack8<floatX>(sum[0]), to_pack8<floatX>(sum[1]), to_pack8<floatX>(sum[2])};
+        for (int j = 0; j < CHUNK; j++, out += row) {
+#pragma unroll
+            for (int which = 0; which < 3; which++) store8_stream(out + which * part, pack[which]);
+        }
+        return;
+    }
+    for (int j = 0; j < CHUNK; j++, out += row) {
+        slot_gradient<D>(x + (own + j) * row, part, rope, t0 + j, lane, [&](int which, const float (&y)[8]) {
+            float total[8];
+#pragma unroll
+            for (int d = 0; d < 8; d++) total[d] = sum[which][d] + y[d];
+            store8_stream(out + which * part, to_pack8<floatX>(total));
+        });
+    }
+}
+
+void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dslots /*(B,S,3,H,D)*/,
+                                const int32_t* index /*(B,H,S)*/, const int32_t* slot /*(B,H,E)*/,
+                                const float* rope /*table or NULL*/, int B, const LighthouseShape* s) {
+    (void)index;
+    WITH_TOKEN_CHUNK(s->pool, {
+        int64_t groups = s->T / CHUNK * s->H * B;
+        opRequire(groups <= UINT32_MAX, "%lld groups of tokens: more than 32 bits count", (long long)groups);
+        unsigned blocks = grid_for(groups * (s->D / 8), 256);
+        WITH_HEAD_SIZE(s->D, lighthouse_gather_backward_kernel<HEAD, CHUNK><<<blocks, 256, 0, main_stream>>>(
+                                 dqkv, dslots, slot, rope, B, *s));
+    });
+}
+#endif  // CPU_BACKEND
+
+// ---- the operations composed
 
 struct LighthouseBuffers {  // of one layer; E entries of all levels, S slots
     float* scores;      // (2, B, NH, E) shared by the layers
@@ -1068,6 +3306,27 @@ static Passes run_passes(const Model* m, const Config* c, int64_t sample_T, int 
 
 static size_t rope_table_bytes(int64_t T, int D) { return (size_t)(1024 + ceil_div(T, 1024)) * (D / 2) * 2 * sizeof(float); }
 
+// Scratch memory of the operations and workspace of attention, for every pass of the run; this builds cuDNN's plans.
+static void plan_add_backend(Plan* p, const Model* m, const Passes* passes) {
+#ifdef CPU_BACKEND
+    (void)p; (void)m; (void)passes;
+#else
+    const Dims* d = &m->dims;
+    size_t scratch = 0, workspace = 0;
+    for (int i = 0; i < passes->count; i++) {
+        Run r = passes->run[i];
+        bool kinds[2] = {false, false};
+        for (int l = 0; l < d->L; l++) kinds[attention_kind(m, l, r.phase)] = true;
+        for (int kind = LIGHTHOUSE; kind <= DENSE; kind++)
+            if (kinds[kind]) workspace = std::max(workspace, (size_t)sdpa_prepare(r.B, kind == LIGHTHOUSE ? m->shape.S : r.T, d->NH,
+                                                                                  d->C / d->NH, true, r.train));
+        scratch = std::max(scratch, operations_scratch_bytes(r.B, r.T, d->C));
+    }
+    plan_add(p, "operations", scratch + cublaslt_workspace_bytes);
+    plan_add(p, "attention workspace", workspace);
+#endif
+}
+
 static Plan memory_plan(const Model* m, const Config* c, int64_t sample_T, int recompute, int B) {
     Plan p;
     memset(&p, 0, sizeof p);
@@ -1085,6 +3344,7 @@ static Plan memory_plan(const Model* m, const Config* c, int64_t sample_T, int r
         if (bytes > activations) activations = bytes;
     }
     plan_add(&p, "activations", activations);
+    plan_add_backend(&p, m, &passes);
     return p;
 }
 
@@ -1105,6 +3365,13 @@ static void model_allocate(Model* m, const Config* c, const Plan* p) {
     m->targets = (int*)device_alloc(batch * sizeof(int));
     m->host_tokens = (int*)host_alloc(2 * batch * sizeof(int));
     m->arena.base = (char*)device_alloc(plan_part(p, "activations"));
+#ifndef CPU_BACKEND
+    cublaslt_workspace = device_alloc(cublaslt_workspace_bytes);
+    op_scratch_bytes = plan_part(p, "operations") - cublaslt_workspace_bytes;
+    op_scratch = (char*)device_alloc(op_scratch_bytes);
+    sdpa_workspace_bytes = plan_part(p, "attention workspace");
+    sdpa_workspace = device_alloc(sdpa_workspace_bytes);
+#endif
     if (m->dims.rope) {
         int D = m->dims.C / m->dims.NH;
         size_t bytes = rope_table_bytes(c->seq_len, D);
@@ -2035,6 +4302,20 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
     say("\n");
 }
 
+// Opens the device and refuses what its kernels do not do.
+static void check_backend(const Model* m, const Config* c) {
+    device_open(0);
+#ifndef CPU_BACKEND
+    int C = m->dims.C, D = C / m->dims.NH;
+    if (procs.world > 1) fatal("%d processes were started; on GPUs this version trains in one: the _cpu program takes several", procs.world);
+    if (D != 64 && D != 128)
+        fatal("--channels %d with --heads %d makes heads of %d channels; on the GPU they have 64 or 128", C, m->dims.NH, D);
+    sdpa_deterministic = c->deterministic;
+#else
+    (void)m; (void)c;
+#endif
+}
+
 static void setup(Trainer* t, int argc, char** argv) {
     Config* c = &t->config;
     Model* m = &t->model;
@@ -2095,6 +4376,7 @@ static void setup(Trainer* t, int argc, char** argv) {
                   encoded, (long long)c->seq_len);
     }
 
+    check_backend(m, c);
     int64_t sample_T = sample_length(c);
     Plan plan = choose_plan(m, c, sample_T);
     char device[256];
@@ -2292,10 +4574,11 @@ static void finish(Trainer* t, double val_loss) {
                          (long long)(s->phase_steps[p] * total), s->phase_s[p], rate);
     }
     char *wall = duration(wall_seconds(t)), *loss_json = json_number(val_loss);
-    say("wall-clock %s; final validation loss %s; the model is in %s\n", wall, loss_json, path);
+    say("wall-clock %s; %.2f GiB of device memory taken; final validation loss %s; the model is in %s\n", wall,
+        gib(device_memory_taken()), loss_json, path);
     log_line(t->logs.jsonl, "{\"event\":\"total\",\"steps\":%lld,\"tokens\":%lld,\"train_s\":%.3f,\"wall_s\":%.3f,\"phases\":{\"lighthouse\":%s,"
-             "\"dense\":%s},\"final_val_loss\":%s}", (long long)s->step, (long long)(s->step * total), s->train_s, wall_seconds(t), phases[0],
-             phases[1], loss_json);
+             "\"dense\":%s},\"final_val_loss\":%s,\"device_bytes\":%zu}", (long long)s->step, (long long)(s->step * total), s->train_s,
+             wall_seconds(t), phases[0], phases[1], loss_json, device_memory_taken());
     free(path); free(wall); free(loss_json); free(phases[0]); free(phases[1]);
 }
 
