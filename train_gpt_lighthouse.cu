@@ -204,22 +204,26 @@ static bool lighthouse_shape(LighthouseShape* s, int64_t T, int H, int D, int le
         return false;
     }
     int tiles = topk / tile;
-    int64_t coarse = 1;  // tokens under one coarsest entry
-    for (int l = 1; l < levels; l++) {
-        coarse *= pool;
-        if (coarse > T) break;
-    }
-    int64_t unit = coarse * tiles;
-    if (coarse > T || T % unit) {
-        snprintf(why, why_size,
-                 "T = %lld is not divisible by pool^(levels-1) * topk/tile = %lld: the nearest lengths are %lld and %lld",
-                 (long long)T, (long long)unit, (long long)(T / unit * unit), (long long)((T / unit + 1) * unit));
+    double exact = pow(pool, levels - 1);  // tokens under one coarsest entry
+    if (exact * tiles > 1e15) {
+        snprintf(why, why_size, "pool^(levels-1) * topk/tile = %.3g is more than any length: lower levels or pool", exact * tiles);
         return false;
     }
-    if (T / unit < tile) {
-        int64_t most = T / coarse / tile * tile;
+    int64_t coarse = (int64_t)exact, unit = coarse * tiles, least = unit * tile;  // T is a multiple of unit, at least least
+    if (T % unit) {
+        int64_t below = T / unit * unit, above = below + unit > least ? below + unit : least;
+        char lengths[64];
+        if (below >= least) snprintf(lengths, sizeof lengths, "lengths are %lld and %lld", (long long)below, (long long)above);
+        else snprintf(lengths, sizeof lengths, "length is %lld", (long long)above);
+        snprintf(why, why_size, "T = %lld is not divisible by pool^(levels-1) * topk/tile = %lld: the nearest %s",
+                 (long long)T, (long long)unit, lengths);
+        return false;
+    }
+    if (T < least) {
+        int64_t most = T / coarse / tile;  // tiles that have enough entries; they must divide the coarsest entries too
+        while (most > 0 && T / coarse % most) most--;
         char fewer[64] = "";
-        if (most > 0) snprintf(fewer, sizeof fewer, "topk to at most %lld, or ", (long long)most);
+        if (most > 0) snprintf(fewer, sizeof fewer, "topk to at most %lld, or ", (long long)most * tile);
         snprintf(why, why_size, "a tile has %lld coarsest entries, fewer than tile = %d: lower %stile, levels or pool",
                  (long long)(T / unit), tile, fewer);
         return false;
@@ -818,7 +822,27 @@ template <int WIDTH = 32> __device__ __forceinline__ float warp_max(float x, uns
 
 #define opRequireRows(op, C) opRequire((C) > 0 && (C) % 8 == 0, "%s: rows of %d elements, not a multiple of 8", op, (int)(C))
 
-// ---- sums over rows: partial results to totals -----------------------------------------------------------------------
+// Sums of R values over the block, the same in every thread. shared holds R floats a warp, and a caller in a loop
+// alternates between two of them: then one barrier a call is enough.
+template <int R> __device__ __forceinline__ void block_sum(float (&x)[R], float* shared) {
+    int warps = blockDim.x / 32;
+#pragma unroll
+    for (int r = 0; r < R; r++) x[r] = warp_sum(x[r]);
+    if (warps == 1) return;
+    if (threadIdx.x % 32 == 0) {
+#pragma unroll
+        for (int r = 0; r < R; r++) shared[threadIdx.x / 32 * R + r] = x[r];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < R; r++) x[r] = 0.0f;
+    for (int w = 0; w < warps; w++) {
+#pragma unroll
+        for (int r = 0; r < R; r++) x[r] += shared[w * R + r];
+    }
+}
+
+// ---- sums over rows: partial results to totals ----------------------------------------------------------------------
 // dst += the sum over g of partial[g]: the second stage of every gradient that sums over all rows. Columns below split
 // belong to dst0, the others to dst1.
 __global__ void __launch_bounds__(1024) add_partials_kernel(float* dst0, float* dst1, int split,
@@ -843,10 +867,11 @@ void add_partials(float* dst0, float* dst1, int split, const float* partial, int
     cudaCheck(cudaGetLastError());
 }
 
-// ---- encoder ---------------------------------------------------------------------------------------------------------
+// ---- encoder --------------------------------------------------------------------------------------------------------
 // A warp a row: the token is read once, and C needs no division.
-__global__ void __launch_bounds__(256) encoder_forward_kernel(floatX* out, const int* tokens, const floatX* wte,
-                                                              const floatX* wpe, int64_t N, int64_t T, int C, int64_t t0) {
+__global__ void __launch_bounds__(256)
+    encoder_forward_kernel(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, int64_t N, int64_t T,
+                           int C, int64_t t0) {
     int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     if (row >= N) return;
     const floatX* word = wte + (int64_t)tokens[row] * C;
@@ -856,7 +881,6 @@ __global__ void __launch_bounds__(256) encoder_forward_kernel(floatX* out, const
         if (position) {
             Pack8<floatX> p = load8(position + c);
             float sum[8];
-#pragma unroll
             for (int i = 0; i < 8; i++) sum[i] = (float)x.v[i] + (float)p.v[i];
             x = to_pack8<floatX>(sum);
         }
@@ -865,7 +889,8 @@ __global__ void __launch_bounds__(256) encoder_forward_kernel(floatX* out, const
 }
 
 void encoder_forward(floatX* out /*(B,T,C)*/, const int* tokens /*(B,T)*/, const floatX* wte /*(Vp,C)*/,
-                     const floatX* wpe /*(maxT,C) or NULL*/, int B, int64_t T, int C, int64_t t0 /*position of token 0*/) {
+                     const floatX* wpe /*(maxT,C) or NULL*/, int B, int64_t T, int C,
+                     int64_t t0 /*position of token 0*/) {
     opRequireRows("encoder_forward", C);
     int64_t N = B * T;
     encoder_forward_kernel<<<grid_for(N, 8), dim3(32, 8), 0, main_stream>>>(out, tokens, wte, wpe, N, T, C, t0);
@@ -880,10 +905,7 @@ void encoder_forward(floatX* out /*(B,T,C)*/, const int* tokens /*(B,T)*/, const
 constexpr int SORT_TILE = 2048;       // tokens that a block sorts
 constexpr int SORT_BITS = 9;          // of the token in one pass: a byte vocabulary, 257 tokens, takes one
 constexpr int SORT_DIGITS = 1 << SORT_BITS;
-#ifndef ENC_P
-#define ENC_P 32
-#endif
-constexpr int ENCODER_PIECE = ENC_P;     // least rows a piece
+constexpr int ENCODER_PIECE = 32;     // least rows a piece
 constexpr int ENCODER_PIECES = 8192;  // most pieces: several waves of blocks, and little scratch memory
 
 struct EncoderScratch {
@@ -997,16 +1019,10 @@ __global__ void __launch_bounds__(SORT_DIGITS) sort_move_kernel(int* key_out, in
     }
 }
 
-#ifndef ENC_U
-#define ENC_U 2
-#endif
-#ifndef ENC_MIN
-#define ENC_MIN 1
-#endif
-__global__ void __launch_bounds__(256, ENC_MIN) encoder_backward_kernel(float* dwte, float* head, float* tail,
+__global__ void __launch_bounds__(256) encoder_backward_kernel(float* dwte, float* head, float* tail,
                                                                const floatX* dout, const int* key /*(n) sorted*/,
                                                                const int* row /*(n)*/, int64_t n, int piece, int C) {
-    constexpr int U = ENC_U;
+    constexpr int U = 2;  // more rows at a time take registers, so fewer blocks fit: slower
     int c = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
     if (c >= C) return;
     int64_t begin = (int64_t)blockIdx.x * piece, end = min(n, begin + piece);
@@ -1032,17 +1048,14 @@ __global__ void __launch_bounds__(256, ENC_MIN) encoder_backward_kernel(float* d
         }
 #pragma unroll
         for (int u = 0; u < U; u++) {
-#pragma unroll
             for (int j = 0; j < 8; j++) sum[j] += (float)x[u].v[j];
             if (!ends[u]) continue;
             float* to = (to_head[u] ? head : tail) + (int64_t)blockIdx.x * C;
             if (complete[u]) {
                 to = dwte + (int64_t)k[u] * C;
-#pragma unroll
                 for (int j = 0; j < 8; j++) sum[j] += old[u].v[j];
             }
             store8(to + c, to_pack8<float>(sum));
-#pragma unroll
             for (int j = 0; j < 8; j++) sum[j] = 0.0f;
         }
     }
@@ -1067,7 +1080,6 @@ __global__ void __launch_bounds__(256) encoder_backward_join_kernel(float* dwte,
         if (c < C) {
             if (warp == 0) {
                 Pack8<float> x = load8(tail + p * C + c);
-#pragma unroll
                 for (int j = 0; j < 8; j++) sum[j] = x.v[j];
             }
             for (int64_t q0 = p + 1 + warp; q0 < pieces && key[q0 * piece] == k; q0 += 32) {
@@ -1080,7 +1092,6 @@ __global__ void __launch_bounds__(256) encoder_backward_join_kernel(float* dwte,
                 }
 #pragma unroll
                 for (int u = 0; u < 4; u++) {
-#pragma unroll
                     for (int j = 0; j < 8; j++) sum[j] += x[u].v[j];
                 }
             }
@@ -1098,15 +1109,14 @@ __global__ void __launch_bounds__(256) encoder_backward_join_kernel(float* dwte,
 }
 
 // A warp a position, summing over the batch.
-__global__ void __launch_bounds__(256) encoder_backward_wpe_kernel(float* dwpe, const floatX* dout, int B, int64_t T, int C,
-                                                                   int64_t t0) {
+__global__ void __launch_bounds__(256)
+    encoder_backward_wpe_kernel(float* dwpe, const floatX* dout, int B, int64_t T, int C, int64_t t0) {
     int64_t t = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     if (t >= T) return;
     for (int c = threadIdx.x * 8; c < C; c += 256) {
         Pack8<float> sum = load8(dwpe + (t0 + t) * C + c);
         for (int b = 0; b < B; b++) {
             Pack8<floatX> x = load8(dout + (b * T + t) * C + c);
-#pragma unroll
             for (int i = 0; i < 8; i++) sum.v[i] += (float)x.v[i];
         }
         store8(dwpe + (t0 + t) * C + c, sum);
@@ -1141,52 +1151,40 @@ void encoder_backward(float* dwte /*(Vp,C) +=*/, float* dwpe /*(maxT,C) += or NU
     }
 }
 
-// ---- layernorm -----------------------------------------------------------------------------------------------------
-// A warp a row, which it holds in registers: no barriers, and each element is read once. K is the number of groups of 256
-// channels, 8 a lane.
+// ---- layernorm ------------------------------------------------------------------------------------------------------
 constexpr int LAYERNORM_MAX_C = 4096;
+constexpr int LAYERNORM_MAX_BLOCKS = 1024;
 
-// Calls launch.operator()<K>() for the least K that has a kernel and covers C channels.
-#define LAYERNORM_DISPATCH(op, C, CALL) \
-    opRequireRows(op, C); \
-    opRequire(C <= LAYERNORM_MAX_C, "%s: %d channels, at most %d", op, C, LAYERNORM_MAX_C); \
-    switch ((C + 255) / 256) { \
-        case 1: CALL(1); break; \
-        case 2: CALL(2); break; \
-        case 3: CALL(3); break; \
-        case 4: CALL(4); break; \
-        case 5: CALL(5); break; \
-        case 6: CALL(6); break; \
-        case 7: CALL(7); break; \
-        case 8: CALL(8); break; \
-        default: CALL(16); \
-    }
+void layernorm_require(const char* op, int C) {
+    opRequireRows(op, C);
+    opRequire(C <= LAYERNORM_MAX_C, "%s: %d channels, at most %d", op, C, LAYERNORM_MAX_C);
+}
 
+// A warp a row, which it holds in registers: no barriers, and each element is read once. K is the number of groups of
+// 256 channels, 8 a lane.
 template <int K>
-__global__ void __launch_bounds__(256) layernorm_forward_kernel(floatX* out, float* mean, float* rstd, const floatX* inp,
-                                                                const floatX* weight, const floatX* bias, int64_t N,
-                                                                int C) {
+__global__ void __launch_bounds__(256) layernorm_forward_kernel(floatX* out, float* mean, float* rstd,
+                                                                const floatX* inp, const floatX* weight,
+                                                                const floatX* bias, int64_t N, int C) {
     int lane = threadIdx.x;
     int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     if (row >= N) return;
     Pack8<floatX> x[K];
+    float sum = 0.0f, square = 0.0f;
 #pragma unroll
     for (int k = 0; k < K; k++) {
         int c = k * 256 + lane * 8;
         if (c < C) x[k] = load8_stream(inp + row * C + c);
     }
-    float sum = 0.0f, square = 0.0f;
 #pragma unroll
     for (int k = 0; k < K; k++) {
         if (k * 256 + lane * 8 >= C) continue;
-#pragma unroll
         for (int i = 0; i < 8; i++) sum += (float)x[k].v[i];
     }
     float m = warp_sum(sum) / C;
 #pragma unroll
     for (int k = 0; k < K; k++) {
         if (k * 256 + lane * 8 >= C) continue;
-#pragma unroll
         for (int i = 0; i < 8; i++) square += ((float)x[k].v[i] - m) * ((float)x[k].v[i] - m);
     }
     float scale = rsqrtf(warp_sum(square) / C + 1e-5f);
@@ -1196,7 +1194,6 @@ __global__ void __launch_bounds__(256) layernorm_forward_kernel(floatX* out, flo
         if (c >= C) continue;
         Pack8<floatX> w = load8(weight + c), b = load8(bias + c);
         float y[8];
-#pragma unroll
         for (int i = 0; i < 8; i++) y[i] = ((float)x[k].v[i] - m) * scale * (float)w.v[i] + (float)b.v[i];
         store8(out + row * C + c, to_pack8<floatX>(y));
     }
@@ -1208,104 +1205,65 @@ __global__ void __launch_bounds__(256) layernorm_forward_kernel(floatX* out, flo
 
 void layernorm_forward(floatX* out, float* mean /*(N)*/, float* rstd /*(N)*/, const floatX* inp /*(N,C)*/,
                        const floatX* weight /*(C)*/, const floatX* bias /*(C)*/, int64_t N, int C) {
-#define FORWARD(K) \
-    layernorm_forward_kernel<K><<<grid_for(N, 8), dim3(32, 8), 0, main_stream>>>(out, mean, rstd, inp, weight, bias, N, C)
-    LAYERNORM_DISPATCH("layernorm_forward", C, FORWARD)
-#undef FORWARD
+    layernorm_require("layernorm_forward", C);
+    auto kernel = layernorm_forward_kernel<LAYERNORM_MAX_C / 256>;
+    switch (ceil_div(C, 256)) {
+        case 1: kernel = layernorm_forward_kernel<1>; break;
+        case 2: kernel = layernorm_forward_kernel<2>; break;
+        case 3: kernel = layernorm_forward_kernel<3>; break;
+        case 4: kernel = layernorm_forward_kernel<4>; break;
+        case 5: kernel = layernorm_forward_kernel<5>; break;
+        case 6: kernel = layernorm_forward_kernel<6>; break;
+        case 7: kernel = layernorm_forward_kernel<7>; break;
+        case 8: kernel = layernorm_forward_kernel<8>; break;
+    }
+    kernel<<<grid_for(N, 8), dim3(32, 8), 0, main_stream>>>(out, mean, rstd, inp, weight, bias, N, C);
     cudaCheck(cudaGetLastError());
 }
 
-// One wave of blocks of 4 warps goes over all rows. Each lane keeps its channels' sums for dweight and dbias in registers
-// to the end, then the block adds up its warps'. What registers are needed for decides how many blocks fit.
-#ifndef LN_K3
-#define LN_K3 4
-#endif
-#ifndef LN_OLD
-#define LN_OLD 5
-#endif
-constexpr int layernorm_backward_blocks(int K) { return K <= 2 ? 5 : K == 3 ? 4 : K <= LN_K3 ? 3 : 2; }
-constexpr int LAYERNORM_MAX_BLOCKS = 1024;
-
-template <int K>
-__global__ void __launch_bounds__(128, layernorm_backward_blocks(K))
-    layernorm_backward_kernel(floatX* dinp, float* partial /*(blocks,2,C)*/, const floatX* dout, const floatX* inp,
-                              const floatX* weight, const float* mean, const float* rstd, int64_t N, int C) {
-    extern __shared__ float4 layernorm_total[];
-    float* total = (float*)layernorm_total;  // (2,C)
-    int lane = threadIdx.x, warp = threadIdx.y;
-    float dweight[K][8] = {}, dbias[K][8] = {};
-    for (int64_t row = (int64_t)blockIdx.x * 4 + warp; row < N; row += (int64_t)gridDim.x * 4) {
-        Pack8<floatX> d[K], x[K], old[K];
-#pragma unroll
-        for (int k = 0; k < K; k++) {
-            int c = k * 256 + lane * 8;
-            if (c >= C) continue;
-            d[k] = load8_stream(dout + row * C + c);
-            x[k] = load8_stream(inp + row * C + c);
-            if (K <= LN_OLD) old[k] = load8(dinp + row * C + c);  // early, where registers allow
+// A block spans a row, 8 channels a thread, and goes from row to row; one wave of blocks does them all. Each thread
+// keeps its channels' sums for dweight and dbias in registers to the end. What counts is how many blocks fit, so that
+// some load while others wait at the barrier: a warp a row, or two rows at a time, take more registers and were slower.
+__global__ void __launch_bounds__(512, 2) layernorm_backward_kernel(floatX* dinp, float* partial /*(blocks,2,C)*/,
+                                                                    const floatX* dout, const floatX* inp,
+                                                                    const floatX* weight, const float* mean,
+                                                                    const float* rstd, int64_t N, int C) {
+    __shared__ float shared[2][16 * 2];
+    int c = threadIdx.x * 8, turn = 0;
+    Pack8<floatX> d = {}, x = {}, old = {}, w = {};  // threads without channels add zeros
+    float dweight[8] = {}, dbias[8] = {};
+    if (c < C) w = load8(weight + c);
+    for (int64_t row = blockIdx.x; row < N; row += gridDim.x) {
+        if (c < C) {
+            d = load8_stream(dout + row * C + c);
+            x = load8_stream(inp + row * C + c);
+            old = load8(dinp + row * C + c);
         }
         float m = mean[row], scale = rstd[row];
-        float sum = 0.0f, dot = 0.0f;  // of dnorm = weight * dout, and of dnorm * norm
-#pragma unroll
-        for (int k = 0; k < K; k++) {
-            int c = k * 256 + lane * 8;
-            if (c >= C) continue;
-            Pack8<floatX> w = load8(weight + c);
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                float norm = ((float)x[k].v[i] - m) * scale, dnorm = (float)d[k].v[i] * (float)w.v[i];
-                sum += dnorm;
-                dot += dnorm * norm;
-                dbias[k][i] += (float)d[k].v[i];
-                dweight[k][i] += (float)d[k].v[i] * norm;
-            }
+        float sums[2] = {};  // of dnorm = weight * dout, and of dnorm * norm
+        for (int i = 0; i < 8; i++) {
+            float norm = ((float)x.v[i] - m) * scale, dnorm = (float)d.v[i] * (float)w.v[i];
+            sums[0] += dnorm;
+            sums[1] += dnorm * norm;
+            dbias[i] += (float)d.v[i];
+            dweight[i] += (float)d.v[i] * norm;
         }
-        sum = warp_sum(sum) / C;
-        dot = warp_sum(dot) / C;
-#ifndef LN_NO_OPAQUE
-#pragma unroll
-        for (int k = 0; k < K; k++) {
-            stay_packed(d[k]);
-            stay_packed(x[k]);
+        block_sum(sums, shared[turn]);
+        turn ^= 1;
+        stay_packed(d);
+        stay_packed(x);
+        stay_packed(w);
+        float dnorm_mean = sums[0] / C, dnorm_norm_mean = sums[1] / C;
+        float y[8];
+        for (int i = 0; i < 8; i++) {
+            float norm = ((float)x.v[i] - m) * scale, dnorm = (float)d.v[i] * (float)w.v[i];
+            y[i] = (float)old.v[i] + (dnorm - dnorm_mean - norm * dnorm_norm_mean) * scale;
         }
-#endif
-#pragma unroll
-        for (int k = 0; k < K; k++) {
-            int c = k * 256 + lane * 8;
-            if (c >= C) continue;
-            if (K > LN_OLD) old[k] = load8(dinp + row * C + c);
-            Pack8<floatX> w = load8(weight + c);
-            float y[8];
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                float norm = ((float)x[k].v[i] - m) * scale, dnorm = (float)d[k].v[i] * (float)w.v[i];
-                y[i] = (float)old[k].v[i] + (dnorm - sum - norm * dot) * scale;
-            }
-            store8(dinp + row * C + c, to_pack8<floatX>(y));
-        }
+        if (c < C) store8(dinp + row * C + c, to_pack8<floatX>(y));
     }
-    for (int w = 0; w < 4; w++) {  // in order, so that the sums are the same every time
-        if (warp == w) {
-#pragma unroll
-            for (int k = 0; k < K; k++) {
-                int c = k * 256 + lane * 8;
-                if (c >= C) continue;
-                if (w > 0) {
-#pragma unroll
-                    for (int i = 0; i < 8; i++) {
-                        dweight[k][i] += total[c + i];
-                        dbias[k][i] += total[C + c + i];
-                    }
-                }
-                store8(total + c, to_pack8<float>(dweight[k]));
-                store8(total + C + c, to_pack8<float>(dbias[k]));
-            }
-        }
-        __syncthreads();
-    }
-    for (int c = (warp * 32 + lane) * 8; c < 2 * C; c += 1024) {
-        store8(partial + (int64_t)blockIdx.x * 2 * C + c, load8(total + c));
-    }
+    if (c >= C) return;
+    store8(partial + (int64_t)blockIdx.x * 2 * C + c, to_pack8<float>(dweight));
+    store8(partial + (int64_t)blockIdx.x * 2 * C + C + c, to_pack8<float>(dbias));
 }
 
 size_t layernorm_backward_scratch_bytes(int C) { return (size_t)LAYERNORM_MAX_BLOCKS * 2 * C * sizeof(float); }
@@ -1313,23 +1271,24 @@ size_t layernorm_backward_scratch_bytes(int C) { return (size_t)LAYERNORM_MAX_BL
 void layernorm_backward(floatX* dinp /*(N,C) +=*/, float* dweight /*(C) +=*/, float* dbias /*(C) +=*/,
                         const floatX* dout /*(N,C)*/, const floatX* inp /*(N,C)*/, const floatX* weight /*(C)*/,
                         const float* mean /*(N)*/, const float* rstd /*(N)*/, int64_t N, int C) {
+    layernorm_require("layernorm_backward", C);
     float* partial = (float*)scratch(layernorm_backward_scratch_bytes(C), "layernorm_backward");
-    int blocks = 0;
-#define BACKWARD(K) \
-    blocks = (int)std::min(ceil_div(N, 4), (int64_t)std::min(layernorm_backward_blocks(K) * device_sms, \
-                                                             LAYERNORM_MAX_BLOCKS)); \
-    layernorm_backward_kernel<K><<<blocks, dim3(32, 4), 2 * C * sizeof(float), main_stream>>>(dinp, partial, dout, inp, \
-                                                                                             weight, mean, rstd, N, C)
-    LAYERNORM_DISPATCH("layernorm_backward", C, BACKWARD)
-#undef BACKWARD
+    int threads = (int)ceil_div(C / 8, 32) * 32;
+    static int known_threads, blocks_per_sm;  // the same C comes again and again
+    if (threads != known_threads) {
+        known_threads = threads;
+        cudaCheck(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, layernorm_backward_kernel, threads, 0));
+    }
+    int blocks = (int)std::min(N, (int64_t)std::min(blocks_per_sm * device_sms, LAYERNORM_MAX_BLOCKS));
+    layernorm_backward_kernel<<<blocks, threads, 0, main_stream>>>(dinp, partial, dout, inp, weight, mean, rstd, N, C);
     cudaCheck(cudaGetLastError());
     add_partials(dweight, dbias, C, partial, blocks, 2 * C);
 }
 
-// ---- matmul ----------------------------------------------------------------------------------------------------------
-// cuBLASLt's matrices are column major, so a row-major (N,C) is its (C,N), and D = op(A) op(B) is written for the transposes.
-// Sums are fp32; in the fp32 build without TF32. The choice of a kernel takes far longer than a launch, so it is made once a
-// shape and kept; it does not depend on timings, so a resumed run gets the same one.
+// ---- matmul ---------------------------------------------------------------------------------------------------------
+// cuBLASLt's matrices are column major, so a row-major (N,C) is its (C,N), and D = op(A) op(B) is written for the
+// transposes. Sums are fp32; in the fp32 build without TF32. The choice of a kernel takes far longer than a launch, so
+// it is made once a shape and kept; it does not depend on timings, so a resumed run gets the same one.
 struct MatmulPlan {
     int64_t m, n, k;
     bool trans_a, trans_b, bias, add, float_out;
@@ -1341,7 +1300,8 @@ constexpr int MATMUL_PLANS = 256;
 MatmulPlan matmul_plans[MATMUL_PLANS];
 int64_t matmul_plan_count;
 
-MatmulPlan* matmul_plan(int64_t m, int64_t n, int64_t k, bool trans_a, bool trans_b, bool bias, bool add, bool float_out) {
+MatmulPlan* matmul_plan(int64_t m, int64_t n, int64_t k, bool trans_a, bool trans_b, bool bias, bool add,
+                        bool float_out) {
     for (int i = 0; i < std::min(matmul_plan_count, (int64_t)MATMUL_PLANS); i++) {
         MatmulPlan* p = &matmul_plans[i];
         if (p->m == m && p->n == n && p->k == k && p->trans_a == trans_a && p->trans_b == trans_b && p->bias == bias &&
@@ -1377,24 +1337,25 @@ MatmulPlan* matmul_plan(int64_t m, int64_t n, int64_t k, bool trans_a, bool tran
     }
     cublasLtMatmulHeuristicResult_t result;
     int found = 0;
-    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(cublaslt_handle, p->desc, p->a, p->b, p->d, p->d, preference, 1,
-                                                           &result, &found);
-    opRequire(status == CUBLAS_STATUS_SUCCESS && found > 0, "cuBLASLt knows no kernel for m = %lld, n = %lld, k = %lld, "
-              "trans %d %d, bias %d: %s", (long long)m, (long long)n, (long long)k, trans_a, trans_b, bias,
-              cublasLtGetStatusString(status));
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(cublaslt_handle, p->desc, p->a, p->b, p->d, p->d, preference,
+                                                           1, &result, &found);
+    opRequire(status == CUBLAS_STATUS_SUCCESS && found > 0,
+              "cuBLASLt knows no kernel for m = %lld, n = %lld, k = %lld, "
+              "trans %d %d, bias %d: %s",
+              (long long)m, (long long)n, (long long)k, trans_a, trans_b, bias, cublasLtGetStatusString(status));
     cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
     p->algo = result.algo;
     return p;
 }
 
 // D (m,n) = op(A) op(B) + bias (m) + add (m,n), column major. add may be D itself where D is float.
-void matmul_cublaslt(void* d, const floatX* a, const floatX* b, const floatX* bias, const void* add, int64_t m, int64_t n,
-                     int64_t k, bool trans_a, bool trans_b, bool float_out) {
+void matmul_cublaslt(void* d, const floatX* a, const floatX* b, const floatX* bias, const void* add, int64_t m,
+                     int64_t n, int64_t k, bool trans_a, bool trans_b, bool float_out) {
     opRequire(m > 0 && n > 0 && k > 0 && m % 8 == 0 && (trans_a ? k % 8 == 0 : true),
               "matmul: rows of %lld and %lld elements, not multiples of 8", (long long)m, (long long)k);
     opRequire((((uintptr_t)d | (uintptr_t)a | (uintptr_t)b | (uintptr_t)bias | (uintptr_t)add) & 15) == 0,
-              "matmul: a tensor does not start at a multiple of 16 bytes (d %p, a %p, b %p, bias %p, add %p)", d, (void*)a,
-              (void*)b, (void*)bias, (void*)add);
+              "matmul: a tensor does not start at a multiple of 16 bytes (d %p, a %p, b %p, bias %p, add %p)", d,
+              (void*)a, (void*)b, (void*)bias, (void*)add);
     MatmulPlan* p = matmul_plan(m, n, k, trans_a, trans_b, bias != NULL, add != NULL, float_out);
     if (bias) {
         cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
@@ -1405,14 +1366,14 @@ void matmul_cublaslt(void* d, const floatX* a, const floatX* b, const floatX* bi
 }
 
 void matmul_forward(floatX* out /*(N,OC)*/, const floatX* inp /*(N,C)*/, const floatX* weight /*(OC,C)*/,
-                    const floatX* bias /*(OC) or NULL*/, const floatX* addend /*(N,OC) or NULL, may not alias out*/, int64_t N,
-                    int C, int OC) {
+                    const floatX* bias /*(OC) or NULL*/, const floatX* addend /*(N,OC) or NULL, may not alias out*/,
+                    int64_t N, int C, int OC) {
     matmul_cublaslt(out, weight, inp, bias, addend, OC, N, C, true, false, false);
 }
 
 // Sums of the columns of dout. A block takes 256 columns of a range of rows: 8 columns a lane, every 8th row a warp.
-__global__ void __launch_bounds__(256, 4) bias_backward_kernel(float* partial /*(ranges,OC)*/, const floatX* dout, int64_t N,
-                                                               int OC, int64_t range) {
+__global__ void __launch_bounds__(256, 4)
+    bias_backward_kernel(float* partial /*(ranges,OC)*/, const floatX* dout, int64_t N, int OC, int64_t range) {
     __shared__ float sums[8][256];
     int lane = threadIdx.x, warp = threadIdx.y;
     int c = blockIdx.x * 256 + lane * 8;
@@ -1428,12 +1389,10 @@ __global__ void __launch_bounds__(256, 4) bias_backward_kernel(float* partial /*
             }
 #pragma unroll
             for (int u = 0; u < 8; u++) {
-#pragma unroll
                 for (int i = 0; i < 8; i++) sum[i] += (float)x[u].v[i];
             }
         }
     }
-#pragma unroll
     for (int i = 0; i < 8; i++) sums[warp][i * 32 + lane] = sum[i];  // neighbouring lanes in neighbouring banks
     __syncthreads();
     int t = warp * 32 + lane, column = blockIdx.x * 256 + (t % 32) * 8 + t / 32;
@@ -1450,26 +1409,27 @@ void bias_backward(float* dbias /*(OC) +=*/, const floatX* dout /*(N,OC)*/, int6
     opRequireRows("bias_backward", OC);
     float* partial = (float*)scratch(matmul_backward_scratch_bytes(OC), "matmul_backward");
     int column_blocks = (OC + 255) / 256;
-    int64_t ranges = std::max(1, std::min(4 * device_sms, BIAS_MAX_BLOCKS) / column_blocks);  // one wave of equal blocks
+    int64_t ranges = std::max(1, std::min(4 * device_sms, BIAS_MAX_BLOCKS) / column_blocks); // one wave of equal blocks
     ranges = std::min(ranges, ceil_div(N, 64));
     int64_t range = ceil_div(N, ranges);
     ranges = ceil_div(N, range);
-    bias_backward_kernel<<<dim3(column_blocks, (unsigned)ranges), dim3(32, 8), 0, main_stream>>>(partial, dout, N, OC, range);
+    bias_backward_kernel<<<dim3(column_blocks, (unsigned)ranges), dim3(32, 8), 0, main_stream>>>(partial, dout, N, OC,
+                                                                                                 range);
     cudaCheck(cudaGetLastError());
     add_partials(dbias, NULL, OC, partial, (int)ranges, OC);
 }
 
 void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC,C) +=*/, float* dbias /*(OC) += or NULL*/,
-                     const floatX* dout /*(N,OC)*/, const floatX* inp /*(N,C)*/, const floatX* weight /*(OC,C)*/, int64_t N,
-                     int C, int OC) {
+                     const floatX* dout /*(N,OC)*/, const floatX* inp /*(N,C)*/, const floatX* weight /*(OC,C)*/,
+                     int64_t N, int C, int OC) {
     if (dinp) matmul_cublaslt(dinp, weight, dout, NULL, NULL, C, N, OC, false, false, false);
     matmul_cublaslt(dweight, inp, dout, NULL, dweight, C, OC, N, false, true, true);
     if (dbias) bias_backward(dbias, dout, N, OC);
 }
 
-// ---- GELU, tanh approximation ----------------------------------------------------------------------------------------
-// 0.5 x (1 + tanh u) = x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3): one exp and one division, and no cancellation
-// where tanh is near -1.
+// ---- GELU, tanh approximation ---------------------------------------------------------------------------------------
+// 0.5 x (1 + tanh u) = x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3): one exp and one division, and no
+// cancellation where tanh is near -1.
 __device__ __forceinline__ float gelu_sigmoid(float x) {
     float minus_2u = -1.5957691216f * x * (1.0f + 0.044715f * x * x);
     return __fdividef(1.0f, 1.0f + __expf(minus_2u));
@@ -1480,7 +1440,6 @@ __global__ void __launch_bounds__(256) gelu_forward_kernel(floatX* out, const fl
     if (i >= n) return;
     Pack8<floatX> x = load8_stream(inp + i);
     float y[8];
-#pragma unroll
     for (int j = 0; j < 8; j++) y[j] = (float)x.v[j] * gelu_sigmoid((float)x.v[j]);
     store8(out + i, to_pack8<floatX>(y));
 }
@@ -1491,7 +1450,6 @@ __global__ void __launch_bounds__(256) gelu_backward_kernel(floatX* dinp, const 
     if (i >= n) return;
     Pack8<floatX> x = load8_stream(inp + i), d = load8_stream(dout + i);
     float y[8];
-#pragma unroll
     for (int j = 0; j < 8; j++) {
         float v = (float)x.v[j], s = gelu_sigmoid(v);
         float two_du = 1.5957691216f * (1.0f + 3.0f * 0.044715f * v * v);
@@ -1512,30 +1470,21 @@ void gelu_backward(floatX* dinp /*may be dout*/, const floatX* dout, const float
     cudaCheck(cudaGetLastError());
 }
 
-// ---- cross-entropy with its gradient -----------------------------------------------------------------------------------
+// ---- cross-entropy with its gradient --------------------------------------------------------------------------------
 __device__ __forceinline__ float exp2_fast(float x) {  // exp2f without the code for denormal results
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-// TEAM threads a row: a block for the vocabularies of tokenizers, half a warp for that of bytes. The first pass over the
-// logits keeps a running maximum and a sum relative to it; the second pass, in place, finds them in the L1 and L2 still,
-// the more so as it goes backwards. So device memory sees each logit read once and written once.
-#ifndef CE_UNROLL
-#define CE_UNROLL 2
-#endif
-#ifndef CE_TEAM
-#define CE_TEAM 512
-#endif
-#ifndef CE_MIN
-#define CE_MIN 3
-#endif
+// TEAM threads a row: a block for the vocabularies of tokenizers, half a warp for that of bytes. The first pass over
+// the logits keeps a running maximum and a sum relative to it; the second pass, in place, finds them in the L1 and L2
+// still, the more so as it goes backwards. So device memory sees each logit read once and written once.
 template <int TEAM>
-__global__ void __launch_bounds__(TEAM == 16 ? 256 : TEAM, TEAM == 16 ? 1 : CE_MIN)
+__global__ void __launch_bounds__(TEAM == 16 ? 256 : TEAM, TEAM == 16 ? 1 : 3)
     crossentropy_kernel(floatX* logits, float* losses, const int* targets, float dloss, int64_t N, int V, int Vp,
                         bool grad) {
-    constexpr int UNROLL = CE_UNROLL, STEP = TEAM * 8 * UNROLL;
+    constexpr int UNROLL = 2, STEP = TEAM * 8 * UNROLL;
     constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
     __shared__ float shared[2][(TEAM + 31) / 32];
     int64_t row = (int64_t)blockIdx.x * (blockDim.x / TEAM) + threadIdx.x / TEAM;
@@ -1564,19 +1513,15 @@ __global__ void __launch_bounds__(TEAM == 16 ? 256 : TEAM, TEAM == 16 ? 1 : CE_M
             int c = c0 + u * TEAM * 8;
             if (c >= V) break;
             float z[8], most = -INFINITY;
-#pragma unroll
             for (int i = 0; i < 8; i++) z[i] = (float)pack[u].v[i];
             if (c + 8 > V) {
-#pragma unroll
                 for (int i = 0; i < 8; i++) z[i] = c + i < V ? z[i] : -INFINITY;
             }
-#pragma unroll
             for (int i = 0; i < 8; i++) most = fmaxf(most, z[i]);
             if (most * LOG2E > shift) {
                 sum *= exp2_fast(shift - most * LOG2E);
                 shift = most * LOG2E;
             }
-#pragma unroll
             for (int i = 0; i < 8; i++) sum += exp2_fast(z[i] * LOG2E - shift);
         }
     }
@@ -1612,14 +1557,11 @@ __global__ void __launch_bounds__(TEAM == 16 ? 256 : TEAM, TEAM == 16 ? 1 : CE_M
             if (c >= Vp) break;
             float z[8] = {};
             if (c < V) {
-#pragma unroll
                 for (int i = 0; i < 8; i++) z[i] = exp2_fast((float)pack[u].v[i] * LOG2E - top) * scale;
                 if (target >= c && target < c + 8) {
-#pragma unroll
                     for (int i = 0; i < 8; i++) z[i] -= c + i == target ? dloss : 0.0f;
                 }
                 if (c + 8 > V) {
-#pragma unroll
                     for (int i = 0; i < 8; i++) z[i] = c + i < V ? z[i] : 0.0f;
                 }
             }
@@ -1633,17 +1575,18 @@ void crossentropy_forward_backward(floatX* logits /*(N,Vp) in, dlogits out when 
                                    float dloss /*gradient of each row's loss*/, int64_t N, int V, int Vp, bool grad) {
     opRequireRows("crossentropy_forward_backward", Vp);
     if (Vp <= 1024) {
-        crossentropy_kernel<16><<<grid_for(N, 16), 256, 0, main_stream>>>(logits, losses, targets, dloss, N, V, Vp, grad);
+        crossentropy_kernel<16>
+            <<<grid_for(N, 16), 256, 0, main_stream>>>(logits, losses, targets, dloss, N, V, Vp, grad);
     } else {
-        crossentropy_kernel<CE_TEAM><<<grid_for(N, 1), CE_TEAM, 0, main_stream>>>(logits, losses, targets, dloss, N, V,
+        crossentropy_kernel<512><<<grid_for(N, 1), 512, 0, main_stream>>>(logits, losses, targets, dloss, N, V,
                                                                                   Vp, grad);
     }
     cudaCheck(cudaGetLastError());
 }
 
-// ---- RoPE --------------------------------------------------------------------------------------------------------------
-// Angles at position 10^6 need more bits than fp32 has, and a table of every position would be as large as q. So the host
-// makes two short tables in double, of pos & 1023 and of the multiples of 1024, and a complex product joins them.
+// ---- RoPE -----------------------------------------------------------------------------------------------------------
+// Angles at position 10^6 need more bits than fp32 has, and a table of every position would be as large as q. So the
+// host makes two short tables in double, of pos & 1023 and of the multiples of 1024, and a complex product joins them.
 void rope_table(float* table /*(1024 + ceil(T/1024), D/2, 2) cos, sin; host memory*/, int64_t T, int D, double theta) {
     int64_t rows = 1024 + (T + 1023) / 1024;
     for (int64_t r = 0; r < rows; r++) {
@@ -1657,8 +1600,8 @@ void rope_table(float* table /*(1024 + ceil(T/1024), D/2, 2) cos, sin; host memo
 }
 
 // cos and sin of dimensions d .. d+7 at a position.
-__device__ __forceinline__ void rope_angles(float (&cosine)[8], float (&sine)[8], const float* table, int64_t position, int d,
-                                            int D) {
+__device__ __forceinline__ void rope_angles(float (&cosine)[8], float (&sine)[8], const float* table, int64_t position,
+                                            int d, int D) {
     const float4* low = (const float4*)(table + ((position & 1023) * (D / 2) + d) * 2);
     const float4* high = (const float4*)(table + ((1024 + (position >> 10)) * (D / 2) + d) * 2);
 #pragma unroll
@@ -1671,8 +1614,8 @@ __device__ __forceinline__ void rope_angles(float (&cosine)[8], float (&sine)[8]
     }
 }
 
-// A warp a token. Its lanes go over the heads of q, then those of k, 256 neighbouring elements at a time, so that a lane
-// always has the same 8 dimensions: one set of angles does for all heads. Their partners are D/16 lanes away.
+// A warp a token. Its lanes go over the heads of q, then those of k, 256 neighbouring elements at a time, so that a
+// lane always has the same 8 dimensions: one set of angles does for all heads. Their partners are D/16 lanes away.
 __global__ void __launch_bounds__(256) rope_rotate_kernel(floatX* qkv, const float* table, float direction, int64_t N,
                                                           int64_t T, int H, int D) {
     int64_t token = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
@@ -1681,7 +1624,6 @@ __global__ void __launch_bounds__(256) rope_rotate_kernel(floatX* qkv, const flo
     bool lower = d < D / 2;
     float cosine[8], sine[8];
     rope_angles(cosine, sine, table, token % T, lower ? d : d - D / 2, D);
-#pragma unroll
     for (int i = 0; i < 8; i++) sine[i] *= lower ? -direction : direction;
     floatX* x = qkv + token * 3 * H * D + lane * 8;
     int n = 2 * H * D - lane * 8;  // elements from x on
@@ -1700,7 +1642,6 @@ __global__ void __launch_bounds__(256) rope_rotate_kernel(floatX* qkv, const flo
                 ((int*)&other)[i] = __shfl_xor_sync(0xffffffffu, ((int*)&mine[u])[i], far);
             }
             float y[8];
-#pragma unroll
             for (int i = 0; i < 8; i++) y[i] = (float)mine[u].v[i] * cosine[i] + (float)other.v[i] * sine[i];
             if (i0 + u * 256 < n) store8(x + i0 + u * 256, to_pack8<floatX>(y));
         }
@@ -1715,7 +1656,7 @@ void rope_rotate(floatX* qkv /*(B,T,3,H,D), q and k in place*/, const float* tab
     cudaCheck(cudaGetLastError());
 }
 
-// ---- sums ----------------------------------------------------------------------------------------------------------------
+// ---- sums -----------------------------------------------------------------------------------------------------------
 // Sum of x or of its squares: floats over 8 elements, double from there on, in a fixed order.
 constexpr int SUM_BLOCKS = 1024, SUM_THREADS = 256;
 
@@ -1738,7 +1679,6 @@ __global__ void __launch_bounds__(SUM_THREADS) sum_kernel(double* partial /*(SUM
     for (int64_t i = thread; i < packs; i += threads) {
         Pack8<float> pack = load8_stream(x + head + i * 8);
         float sum = 0.0f;
-#pragma unroll
         for (int j = 0; j < 8; j++) sum += SQUARE ? pack.v[j] * pack.v[j] : pack.v[j];
         total += sum;
     }
@@ -1781,7 +1721,7 @@ template <bool SQUARE> double sum_to_host(const float* x, int64_t n) {
 double sum_squares(const float* x, int64_t n) { return sum_to_host<true>(x, n); }
 double sum_losses(const float* x, int64_t n) { return sum_to_host<false>(x, n); }
 
-// ---- AdamW ---------------------------------------------------------------------------------------------------------------
+// ---- AdamW ----------------------------------------------------------------------------------------------------------
 struct AdamW { float lr, beta1, beta2, beta1_correction, beta2_correction, eps, weight_decay, grad_scale; };
 
 __device__ __forceinline__ void adamw_element(float& p, float& m, float& v, float grad, const AdamW& a) {
@@ -1797,7 +1737,6 @@ __global__ void __launch_bounds__(256) adamw_kernel(floatX* params /*or NULL*/, 
     if (i + 8 <= n) {
         Pack8<float> g = load8_stream(grads + i), p = load8_stream(master + i), pm = load8_stream(m + i),
                      pv = load8_stream(v + i);
-#pragma unroll
         for (int j = 0; j < 8; j++) adamw_element(p.v[j], pm.v[j], pv.v[j], g.v[j], a);
         store8_stream(master + i, p);
         store8_stream(m + i, pm);
@@ -1812,8 +1751,8 @@ __global__ void __launch_bounds__(256) adamw_kernel(floatX* params /*or NULL*/, 
 }
 
 void adamw_update(floatX* params, float* master /*or NULL: params are fp32*/, float* m, float* v, const float* grads,
-                  int64_t n, float lr, float beta1, float beta2, float beta1_correction /*1-beta1^t*/, float beta2_correction,
-                  float eps, float weight_decay, float grad_scale) {
+                  int64_t n, float lr, float beta1, float beta2, float beta1_correction /*1-beta1^t*/,
+                  float beta2_correction, float eps, float weight_decay, float grad_scale) {
     if (n == 0) return;
     if (!master) {
         opRequire(sizeof(floatX) == sizeof(float), "adamw_update: parameters in bf16 need fp32 masters");
@@ -3049,9 +2988,9 @@ static Phase attention_kind(const Model* m, int l, Phase phase) {
     return lighthouse_built && phase == LIGHTHOUSE && m->lighthouse_layer[l] ? LIGHTHOUSE : DENSE;
 }
 
-// Rows of the logits made at a time: about 128 MiB, never the whole sequence's.
+// Rows of the logits made at a time: about 512 MiB, never the whole sequence's.
 static int64_t head_rows(const Model* m, int64_t rows) {
-    int64_t chunk = (128ll << 20) / ((int64_t)m->dims.Vp * sizeof(floatX)) / 128 * 128;
+    int64_t chunk = (512ll << 20) / ((int64_t)m->dims.Vp * sizeof(floatX)) / 128 * 128;
     if (chunk < 128) chunk = 128;
     return rows < chunk ? rows : chunk;
 }

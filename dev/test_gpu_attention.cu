@@ -1,0 +1,791 @@
+// Proves that the CUDA attention, cuDNN's SDPA and every Lighthouse kernel, computes what its twin in dev/cpu_ops.h
+// states and what the published Lighthouse release computed (dev/vectors); then times it.
+//
+//   nvcc -O3 -std=c++17 -arch=native -Xcompiler -fopenmp,-march=native dev/test_gpu_attention.cu \
+//        -lcudnn -lcublas -lcublasLt -o build/test_gpu_attention
+//   build/test_gpu_attention                all parts; run from the repository's folder
+//   build/test_gpu_attention ops sdpa       only these of: ops sdpa vectors million times
+//   build/test_gpu_attention kernels        the times without those of attention over all tokens
+//   build/test_gpu_attention once           one run of each kernel, for a profiler
+// With -DFLOATX_FP32 the kernels work in fp32 and must agree to fp32 rounding; there sdpa is the plain fp32 kernel.
+//
+// Inputs are fresh random numbers rounded to floatX, so that both sides see the same. Outputs are poisoned with NaN (or
+// -1) before each run, the bytes behind them must survive, and a second run must give the same bits. Errors are
+// ||gpu - cpu|| / ||cpu||.
+#define TRAINER_NO_MAIN
+#include "../train_gpt_lighthouse.cu"
+#include "cpu_ops.h"
+#include <string>
+#include <vector>
+
+typedef std::vector<float> Floats;
+typedef std::vector<int32_t> Ints;
+
+static const bool IS_BF16 = sizeof(floatX) == 2;
+// A result rounded once to bf16: 1.6e-3 where mantissas spread evenly. In fp32: the order of the additions.
+static const double ROUNDED = IS_BF16 ? 2.5e-3 : 3e-6;
+// Attention in bf16 also rounds the weights before they meet V, and dS before it meets K and Q.
+static const double SDPA_OUT = IS_BF16 ? 5e-3 : 1e-5, SDPA_GRADIENT = IS_BF16 ? 8e-3 : 3e-5;
+
+static int passed, failed;
+
+static void report(bool ok, const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    printf(ok ? "ok   " : "FAIL ");
+    vprintf(format, args);
+    printf("\n");
+    fflush(stdout);
+    va_end(args);
+    ok ? passed++ : failed++;
+}
+
+static double relative_error(const Floats& x, const Floats& reference) {
+    double difference = 0, norm = 0;
+    if (x.size() != reference.size()) return INFINITY;
+    #pragma omp parallel for reduction(+ : difference, norm)
+    for (size_t i = 0; i < x.size(); i++) {
+        double d = (double)x[i] - reference[i];
+        difference += d * d;
+        norm += (double)reference[i] * reference[i];
+    }
+    double error = sqrt(difference / (norm > 0 ? norm : 1));
+    return error == error ? error : INFINITY;
+}
+
+// ---- random numbers that the host can make again for any index ----------------------------------------------------
+// 8 significant bits and a scale of a power of 2, so that bf16 holds them exactly.
+__host__ __device__ static float random_value(uint64_t seed, int64_t i) {
+    uint64_t x = (seed << 40) + (uint64_t)i + 1;
+    x *= 0x9E3779B97F4A7C15ull;
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+    x ^= x >> 31;
+    int sum = (int)(x & 63) + (int)(x >> 8 & 63) + (int)(x >> 16 & 63) + (int)(x >> 24 & 63) - 126;  // nearly normal
+    return sum / 32.0f;
+}
+__global__ void fill_kernel(floatX* p, int64_t n, uint64_t seed) {
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) p[i] = (floatX)random_value(seed, i);
+}
+static Floats random_host(int64_t n, uint64_t seed, float scale = 1) {
+    Floats x(n);
+    #pragma omp parallel for
+    for (int64_t i = 0; i < n; i++) x[i] = (float)(floatX)(random_value(seed, i) * scale);
+    return x;
+}
+
+// ---- device arrays: poisoned, with a guard behind them ------------------------------------------------------------
+static const size_t GUARD = 256;
+static std::vector<void*> device_arrays;
+
+template <typename T> static T* device_array(int64_t n) {
+    char* p;
+    cudaCheck(cudaMalloc(&p, n * sizeof(T) + GUARD));
+    cudaCheck(cudaMemsetAsync(p, 0xff, n * sizeof(T) + GUARD, main_stream));
+    device_arrays.push_back(p);
+    return (T*)p;
+}
+static floatX* device_random(int64_t n, uint64_t seed) {
+    floatX* p = device_array<floatX>(n);
+    fill_kernel<<<grid_for(n, 256), 256, 0, main_stream>>>(p, n, seed);
+    cudaCheck(cudaGetLastError());
+    return p;
+}
+template <typename T, typename From> static T* to_device(const std::vector<From>& x) {
+    std::vector<T> y(x.begin(), x.end());
+    T* p = device_array<T>(y.size());
+    cudaCheck(cudaMemcpyAsync(p, y.data(), y.size() * sizeof(T), cudaMemcpyHostToDevice, main_stream));
+    cudaCheck(cudaStreamSynchronize(main_stream));
+    return p;
+}
+template <typename To, typename T> static std::vector<To> to_host(const T* p, int64_t n) {
+    std::vector<T> x(n);
+    cudaCheck(cudaMemcpyAsync(x.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost, main_stream));
+    cudaCheck(cudaStreamSynchronize(main_stream));
+    return std::vector<To>(x.begin(), x.end());
+}
+static void free_device_arrays() {
+    cudaCheck(cudaStreamSynchronize(main_stream));
+    for (void* p : device_arrays) cudaCheck(cudaFree(p));
+    device_arrays.clear();
+}
+// Makes the workspace large enough for a shape, as the trainer's memory plan does.
+static void prepare_sdpa(int B, int64_t T, int H, int D, bool stats, bool backward) {
+    size_t bytes = sdpa_prepare(B, T, H, D, stats, backward);
+    if (bytes <= sdpa_workspace_bytes) return;
+    cudaCheck(cudaStreamSynchronize(main_stream));
+    if (sdpa_workspace) cudaCheck(cudaFree(sdpa_workspace));
+    cudaCheck(cudaMalloc((void**)&sdpa_workspace, bytes));
+    sdpa_workspace_bytes = bytes;
+}
+
+// Runs an operation twice on a poisoned output of n elements; returns it, and whether both runs gave the same bits,
+// with the guard intact.
+template <typename To, typename T, typename Op> static std::vector<To> run_twice(T* out, int64_t n, bool* same, Op op) {
+    std::vector<unsigned char> bits[2];
+    for (int run = 0; run < 2; run++) {
+        cudaCheck(cudaMemsetAsync(out, 0xff, n * sizeof(T), main_stream));
+        op();
+        cudaCheck(cudaStreamSynchronize(main_stream));
+        bits[run] = to_host<unsigned char>((unsigned char*)out, n * sizeof(T) + GUARD);
+    }
+    *same = bits[0] == bits[1];
+    for (size_t i = n * sizeof(T); i < bits[0].size(); i++) *same = *same && bits[0][i] == 0xff;
+    const T* x = (const T*)bits[0].data();
+    return std::vector<To>(x, x + n);
+}
+
+struct Case { int B; int64_t T; int H, D, levels, pool, topk, tile; };
+static std::string case_name(const Case& c) {
+    char name[128];
+    snprintf(name, sizeof(name), "B %d T %lld H %d D %d, L %d p %d k %d m %d", c.B, (long long)c.T, c.H, c.D, c.levels,
+             c.pool, c.topk, c.tile);
+    return name;
+}
+static LighthouseShape case_shape(const Case& c) {
+    LighthouseShape s;
+    char why[256];
+    if (!lighthouse_shape(&s, c.T, c.H, c.D, c.levels, c.pool, c.topk, c.tile, why, sizeof(why))) {
+        fprintf(stderr, "%s: %s\n", case_name(c).c_str(), why);
+        exit(EXIT_FAILURE);
+    }
+    return s;
+}
+
+// ---- every Lighthouse kernel against its twin ---------------------------------------------------------------------
+static void test_select(const char* what, const Floats& scores, int B, const LighthouseShape& s,
+                        const std::string& name) {
+    int64_t n = (int64_t)B * s.H * s.S;
+    Ints reference(n);
+    cpu::lighthouse_select(reference.data(), scores.data(), B, &s);
+    float* d_scores = to_device<float>(scores);
+    int32_t* d_index = device_array<int32_t>(n);
+    bool same;
+    Ints index = run_twice<int32_t>(d_index, n, &same, [&] { lighthouse_select(d_index, d_scores, B, &s); });
+    int64_t wrong = 0;
+    for (int64_t i = 0; i < n; i++) wrong += index[i] != reference[i];
+    report(wrong == 0 && same, "select, %s: %lld of %lld places differ%s | %s", what, (long long)wrong, (long long)n,
+           same ? "" : ", runs differ", name.c_str());
+}
+
+static void report_floats(const char* what, const Floats& x, const Floats& reference, double limit, bool same,
+                          const std::string& name) {
+    double error = relative_error(x, reference);
+    report(error <= limit && same, "%s: error %.1e (limit %.1e)%s | %s", what, error, limit,
+           same ? "" : ", runs differ", name.c_str());
+}
+
+static void test_ops(const Case& c, uint64_t seed) {
+    LighthouseShape s = case_shape(c);
+    std::string name = case_name(c);
+    int64_t B = c.B, T = c.T, C = (int64_t)c.H * c.D, S = s.S, E = s.off[s.levels], heads = B * c.H;
+    Floats qkv = random_host(B * T * 3 * C, seed), attn = random_host(B * S * C, seed + 1);
+    Floats dout = random_host(B * T * C, seed + 2), dslots = random_host(B * S * 3 * C, seed + 3);
+    floatX *d_qkv = to_device<floatX>(qkv), *d_attn = to_device<floatX>(attn);
+    floatX *d_dout = to_device<floatX>(dout), *d_dslots = to_device<floatX>(dslots);
+    bool same;
+
+    float* d_scores = device_array<float>(2 * heads * E);
+    Floats scores = run_twice<float>(d_scores, 2 * heads * E, &same, [&] {
+        lighthouse_scores(d_scores, d_qkv, B, &s);
+    });
+    Floats reference(2 * heads * E);
+    cpu::lighthouse_scores(reference.data(), qkv.data(), B, &s);
+    report_floats("scores", scores, reference, 1e-6, same, name);  // fp32 sums of exact squares
+
+    test_select("the norms", scores, B, s, name);
+    Floats odd = scores;  // few values, so that nearly every pick is a tie
+    for (float& x : odd) x = floorf(x * 4);
+    test_select("ties", odd, B, s, name);
+    for (float& x : odd) x = 0;
+    test_select("all zero", odd, B, s, name);
+    for (size_t i = 0; i < odd.size(); i++) odd[i] = i % 7 == 3 ? NAN : i % 11 == 5 ? INFINITY : scores[i];
+    test_select("with NaN and infinity", odd, B, s, name);
+
+    Ints index(heads * S), slot_reference(heads * E);
+    cpu::lighthouse_select(index.data(), scores.data(), B, &s);
+    cpu::lighthouse_invert(slot_reference.data(), index.data(), B, &s);
+    int32_t *d_index = to_device<int32_t>(index), *d_slot = device_array<int32_t>(heads * E);
+    Ints slot = run_twice<int32_t>(d_slot, heads * E, &same, [&] { lighthouse_invert(d_slot, d_index, B, &s); });
+    bool equal = slot == slot_reference;
+    report(equal && same, "invert: %s | %s", equal ? "equal" : "differs", name.c_str());
+
+    Floats table((1024 + (T + 1023) / 1024) * c.D);
+    cpu::rope_table(table.data(), T, c.D, 10000);
+    float* d_table = to_device<float>(table);
+    floatX* d_slots = device_array<floatX>(B * S * 3 * C);
+    floatX* d_dqkv = device_array<floatX>(B * T * 3 * C);
+    for (int rope = 0; rope < 2; rope++) {
+        Floats slots = run_twice<float>(d_slots, B * S * 3 * C, &same, [&] {
+            lighthouse_gather(d_slots, d_qkv, d_index, rope ? d_table : NULL, B, &s);
+        });
+        Floats slots_reference(B * S * 3 * C);
+        cpu::lighthouse_gather(slots_reference.data(), qkv.data(), index.data(), rope ? table.data() : NULL, B, &s);
+        report_floats(rope ? "gather, rope" : "gather", slots, slots_reference, ROUNDED, same, name);
+
+        Floats dqkv = run_twice<float>(d_dqkv, B * T * 3 * C, &same, [&] {
+            lighthouse_gather_backward(d_dqkv, d_dslots, d_index, d_slot, rope ? d_table : NULL, B, &s);
+        });
+        Floats dqkv_reference(B * T * 3 * C);
+        cpu::lighthouse_gather_backward(dqkv_reference.data(), dslots.data(), index.data(), slot.data(),
+                                        rope ? table.data() : NULL, B, &s);
+        report_floats(rope ? "gather backward, rope" : "gather backward", dqkv, dqkv_reference, ROUNDED, same, name);
+    }
+
+    floatX* d_out = device_array<floatX>(B * T * C);
+    Floats out = run_twice<float>(d_out, B * T * C, &same, [&] { lighthouse_scatter(d_out, d_attn, d_slot, B, &s); });
+    Floats out_reference(B * T * C);
+    cpu::lighthouse_scatter(out_reference.data(), attn.data(), slot.data(), B, &s);
+    report_floats("scatter", out, out_reference, ROUNDED, same, name);
+
+    floatX* d_dattn = device_array<floatX>(B * S * C);
+    Floats dattn = run_twice<float>(d_dattn, B * S * C, &same, [&] {
+        lighthouse_scatter_backward(d_dattn, d_dout, d_index, B, &s);
+    });
+    Floats dattn_reference(B * S * C);
+    cpu::lighthouse_scatter_backward(dattn_reference.data(), dout.data(), index.data(), B, &s);
+    report_floats("scatter backward", dattn, dattn_reference, ROUNDED, same, name);
+    free_device_arrays();
+}
+
+// ---- SDPA against its twin ----------------------------------------------------------------------------------------
+// One of the three parts of a packed (N,3,C) tensor.
+static Floats part_of(const Floats& packed, int part, int64_t C) {
+    Floats x(packed.size() / 3);
+    for (size_t i = 0; i < x.size(); i++) x[i] = packed[(i / C * 3 + part) * C + i % C];
+    return x;
+}
+
+static void test_sdpa(int B, int64_t T, int H, int D, bool deterministic, bool by_head, uint64_t seed) {
+    char name[128];
+    snprintf(name, sizeof(name), "B %d T %lld H %d D %d%s%s", B, (long long)T, H, D,
+             deterministic ? ", deterministic" : "", by_head ? ", head by head" : "");
+    int64_t C = (int64_t)H * D, N = B * T;
+    Floats qkv = random_host(N * 3 * C, seed), dout = random_host(N * C, seed + 1);
+    floatX *d_qkv = to_device<floatX>(qkv), *d_dout = to_device<floatX>(dout), *d_out = device_array<floatX>(N * C);
+    float* d_stats = device_array<float>(N * H);
+    int64_t bound = sdpa_deterministic_bytes;
+    sdpa_deterministic = deterministic;
+    if (by_head) sdpa_deterministic_bytes = 0;
+    prepare_sdpa(B, T, H, D, true, true);
+    bool same, same_stats;
+    Floats out = run_twice<float>(d_out, N * C, &same, [&] { sdpa_forward(d_out, d_stats, d_qkv, B, T, H, D); });
+    Floats stats = run_twice<float>(d_stats, N * H, &same_stats, [&] {
+        sdpa_forward(d_out, d_stats, d_qkv, B, T, H, D);
+    });
+    Floats out_reference(N * C), stats_reference(N * H);
+    cpu::sdpa_forward(out_reference.data(), stats_reference.data(), qkv.data(), B, T, H, D);
+    report_floats("sdpa forward", out, out_reference, SDPA_OUT, same, name);
+    double worst = 0;
+    for (int64_t i = 0; i < N * H; i++) worst = fmax(worst, fabs((double)stats[i] - stats_reference[i]));
+    report(worst <= 2e-5 && same_stats, "sdpa statistics: at most %.1e off (limit 2e-05) | %s", worst, name);
+    if (!deterministic) {
+        prepare_sdpa(B, T, H, D, false, false);
+        Floats plain = run_twice<float>(d_out, N * C, &same, [&] { sdpa_forward(d_out, NULL, d_qkv, B, T, H, D); });
+        report_floats("sdpa forward without statistics", plain, out_reference, SDPA_OUT, same, name);
+    }
+
+    // The backward pass starts from the forward's rounded output on both sides.
+    floatX* d_dqkv = device_array<floatX>(N * 3 * C);
+    Floats dqkv = run_twice<float>(d_dqkv, N * 3 * C, &same, [&] {
+        sdpa_backward(d_dqkv, d_dout, d_qkv, d_out, d_stats, B, T, H, D);
+    });
+    if (!deterministic && IS_BF16) same = true;  // not promised
+    Floats dqkv_reference(N * 3 * C), used = to_host<float>(d_out, N * C);
+    cpu::sdpa_backward(dqkv_reference.data(), dout.data(), qkv.data(), used.data(), stats_reference.data(), B, T, H, D);
+    for (int part = 0; part < 3; part++) {
+        char what[32];
+        snprintf(what, sizeof(what), "sdpa d%c", "qkv"[part]);
+        report_floats(what, part_of(dqkv, part, C), part_of(dqkv_reference, part, C), SDPA_GRADIENT, same, name);
+    }
+    sdpa_deterministic = false;
+    sdpa_deterministic_bytes = bound;
+    free_device_arrays();
+}
+
+// ---- the published release's own numbers --------------------------------------------------------------------------
+// The selection must agree exactly from the same fp32 scores. The rest starts from the release's selection, because q
+// and k rounded to bf16 may select otherwise; it then differs by the rounding of the inputs and of every stage to bf16.
+// Heads smaller than 64 are padded with zeros, and q takes the factor that the padded 1/sqrt(D) lacks.
+static void test_vectors(const char* file) {
+    FILE* f = fopen(file, "rb");
+    int32_t header[64];
+    if (!f || fread(header, 4, 64, f) != 64 || header[0] != 20260506) {
+        report(false, "vectors: %s is missing or no file of vectors", file);
+        if (f) fclose(f);
+        return;
+    }
+    int B = header[2], H = header[4], d = header[5], D = IS_BF16 && d < 64 ? 64 : d;
+    int64_t T = header[3], S = header[9], N = B * T, C = (int64_t)H * D;
+    Case c = {B, T, H, D, header[6], header[7], header[8], 128};
+    LighthouseShape s = case_shape(c), s_small = s;
+    s_small.D = d;
+    std::string name = std::string(file) + " " + case_name(c);
+    auto read_floats = [&](int64_t n) {
+        Floats x(n);
+        if ((int64_t)fread(x.data(), 4, n, f) != n) report(false, "vectors: %s is too short", file);
+        return x;
+    };
+    Floats part[3], wanted[4];
+    for (int i = 0; i < 3; i++) part[i] = read_floats(N * H * d);
+    Floats dout_small = read_floats(N * H * d);
+    Ints index(B * H * S);
+    if (fread(index.data(), 4, index.size(), f) != index.size()) report(false, "vectors: %s is too short", file);
+    Floats out_heads = read_floats(N * H * d);  // (B,H,T,d)
+    for (int i = 0; i < 3; i++) wanted[1 + i] = read_floats(N * H * d);
+    fclose(f);
+    wanted[0].resize(N * H * d);  // (B,T,H,d) like the gradients
+    for (int64_t i = 0; i < N * H * d; i++) {
+        int64_t b = i / (T * H * d), t = i / (H * d) % T, h = i / d % H;
+        wanted[0][i] = out_heads[((b * H + h) * T + t) * d + i % d];
+    }
+
+    float factor = sqrtf((float)D / d);
+    Floats qkv_small(N * 3 * H * d), qkv(N * 3 * C), dout(N * C);
+    for (int64_t i = 0; i < N * H * d; i++) {
+        int64_t row = i / d, t = row / H, h = row % H, e = i % d;
+        for (int p = 0; p < 3; p++) {
+            qkv_small[((t * 3 + p) * H + h) * d + e] = part[p][i];
+            qkv[((t * 3 + p) * H + h) * D + e] = p == 0 ? part[p][i] * factor : part[p][i];
+        }
+        dout[row * D + e] = dout_small[i];
+    }
+    int64_t heads = (int64_t)B * H, E = s.off[s.levels];
+    Floats scores(2 * heads * E);
+    cpu::lighthouse_scores(scores.data(), qkv_small.data(), B, &s_small);
+    float* d_scores = to_device<float>(scores);
+    int32_t *d_index = device_array<int32_t>(heads * S), *d_slot = device_array<int32_t>(heads * E);
+    lighthouse_select(d_index, d_scores, B, &s);
+    Ints selected = to_host<int32_t>(d_index, heads * S);
+    report(S == s.S && selected == index, "vectors, select from fp32 scores: %s | %s",
+           selected == index ? "equal" : "differs", name.c_str());
+
+    floatX *d_qkv = to_device<floatX>(qkv), *d_dout = to_device<floatX>(dout);
+    lighthouse_scores(d_scores, d_qkv, B, &s);
+    lighthouse_select(d_index, d_scores, B, &s);
+    selected = to_host<int32_t>(d_index, heads * S);
+    int64_t common = 0;
+    for (int64_t bh = 0; bh < heads; bh++) {
+        std::vector<char> in(E);
+        for (int64_t r = 0; r < S; r++) in[index[bh * S + r]] = 1;
+        for (int64_t r = 0; r < S; r++) common += in[selected[bh * S + r]];
+    }
+    double share = (double)common / (heads * S), least = IS_BF16 ? 0.95 : 0.9999;
+    report(share >= least, "vectors, select from q and k: %.4f the same (limit %.4f) | %s", share, least, name.c_str());
+
+    cudaCheck(cudaMemcpyAsync(d_index, index.data(), index.size() * 4, cudaMemcpyHostToDevice, main_stream));
+    floatX *d_slots = device_array<floatX>(B * S * 3 * C), *d_attn = device_array<floatX>(B * S * C);
+    floatX *d_dattn = device_array<floatX>(B * S * C), *d_dslots = device_array<floatX>(B * S * 3 * C);
+    floatX *d_out = device_array<floatX>(N * C), *d_dqkv = device_array<floatX>(N * 3 * C);
+    float* d_stats = device_array<float>(heads * S);
+    prepare_sdpa(B, S, H, D, true, true);
+    lighthouse_invert(d_slot, d_index, B, &s);
+    lighthouse_gather(d_slots, d_qkv, d_index, NULL, B, &s);
+    sdpa_forward(d_attn, d_stats, d_slots, B, S, H, D);
+    lighthouse_scatter(d_out, d_attn, d_slot, B, &s);
+    lighthouse_scatter_backward(d_dattn, d_dout, d_index, B, &s);
+    sdpa_backward(d_dslots, d_dattn, d_slots, d_attn, d_stats, B, S, H, D);
+    lighthouse_gather_backward(d_dqkv, d_dslots, d_index, d_slot, NULL, B, &s);
+    Floats out = to_host<float>(d_out, N * C), dqkv = to_host<float>(d_dqkv, N * 3 * C);
+    for (int i = 0; i < 4; i++) {
+        Floats x(N * H * d);
+        for (int64_t j = 0; j < N * H * d; j++) {
+            int64_t row = j / d, t = row / H, h = row % H, e = j % d;
+            x[j] = i == 0 ? out[row * D + e] : dqkv[((t * 3 + i - 1) * H + h) * D + e] * (i == 1 ? factor : 1);
+        }
+        const char* what[] = {"vectors, out", "vectors, dq", "vectors, dk", "vectors, dv"};
+        report_floats(what[i], x, wanted[i], IS_BF16 ? (i == 0 ? 6e-3 : 1.2e-2) : 1e-5, true, name);
+    }
+    free_device_arrays();
+}
+
+// ---- a million tokens: more than 2^31 elements, a sample of the results -------------------------------------------
+static void test_million() {
+    const Case c = {1, 1 << 20, 8, 128, 4, 4, 4096, 128};
+    LighthouseShape s = case_shape(c);
+    std::string name = case_name(c);
+    const int64_t T = c.T, H = c.H, D = c.D, C = H * D, S = s.S, E = s.off[s.levels], SAMPLES = 4000;
+    floatX *d_qkv = device_random(T * 3 * C, 1), *d_dout = device_random(T * C, 2);
+    floatX *d_attn = device_random(S * C, 3), *d_dslots = device_random(S * 3 * C, 4);
+    Floats table((1024 + (T + 1023) / 1024) * D);
+    cpu::rope_table(table.data(), T, D, 500000);
+    float* d_table = to_device<float>(table);
+
+    float* d_scores = device_array<float>(2 * H * E);
+    lighthouse_scores(d_scores, d_qkv, 1, &s);
+    Floats scores = to_host<float>(d_scores, 2 * H * E);
+    Floats sample, reference;
+    for (int64_t i = 0; i < SAMPLES; i++) {  // norms here, every maximum below
+        int64_t t = i == 0 ? T - 1 : cpu::min64(T - 1, (int64_t)((random_value(5, i) + 4) / 8 * T)), r = i % (2 * H);
+        double square = 0;
+        for (int64_t d = 0; d < D; d++) {
+            double x = (float)(floatX)random_value(1, (t * 3 * H + r) * D + d);
+            square += x * x;
+        }
+        reference.push_back(sqrt(square));
+        sample.push_back(scores[r * E + t]);
+    }
+    report_floats("a million tokens, norms", sample, reference, 1e-6, true, name);
+    int64_t wrong = 0;
+    for (int64_t r = 0; r < 2 * H; r++) {
+        for (int l = 1; l < s.levels; l++) {
+            for (int64_t i = 0; i < s.n[l]; i++) {
+                const float* child = &scores[r * E + s.off[l - 1] + i * s.pool];
+                float top = child[0];
+                for (int j = 1; j < s.pool; j++) top = fmaxf(top, child[j]);
+                wrong += scores[r * E + s.off[l] + i] != top;
+            }
+        }
+    }
+    report(wrong == 0, "a million tokens, maxima: %lld differ | %s", (long long)wrong, name.c_str());
+
+    Ints index(H * S), slot(H * E);
+    cpu::lighthouse_select(index.data(), scores.data(), 1, &s);
+    cpu::lighthouse_invert(slot.data(), index.data(), 1, &s);
+    int32_t *d_index = device_array<int32_t>(H * S), *d_slot = device_array<int32_t>(H * E);
+    lighthouse_select(d_index, d_scores, 1, &s);
+    lighthouse_invert(d_slot, d_index, 1, &s);
+    report(to_host<int32_t>(d_index, H * S) == index, "a million tokens, select | %s", name.c_str());
+    report(to_host<int32_t>(d_slot, H * E) == slot, "a million tokens, invert | %s", name.c_str());
+
+    // Whole outputs come back, samples of them are computed again from the random numbers.
+    struct Entry { int l; int64_t i, width; };
+    auto entry = [&](int32_t flat) {
+        Entry e;
+        e.l = (int)cpu::entry_level(&e.i, &e.width, flat, &s);
+        return e;
+    };
+    floatX* d_slots = device_array<floatX>(S * 3 * C);
+    lighthouse_gather(d_slots, d_qkv, d_index, d_table, 1, &s);
+    Floats slots = to_host<float>(d_slots, S * 3 * C), row(D), got, want;
+    for (int64_t i = 0; i < SAMPLES; i++) {
+        int64_t r = i == 0 ? S - 1 : i * 7919 % S, h = i % H, part = i / H % 3;
+        Entry e = entry(index[h * S + r]);
+        for (int64_t d = 0; d < D; d++) {
+            row[d] = 0;
+            for (int64_t t = e.i * e.width; t < (e.i + 1) * e.width; t++) {
+                row[d] += (float)(floatX)random_value(1, ((t * 3 + part) * H + h) * D + d) / e.width;
+            }
+        }
+        if (part < 2) cpu::rope_turn(row.data(), table.data(), (e.i + 1) * e.width - 1, +1, D);
+        const float* x = &slots[((r * 3 + part) * H + h) * D];
+        got.insert(got.end(), x, x + D);
+        want.insert(want.end(), row.begin(), row.end());
+    }
+    report_floats("a million tokens, gather", got, want, ROUNDED, true, name);
+
+    floatX* d_dattn = device_array<floatX>(S * C);
+    lighthouse_scatter_backward(d_dattn, d_dout, d_index, 1, &s);
+    Floats dattn = to_host<float>(d_dattn, S * C);
+    got.clear(), want.clear();
+    for (int64_t i = 0; i < SAMPLES; i++) {
+        int64_t r = i == 0 ? S - 1 : i * 7919 % S, h = i % H;
+        Entry e = entry(index[h * S + r]);
+        for (int64_t d = 0; d < D; d++) {
+            row[d] = 0;
+            for (int64_t t = (e.i + 1) * e.width - 1; t < cpu::min64(T, (e.i + 2) * e.width - 1); t++) {
+                row[d] += (float)(floatX)random_value(2, (t * H + h) * D + d);
+            }
+        }
+        got.insert(got.end(), &dattn[(r * H + h) * D], &dattn[(r * H + h) * D] + D);
+        want.insert(want.end(), row.begin(), row.end());
+    }
+    report_floats("a million tokens, scatter backward", got, want, ROUNDED, true, name);
+
+    floatX* d_out = device_array<floatX>(T * C);
+    lighthouse_scatter(d_out, d_attn, d_slot, 1, &s);
+    std::vector<floatX> out = to_host<floatX>(d_out, T * C);
+    got.clear(), want.clear();
+    for (int64_t i = 0; i < SAMPLES; i++) {
+        int64_t t = i == 0 ? T - 1 : i * 104729 % T, h = i % H;
+        std::fill(row.begin(), row.end(), 0.0f);
+        for (int l = 0; l < s.levels; l++) {
+            int64_t e = (t + 1) / (T / s.n[l]) - 1, r = e < 0 ? -1 : slot[h * E + s.off[l] + e];
+            for (int64_t d = 0; r >= 0 && d < D; d++) row[d] += (float)(floatX)random_value(3, (r * H + h) * D + d);
+        }
+        for (int64_t d = 0; d < D; d++) got.push_back((float)out[(t * H + h) * D + d]);
+        want.insert(want.end(), row.begin(), row.end());
+    }
+    report_floats("a million tokens, scatter", got, want, ROUNDED, true, name);
+
+    floatX* d_dqkv = device_array<floatX>(T * 3 * C);
+    lighthouse_gather_backward(d_dqkv, d_dslots, d_index, d_slot, d_table, 1, &s);
+    got.clear(), want.clear();
+    for (int64_t i = 0; i < SAMPLES; i++) {
+        int64_t t = i == 0 ? T - 1 : i * 104729 % T, h = i % H, part = i / H % 3;
+        Floats sum(D, 0.0f);
+        for (int l = 0; l < s.levels; l++) {
+            int64_t width = T / s.n[l], e = t / width, r = slot[h * E + s.off[l] + e];
+            if (r < 0) continue;
+            for (int64_t d = 0; d < D; d++) row[d] = (float)(floatX)random_value(4, ((r * 3 + part) * H + h) * D + d);
+            if (part < 2) cpu::rope_turn(row.data(), table.data(), (e + 1) * width - 1, -1, D);
+            for (int64_t d = 0; d < D; d++) sum[d] += row[d] / width;
+        }
+        Floats x = to_host<float>(d_dqkv + ((t * 3 + part) * H + h) * D, D);
+        got.insert(got.end(), x.begin(), x.end());
+        want.insert(want.end(), sum.begin(), sum.end());
+    }
+    report_floats("a million tokens, gather backward", got, want, ROUNDED, true, name);
+    free_device_arrays();
+}
+
+// Dense attention at a length where a whole reference is out of reach: rows of out and dq, and late rows of dk and dv.
+static void test_sdpa_samples(int64_t T, int H, int D, bool deterministic) {
+    char name[128];
+    snprintf(name, sizeof(name), "B 1 T %lld H %d D %d%s", (long long)T, H, D, deterministic ? ", deterministic" : "");
+    int64_t C = (int64_t)H * D;
+    floatX *d_qkv = device_random(T * 3 * C, 1), *d_dout = device_random(T * C, 2);
+    floatX *d_out = device_array<floatX>(T * C), *d_dqkv = device_array<floatX>(T * 3 * C);
+    float* d_stats = device_array<float>(T * H);
+    sdpa_deterministic = deterministic;
+    prepare_sdpa(1, T, H, D, true, true);
+    sdpa_forward(d_out, d_stats, d_qkv, 1, T, H, D);
+    sdpa_backward(d_dqkv, d_dout, d_qkv, d_out, d_stats, 1, T, H, D);
+    Floats stats = to_host<float>(d_stats, T * H);
+    auto value = [&](int64_t t, int part, int64_t h, int64_t d) -> double {  // of q, k, v and, as the fourth, dout
+        float x = part < 3 ? random_value(1, ((t * 3 + part) * H + h) * D + d) : random_value(2, (t * H + h) * D + d);
+        return (float)(floatX)x;
+    };
+    const double scale = 1 / sqrt((double)D);
+    const int ROWS = 12, LATE = 40;
+    Floats got_out, out, got_dq, dq;
+    double worst = 0;
+    for (int i = 0; i < ROWS; i++) {
+        int64_t t = i == 0 ? T - 1 : i == 1 ? 0 : (int64_t)((i + 0.37) / ROWS * T), h = i * 5 % H;
+        std::vector<double> score(t + 1), dweight(t + 1);
+        #pragma omp parallel for
+        for (int64_t j = 0; j <= t; j++) {
+            double a = 0, b = 0;
+            for (int64_t d = 0; d < D; d++) {
+                a += value(t, 0, h, d) * value(j, 1, h, d);
+                b += value(t, 3, h, d) * value(j, 2, h, d);
+            }
+            score[j] = a * scale;
+            dweight[j] = b;
+        }
+        double top = score[0], sum = 0, dot = 0;
+        for (double x : score) top = fmax(top, x);
+        for (double& x : score) sum += x = exp(x - top);
+        for (int64_t j = 0; j <= t; j++) dot += (score[j] /= sum) * dweight[j];
+        worst = fmax(worst, fabs(top + log(sum) - stats[h * T + t]));
+        #pragma omp parallel for ordered
+        for (int64_t d = 0; d < D; d++) {
+            double o = 0, g = 0;
+            for (int64_t j = 0; j <= t; j++) {
+                o += score[j] * value(j, 2, h, d);
+                g += score[j] * (dweight[j] - dot) * value(j, 1, h, d);
+            }
+            #pragma omp ordered
+            { out.push_back(o); dq.push_back(g * scale); }
+        }
+        Floats x = to_host<float>(d_out + t * C + h * D, D), y = to_host<float>(d_dqkv + t * 3 * C + h * D, D);
+        got_out.insert(got_out.end(), x.begin(), x.end());
+        got_dq.insert(got_dq.end(), y.begin(), y.end());
+    }
+    report_floats("sdpa forward, sampled", got_out, out, SDPA_OUT, true, name);
+    report(worst <= 2e-5, "sdpa statistics, sampled: at most %.1e off (limit 2e-05) | %s", worst, name);
+    report_floats("sdpa dq, sampled", got_dq, dq, SDPA_GRADIENT, true, name);
+    Floats got_dk, dk, got_dv, dv;  // of the last keys, which few queries see
+    for (int64_t h = 0; h < H; h++) {
+        std::vector<double> sum_k(LATE * D), sum_v(LATE * D);
+        for (int64_t t = T - LATE; t < T; t++) {
+            Floats o = to_host<float>(d_out + t * C + h * D, D);
+            double dot = 0;
+            for (int64_t d = 0; d < D; d++) dot += value(t, 3, h, d) * o[d];
+            for (int64_t j = T - LATE; j <= t; j++) {
+                double a = 0, b = 0;
+                for (int64_t d = 0; d < D; d++) {
+                    a += value(t, 0, h, d) * value(j, 1, h, d);
+                    b += value(t, 3, h, d) * value(j, 2, h, d);
+                }
+                double weight = exp(a * scale - stats[h * T + t]), ds = weight * (b - dot);
+                for (int64_t d = 0; d < D; d++) {
+                    sum_k[(j - T + LATE) * D + d] += ds * scale * value(t, 0, h, d);
+                    sum_v[(j - T + LATE) * D + d] += weight * value(t, 3, h, d);
+                }
+            }
+        }
+        for (int64_t j = T - LATE; j < T; j++) {
+            const floatX* row = d_dqkv + j * 3 * C + h * D;
+            Floats x = to_host<float>(row + C, D), y = to_host<float>(row + 2 * C, D);
+            got_dk.insert(got_dk.end(), x.begin(), x.end());
+            got_dv.insert(got_dv.end(), y.begin(), y.end());
+        }
+        dk.insert(dk.end(), sum_k.begin(), sum_k.end());
+        dv.insert(dv.end(), sum_v.begin(), sum_v.end());
+    }
+    // Weights near 1e-6 are summed here, whose dS = P (dP - dot) loses more to the rounding of out.
+    report_floats("sdpa dk of the last keys", got_dk, dk, 2 * SDPA_GRADIENT, true, name);
+    report_floats("sdpa dv of the last keys", got_dv, dv, SDPA_GRADIENT, true, name);
+    sdpa_deterministic = false;
+    free_device_arrays();
+}
+
+// ---- times --------------------------------------------------------------------------------------------------------
+template <typename Op> static double median_ms(int runs, Op op) {
+    cudaEvent_t begin, end;
+    cudaCheck(cudaEventCreate(&begin));
+    cudaCheck(cudaEventCreate(&end));
+    std::vector<float> ms;
+    for (int run = runs > 2 ? -2 : 0; run < runs; run++) {
+        cudaCheck(cudaEventRecord(begin, main_stream));
+        op();
+        cudaCheck(cudaEventRecord(end, main_stream));
+        cudaCheck(cudaEventSynchronize(end));
+        float x;
+        cudaCheck(cudaEventElapsedTime(&x, begin, end));
+        if (run >= 0) ms.push_back(x);
+    }
+    std::sort(ms.begin(), ms.end());
+    return ms[ms.size() / 2];
+}
+
+static double copy_gbs;  // what a copy of 4 GB reaches, bytes read and written
+
+static double time_line(const char* what, double bytes, double ms) {
+    if (bytes > 0) {
+        printf("     %-26s %8.3f ms  %6.0f GB/s  %3.0f%% of a copy\n", what, ms, bytes / ms / 1e6,
+               100 * bytes / ms / 1e6 / copy_gbs);
+    } else {
+        printf("     %-26s %8.3f ms\n", what, ms);
+    }
+    fflush(stdout);
+    return ms;
+}
+
+static void time_case(const Case& c, int runs, int dense_runs) {
+    LighthouseShape s = case_shape(c);
+    const int64_t T = c.T, H = c.H, D = c.D, C = H * D, S = s.S, E = s.off[s.levels];
+    const double X = sizeof(floatX);
+    printf("times, %s, S %lld:\n", case_name(c).c_str(), (long long)S);
+    Floats table((1024 + (T + 1023) / 1024) * D);
+    cpu::rope_table(table.data(), T, D, 500000);
+    float *d_table = to_device<float>(table), *d_scores = device_array<float>(2 * H * E);
+    floatX *d_qkv = device_random(T * 3 * C, 1), *d_dqkv = device_array<floatX>(T * 3 * C);
+    floatX *d_dout = device_random(T * C, 2), *d_out = device_array<floatX>(T * C);
+    floatX* d_slots = device_array<floatX>(S * 3 * C);
+    floatX *d_attn = device_array<floatX>(S * C), *d_dattn = device_array<floatX>(S * C);
+    floatX* d_dslots = device_array<floatX>(S * 3 * C);
+    float* d_stats = device_array<float>(T * H);
+    int32_t *d_index = device_array<int32_t>(H * S), *d_slot = device_array<int32_t>(H * E);
+    prepare_sdpa(1, S, H, D, true, true);
+    double around = 0;
+    #define TIME(what, bytes, op) time_line(what, bytes, median_ms(runs, [&] { op; }))
+    around += TIME("scores", 2 * T * C * X + 8.0 * H * E, lighthouse_scores(d_scores, d_qkv, 1, &s));
+    around += TIME("select", 0, lighthouse_select(d_index, d_scores, 1, &s));
+    around += TIME("invert", 0, lighthouse_invert(d_slot, d_index, 1, &s));
+    around += TIME("gather", 3 * T * C * X + 3 * S * C * X, lighthouse_gather(d_slots, d_qkv, d_index, d_table, 1, &s));
+    double forward = TIME("sdpa forward, S slots", 0, sdpa_forward(d_attn, d_stats, d_slots, 1, S, H, D));
+    around += TIME("scatter", S * C * X + T * C * X, lighthouse_scatter(d_out, d_attn, d_slot, 1, &s));
+    around += TIME("scatter backward", S * C * X + T * C * X,
+                   lighthouse_scatter_backward(d_dattn, d_dout, d_index, 1, &s));
+    double backward = TIME("sdpa backward, S slots", 0,
+                           sdpa_backward(d_dslots, d_dattn, d_slots, d_attn, d_stats, 1, S, H, D));
+    around += TIME("gather backward", 3 * S * C * X + 3 * T * C * X,
+                   lighthouse_gather_backward(d_dqkv, d_dslots, d_index, d_slot, d_table, 1, &s));
+    #undef TIME
+    double whole = median_ms(runs, [&] {
+        lighthouse_scores(d_scores, d_qkv, 1, &s);
+        lighthouse_select(d_index, d_scores, 1, &s);
+        lighthouse_invert(d_slot, d_index, 1, &s);
+        lighthouse_gather(d_slots, d_qkv, d_index, d_table, 1, &s);
+        sdpa_forward(d_attn, d_stats, d_slots, 1, S, H, D);
+        lighthouse_scatter(d_out, d_attn, d_slot, 1, &s);
+        lighthouse_scatter_backward(d_dattn, d_dout, d_index, 1, &s);
+        sdpa_backward(d_dslots, d_dattn, d_slots, d_attn, d_stats, 1, S, H, D);
+        lighthouse_gather_backward(d_dqkv, d_dslots, d_index, d_slot, d_table, 1, &s);
+    });
+    time_line("all but sdpa, summed", 0, around);
+    time_line("all, one after the other", 0, whole);
+    if (dense_runs > 0 && IS_BF16) {
+        prepare_sdpa(1, T, H, D, true, true);
+        double dense_forward = median_ms(dense_runs, [&] { sdpa_forward(d_out, d_stats, d_qkv, 1, T, H, D); });
+        double dense_backward = median_ms(dense_runs, [&] {
+            sdpa_backward(d_dqkv, d_dout, d_qkv, d_out, d_stats, 1, T, H, D);
+        });
+        time_line("sdpa forward, T tokens", 0, dense_forward);
+        time_line("sdpa backward, T tokens", 0, dense_backward);
+        if (dense_runs > 1) {
+            sdpa_deterministic = true;
+            for (int64_t N : {S, T}) {
+                prepare_sdpa(1, N, H, D, true, true);
+                double ms = median_ms(dense_runs, [&] {
+                    if (N == S) sdpa_backward(d_dslots, d_dattn, d_slots, d_attn, d_stats, 1, S, H, D);
+                    else sdpa_backward(d_dqkv, d_dout, d_qkv, d_out, d_stats, 1, T, H, D);
+                });
+                printf("     deterministic backward, %lld: %.2f ms, workspace %.2f GB\n", (long long)N, ms,
+                       sdpa_prepare(1, N, H, D, true, true) / 1e9);
+            }
+            sdpa_deterministic = false;
+        }
+        printf("     over tokens / over slots: forward %.1f, backward %.1f; dense / all of Lighthouse: %.1f\n",
+               dense_forward / forward, dense_backward / backward, (dense_forward + dense_backward) / whole);
+    }
+    free_device_arrays();
+}
+
+int main(int argc, char** argv) {
+    auto wanted = [&](const char* part) {
+        for (int i = 1; i < argc; i++) if (!strcmp(argv[i], part)) return true;
+        return argc == 1;
+    };
+    gpu_open(0);
+    const Case cases[] = {
+        {1, 512, 1, 64, 2, 4, 128, 128},     // one tile, every coarse entry expanded
+        {2, 1024, 2, 128, 2, 4, 128, 128},
+        {1, 4096, 3, 128, 3, 4, 256, 128},
+        {2, 2048, 2, 64, 3, 2, 256, 128},
+        {1, 4096, 2, 64, 5, 2, 64, 16},
+        {1, 2048, 12, 64, 2, 8, 64, 64},
+        {2, 1512, 3, 64, 4, 2, 48, 16},      // T no multiple of the scores' 64 tokens
+        {1, 8192, 2, 32, 3, 8, 32, 16},      // p = m/2
+        {1, 4096, 2, 16, 4, 4, 32, 8},
+        {1, 16384, 2, 64, 5, 4, 16, 8},      // entries of 256 tokens
+        {1, 8192, 1, 128, 3, 16, 32, 32},    // 16 children; one tile, all of it
+        {3, 1000, 5, 64, 2, 2, 8, 4},
+        {1, 2048, 36, 128, 2, 2, 128, 128},  // more heads than a block of the scores has groups
+        {1, 32768, 1, 32, 2, 2, 8, 8},       // 16384 candidates in a tile
+        {1, 131072, 1, 16, 2, 2, 8, 8},      // more candidates than fit into shared memory
+        {1, 1024, 2, 64, 8, 2, 4, 4},        // 8 levels
+    };
+    if (wanted("ops")) {
+        uint64_t seed = 100;
+        for (const Case& c : cases) test_ops(c, seed += 10);
+    }
+    if (wanted("sdpa")) {
+        test_sdpa(2, 65, 2, 64, false, false, 1);
+        test_sdpa(1, 1000, 2, 128, false, false, 2);
+        test_sdpa(2, 1024, 12, 64, false, false, 3);
+        test_sdpa(2, 1024, 2, 128, true, false, 4);
+        test_sdpa(2, 520, 3, 64, true, true, 5);
+    }
+    if (wanted("vectors")) {
+        test_vectors("dev/vectors/a_n1024_l2_p4_k128.bin");
+        test_vectors("dev/vectors/b_n2048_l3_p2_k256.bin");
+    }
+    if (wanted("million")) {
+        test_million();
+        if (IS_BF16) test_sdpa_samples(1 << 20, 8, 128, false);
+        if (IS_BF16) test_sdpa_samples(32768, 4, 128, true);
+    }
+    if (wanted("times") || wanted("kernels")) {
+        bool dense = wanted("times");
+        size_t bytes = (size_t)2 << 30;
+        char *a = device_array<char>(bytes), *b = device_array<char>(bytes);
+        copy_gbs = 2 * bytes / 1e6 / median_ms(10, [&] {
+            cudaCheck(cudaMemcpyAsync(b, a, bytes, cudaMemcpyDeviceToDevice, main_stream));
+        });
+        free_device_arrays();
+        printf("     a copy on the device: %.0f GB/s\n", copy_gbs);
+#ifndef FLOATX_FP32
+        printf("     cuDNN %zu\n", cudnnGetVersion());
+#endif
+        time_case({1, 98304, 8, 128, 3, 4, 1536, 128}, 15, dense ? 3 : 0);
+        time_case({1, 98304, 12, 64, 3, 4, 1536, 128}, 15, 0);
+        time_case({1, 524288, 8, 128, 4, 4, 4096, 128}, 15, dense ? 1 : 0);
+    }
+    if (argc > 1 && wanted("once")) time_case({1, 98304, 8, 128, 3, 4, 1536, 128}, 1, 0);
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed > 0;
+}
