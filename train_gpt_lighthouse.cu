@@ -3446,8 +3446,8 @@ static int64_t model_file_open(const char* path, int* fd, Dims* d, bool* bf16) {
     if (h[0] == CHECKPOINT_MAGIC) {
         read_at(*fd, &c, sizeof c, 0, path);
         if (c.header_checksum != checksum(&c, sizeof c - 8)) fatal("%s: the header's checksum is wrong: the file is damaged", path);
-        if (file_size(*fd, path) != c.file_bytes) fatal("%s is cut: %lld bytes of %lld", path, (long long)file_size(*fd, path),
-                                                        (long long)c.file_bytes);
+        if (file_size(*fd, path) != c.file_bytes)
+            fatal("%s is damaged: %lld bytes, its header says %lld", path, (long long)file_size(*fd, path), (long long)c.file_bytes);
         memcpy(h, c.model, sizeof h);
         offset = c.weights_offset;
     }
@@ -3624,7 +3624,7 @@ static char* checkpoint_read(Model* m, const char* path, RunState* state) {
                    CHECKPOINT_MAGIC, CHECKPOINT_VERSION);
     if (!why && h.header_checksum != checksum(&h, sizeof h - 8)) why = text("%s is damaged: wrong checksum of the header", path);
     if (!why && size != h.file_bytes)
-        why = text("%s is cut: %lld bytes of %lld", path, (long long)size, (long long)h.file_bytes);
+        why = text("%s is damaged: %lld bytes, its header says %lld", path, (long long)size, (long long)h.file_bytes);
     int32_t want[256];
     model_header(want, &m->dims, h.model[9]);
     if (!why && (memcmp(want, h.model, sizeof want) || h.parameters != m->parameters || h.state_bytes != sizeof(RunState)))
@@ -3685,6 +3685,15 @@ static void checkpoint_prune(const Config* c, int64_t written) {
         free(path);
     }
     free(steps);
+    DIR* d = opendir(c->out_dir);  // what a killed process left half-written
+    for (struct dirent* e; d && (e = readdir(d));) {
+        size_t length = strlen(e->d_name);
+        if (length < 12 || strncmp(e->d_name, "ckpt_", 5) || strcmp(e->d_name + length - 8, ".partial")) continue;
+        char* path = text("%s/%s", c->out_dir, e->d_name);
+        unlink(path);
+        free(path);
+    }
+    if (d) closedir(d);
 }
 
 // The newest whole checkpoint of out-dir, into the model and the state. Names and passes over damaged ones. Rank 0 reads
@@ -4102,7 +4111,7 @@ static void choose_lighthouse_layers(Model* m, const Config* c) {
         while (*s) {
             char* end;
             long l = strtol(s, &end, 10);
-            if (end == s || (*end && *end != ',') || l < 0 || l >= L)
+            if (end == s || (*end && *end != ',') || (*end == ',' && !end[1]) || l < 0 || l >= L)
                 fatal("--dense-layers is \"%s\"; it must be layers from 0 to %d with commas between, none, all or auto", c->dense_layers, L - 1);
             m->lighthouse_layer[l] = false;
             s = *end ? end + 1 : end;
