@@ -12,10 +12,6 @@ PYTHON = .venv/bin/python
 GPU_TESTS = build/test_gpu_ops build/test_gpu_ops_fp32 build/test_gpu_attention build/test_gpu_attention_fp32 \
             build/test_gpu_model build/test_gpu_model_fp32
 
-.PHONY: all cpu help quickstart test test-gpu sanitize test_golden deps deps-test clean found
-all: cpu $(if $(NVCC),$(GPU_TRAINERS))
-cpu: found $(CPU_TRAINERS)
-
 # What the machine has. It is looked at on every make, and what depends on it is rebuilt only when it has changed.
 ifneq ($(filter-out help clean deps deps-test quickstart test,$(or $(MAKECMDGOALS),all)),)
 ifneq ($(shell mkdir -p build && CXX="$(CXX)" GPU_COMPUTE_CAPABILITY="$(GPU_COMPUTE_CAPABILITY)" scripts/probe > build/config.new && \
@@ -24,6 +20,10 @@ $(error scripts/probe failed)
 endif
 include build/config.mk
 endif
+
+.PHONY: all cpu help quickstart test test-gpu sanitize test_golden deps deps-test clean found
+all: cpu $(if $(NVCC),$(GPU_TRAINERS))
+cpu: found $(CPU_TRAINERS)
 
 found:
 	@echo "compiler  $(PROBE_CXX)"
