@@ -1,10 +1,11 @@
 // Proves that the CUDA attention, cuDNN's SDPA and every Lighthouse kernel, computes what its twin in dev/cpu_ops.h
 // states and what the published Lighthouse release computed (dev/vectors); then times it.
 //
-//   nvcc -O3 -std=c++17 -arch=native -Xcompiler -fopenmp,-march=native dev/test_gpu_attention.cu \
-//        -lcudnn -lcublas -lcublasLt -o build/test_gpu_attention
+//   nvcc -O3 -std=c++17 -arch=native -Xcompiler -fopenmp dev/test_gpu_attention.cu -lcublasLt -lcudnn \
+//        -o build/test_gpu_attention        (or: make build/test_gpu_attention build/test_gpu_attention_fp32)
 //   build/test_gpu_attention                all parts; run from the repository's folder
 //   build/test_gpu_attention ops sdpa       only these of: ops sdpa vectors million times
+//   build/test_gpu_attention quick          the Lighthouse kernels at small shapes, for compute-sanitizer
 //   build/test_gpu_attention kernels        the times without those of attention over all tokens
 //   build/test_gpu_attention once           one run of each kernel, for a profiler
 // With -DFLOATX_FP32 the kernels work in fp32 and must agree to fp32 rounding; there sdpa is the plain fp32 kernel.
@@ -22,7 +23,7 @@ typedef std::vector<float> Floats;
 typedef std::vector<int32_t> Ints;
 
 static const bool IS_BF16 = sizeof(floatX) == 2;
-// A result rounded once to bf16: 1.6e-3 where mantissas spread evenly. In fp32: the order of the additions.
+// A result rounded once to bf16: 1.6e-3 where mantissas spread evenly, 3.9e-3 at worst. In fp32: the order of additions.
 static const double ROUNDED = IS_BF16 ? 2.5e-3 : 3e-6;
 // Attention in bf16 also rounds the weights before they meet V, and dS before it meets K and Q.
 static const double SDPA_OUT = IS_BF16 ? 5e-3 : 1e-5, SDPA_GRADIENT = IS_BF16 ? 8e-3 : 3e-5;
@@ -51,6 +52,15 @@ static double relative_error(const Floats& x, const Floats& reference) {
     }
     double error = sqrt(difference / (norm > 0 ? norm : 1));
     return error == error ? error : INFINITY;
+}
+
+// The worst of the rows' errors, for samples whose rows differ in size.
+static double worst_row_error(const Floats& x, const Floats& reference, int64_t row) {
+    double worst = 0;
+    for (size_t i = 0; i < x.size(); i += row) {
+        worst = fmax(worst, relative_error(Floats(&x[i], &x[i] + row), Floats(&reference[i], &reference[i] + row)));
+    }
+    return worst;
 }
 
 // ---- random numbers that the host can make again for any index ----------------------------------------------------
@@ -174,6 +184,12 @@ static void report_floats(const char* what, const Floats& x, const Floats& refer
     double error = relative_error(x, reference);
     report(error <= limit && same, "%s: error %.1e (limit %.1e)%s | %s", what, error, limit,
            same ? "" : ", runs differ", name.c_str());
+}
+
+static void report_rows(const char* what, const Floats& x, const Floats& reference, int64_t row, double limit,
+                        const std::string& name) {
+    double error = worst_row_error(x, reference, row);
+    report(error <= limit, "%s: error of the worst row %.1e (limit %.1e) | %s", what, error, limit, name.c_str());
 }
 
 static void test_ops(const Case& c, uint64_t seed) {
@@ -473,7 +489,7 @@ static void test_million() {
         got.insert(got.end(), x, x + D);
         want.insert(want.end(), row.begin(), row.end());
     }
-    report_floats("a million tokens, gather", got, want, ROUNDED, true, name);
+    report_rows("a million tokens, gather", got, want, D, 1.5 * ROUNDED, name);
 
     floatX* d_dattn = device_array<floatX>(S * C);
     lighthouse_scatter_backward(d_dattn, d_dout, d_index, 1, &s);
@@ -491,7 +507,7 @@ static void test_million() {
         got.insert(got.end(), &dattn[(r * H + h) * D], &dattn[(r * H + h) * D] + D);
         want.insert(want.end(), row.begin(), row.end());
     }
-    report_floats("a million tokens, scatter backward", got, want, ROUNDED, true, name);
+    report_rows("a million tokens, scatter backward", got, want, D, 1.5 * ROUNDED, name);
 
     floatX* d_out = device_array<floatX>(T * C);
     lighthouse_scatter(d_out, d_attn, d_slot, 1, &s);
@@ -507,7 +523,7 @@ static void test_million() {
         for (int64_t d = 0; d < D; d++) got.push_back((float)out[(t * H + h) * D + d]);
         want.insert(want.end(), row.begin(), row.end());
     }
-    report_floats("a million tokens, scatter", got, want, ROUNDED, true, name);
+    report_rows("a million tokens, scatter", got, want, D, 1.5 * ROUNDED, name);
 
     floatX* d_dqkv = device_array<floatX>(T * 3 * C);
     lighthouse_gather_backward(d_dqkv, d_dslots, d_index, d_slot, d_table, 1, &s);
@@ -526,7 +542,7 @@ static void test_million() {
         got.insert(got.end(), x.begin(), x.end());
         want.insert(want.end(), sum.begin(), sum.end());
     }
-    report_floats("a million tokens, gather backward", got, want, ROUNDED, true, name);
+    report_rows("a million tokens, gather backward", got, want, D, 1.5 * ROUNDED, name);
     free_device_arrays();
 }
 
@@ -552,7 +568,7 @@ static void test_sdpa_samples(int64_t T, int H, int D, bool deterministic) {
     Floats got_out, out, got_dq, dq;
     double worst = 0;
     for (int i = 0; i < ROWS; i++) {
-        int64_t t = i == 0 ? T - 1 : i == 1 ? 0 : (int64_t)((i + 0.37) / ROWS * T), h = i * 5 % H;
+        int64_t t = i == 0 ? T - 1 : i == 1 ? 100 : (int64_t)((i + 0.37) / ROWS * T), h = i * 5 % H;
         std::vector<double> score(t + 1), dweight(t + 1);
         #pragma omp parallel for
         for (int64_t j = 0; j <= t; j++) {
@@ -583,9 +599,9 @@ static void test_sdpa_samples(int64_t T, int H, int D, bool deterministic) {
         got_out.insert(got_out.end(), x.begin(), x.end());
         got_dq.insert(got_dq.end(), y.begin(), y.end());
     }
-    report_floats("sdpa forward, sampled", got_out, out, SDPA_OUT, true, name);
+    report_rows("sdpa forward, sampled", got_out, out, D, SDPA_OUT, name);
     report(worst <= 2e-5, "sdpa statistics, sampled: at most %.1e off (limit 2e-05) | %s", worst, name);
-    report_floats("sdpa dq, sampled", got_dq, dq, SDPA_GRADIENT, true, name);
+    report_rows("sdpa dq, sampled", got_dq, dq, D, SDPA_GRADIENT, name);
     Floats got_dk, dk, got_dv, dv;  // of the last keys, which few queries see
     for (int64_t h = 0; h < H; h++) {
         std::vector<double> sum_k(LATE * D), sum_v(LATE * D);
@@ -615,9 +631,8 @@ static void test_sdpa_samples(int64_t T, int H, int D, bool deterministic) {
         dk.insert(dk.end(), sum_k.begin(), sum_k.end());
         dv.insert(dv.end(), sum_v.begin(), sum_v.end());
     }
-    // Weights near 1e-6 are summed here, whose dS = P (dP - dot) loses more to the rounding of out.
-    report_floats("sdpa dk of the last keys", got_dk, dk, 2 * SDPA_GRADIENT, true, name);
-    report_floats("sdpa dv of the last keys", got_dv, dv, SDPA_GRADIENT, true, name);
+    report_rows("sdpa dk of the last keys", got_dk, dk, D, SDPA_GRADIENT, name);
+    report_rows("sdpa dv of the last keys", got_dv, dv, D, SDPA_GRADIENT, name);
     sdpa_deterministic = false;
     free_device_arrays();
 }
@@ -698,7 +713,7 @@ static void time_case(const Case& c, int runs, int dense_runs) {
     });
     time_line("all but sdpa, summed", 0, around);
     time_line("all, one after the other", 0, whole);
-    if (dense_runs > 0 && IS_BF16) {
+    if (dense_runs > 0) {
         prepare_sdpa(1, T, H, D, true, true);
         double dense_forward = median_ms(dense_runs, [&] { sdpa_forward(d_out, d_stats, d_qkv, 1, T, H, D); });
         double dense_backward = median_ms(dense_runs, [&] {
@@ -730,7 +745,12 @@ int main(int argc, char** argv) {
         for (int i = 1; i < argc; i++) if (!strcmp(argv[i], part)) return true;
         return argc == 1;
     };
-    gpu_open(0);
+    device_open(0);
+    size_t free_bytes = 0, total_bytes = 0;
+    cudaCheck(cudaMemGetInfo(&free_bytes, &total_bytes));
+    const bool large = free_bytes > (size_t)45e9;  // what a million tokens take
+    if (!large) printf("     %.0f GB of memory are free: the parts million and times, which need 45, are left out\n",
+                       free_bytes / 1e9);
     const Case cases[] = {
         {1, 512, 1, 64, 2, 4, 128, 128},     // one tile, every coarse entry expanded
         {2, 1024, 2, 128, 2, 4, 128, 128},
@@ -749,7 +769,7 @@ int main(int argc, char** argv) {
         {1, 131072, 1, 16, 2, 2, 8, 8},      // more candidates than fit into shared memory
         {1, 1024, 2, 64, 8, 2, 4, 4},        // 8 levels
     };
-    if (wanted("ops")) {
+    if (wanted("ops") || wanted("quick")) {
         uint64_t seed = 100;
         for (const Case& c : cases) test_ops(c, seed += 10);
     }
@@ -764,12 +784,12 @@ int main(int argc, char** argv) {
         test_vectors("dev/vectors/a_n1024_l2_p4_k128.bin");
         test_vectors("dev/vectors/b_n2048_l3_p2_k256.bin");
     }
-    if (wanted("million")) {
+    if (wanted("million") && large) {
         test_million();
         if (IS_BF16) test_sdpa_samples(1 << 20, 8, 128, false);
         if (IS_BF16) test_sdpa_samples(32768, 4, 128, true);
     }
-    if (wanted("times") || wanted("kernels")) {
+    if ((wanted("times") || wanted("kernels")) && large && IS_BF16) {
         bool dense = wanted("times");
         size_t bytes = (size_t)2 << 30;
         char *a = device_array<char>(bytes), *b = device_array<char>(bytes);
