@@ -1,8 +1,8 @@
 // Proves that the CUDA attention, cuDNN's SDPA and every Lighthouse kernel, computes what its twin in dev/cpu_ops.h
 // states and what the published Lighthouse release computed (dev/vectors); then times it.
 //
-//   nvcc -O3 -std=c++17 -arch=native -Xcompiler -fopenmp dev/test_gpu_attention.cu -lcublasLt -lcudnn \
-//        -o build/test_gpu_attention        (or: make build/test_gpu_attention build/test_gpu_attention_fp32)
+//   make build/test_gpu_attention           or build/test_gpu_attention_fp32; by hand:
+//   nvcc -O3 -std=c++17 -arch=native -Xcompiler -fopenmp dev/test_gpu_attention.cu -lcublasLt -lcudnn -o build/...
 //   build/test_gpu_attention                all parts; run from the repository's folder
 //   build/test_gpu_attention ops sdpa       only these of: ops sdpa vectors million times
 //   build/test_gpu_attention quick          the Lighthouse kernels at small shapes, for compute-sanitizer
@@ -23,7 +23,7 @@ typedef std::vector<float> Floats;
 typedef std::vector<int32_t> Ints;
 
 static const bool IS_BF16 = sizeof(floatX) == 2;
-// A result rounded once to bf16: 1.6e-3 where mantissas spread evenly, 3.9e-3 at worst. In fp32: the order of additions.
+// A result rounded once to bf16: 1.6e-3 where mantissas spread evenly, 3.9e-3 at worst. In fp32: the additions' order.
 static const double ROUNDED = IS_BF16 ? 2.5e-3 : 3e-6;
 // Attention in bf16 also rounds the weights before they meet V, and dS before it meets K and Q.
 static const double SDPA_OUT = IS_BF16 ? 5e-3 : 1e-5, SDPA_GRADIENT = IS_BF16 ? 8e-3 : 3e-5;
