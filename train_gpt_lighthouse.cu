@@ -2089,7 +2089,7 @@ static SdpaPlan* sdpa_plan(bool backward, bool stats, int B, int64_t T, int H, i
     }
     opRequire(T > 0 && B > 0 && H > 0 && D % 8 == 0, "attention over B = %d, T = %lld, H = %d, D = %d: D must be a "
               "multiple of 8, the others positive", B, (long long)T, H, D);
-    opRequire(plans_count < 64, "more than 64 attention shapes in one run");
+    opRequire(plans_count < 64, "more than 64 attention shapes in one run: pad sequences to a few lengths");
     sdpa_build(&want);
     plans[plans_count] = want;
     return &plans[plans_count++];
@@ -2188,15 +2188,20 @@ int64_t sdpa_prepare(int, int64_t, int, int, bool, bool) { return 0; }
 // A warp owns one row and walks the others; a lane holds every 32nd dimension.
 static const int SDPA_MAX_D = 256;
 #define SDPA_EACH_DIM(i, d) for (int i = 0, d = threadIdx.x % 32; i < SDPA_MAX_D / 32; i++, d += 32) if (d < D)
-#define SDPA_ROW() \
-    int64_t row = (blockIdx.x * (int64_t)blockDim.x + threadIdx.x) / 32; \
-    if (row >= B * H * T) return; \
-    int64_t bh = row / T, t = row % T, C = (int64_t)H * D; \
-    int64_t base = bh / H * T * C + bh % H * D; /* of a (B,T,H,D) tensor; of a packed one 3 (base - h D) + h D */ \
-    int64_t base3 = bh / H * T * 3 * C + bh % H * D;
+
+struct SdpaRow {
+    int64_t row, bh, t;   // of (B,H,T); bh counts heads over the batch
+    int64_t base, base3;  // where the head begins in a (B,T,H,D) and in a packed (B,T,3,H,D) tensor
+};
+__device__ __forceinline__ SdpaRow sdpa_row(int64_t T, int H, int D) {
+    int64_t row = (blockIdx.x * (int64_t)blockDim.x + threadIdx.x) / 32, bh = row / T, C = (int64_t)H * D;
+    return {row, bh, row % T, bh / H * T * C + bh % H * D, bh / H * T * 3 * C + bh % H * D};
+}
 
 __global__ void sdpa_forward_kernel(float* out, float* stats, const float* qkv, int B, int64_t T, int H, int D) {
-    SDPA_ROW();
+    auto [row, bh, t, base, base3] = sdpa_row(T, H, D);
+    if (row >= B * H * T) return;
+    int64_t C = (int64_t)H * D;
     float q[SDPA_MAX_D / 32], o[SDPA_MAX_D / 32] = {}, top = -INFINITY, sum = 0.0f, scale = 1.0f / sqrtf((float)D);
     SDPA_EACH_DIM(i, d) q[i] = qkv[base3 + t * 3 * C + d] * scale;
     for (int64_t j = 0; j <= t; j++) {
@@ -2215,7 +2220,9 @@ __global__ void sdpa_forward_kernel(float* out, float* stats, const float* qkv, 
 
 __global__ void sdpa_backward_dq_kernel(float* dqkv, const float* dout, const float* qkv, const float* out,
                                         const float* stats, int B, int64_t T, int H, int D) {
-    SDPA_ROW();
+    auto [row, bh, t, base, base3] = sdpa_row(T, H, D);
+    if (row >= B * H * T) return;
+    int64_t C = (int64_t)H * D;
     float q[SDPA_MAX_D / 32], g[SDPA_MAX_D / 32], dq[SDPA_MAX_D / 32] = {}, dot = 0.0f, scale = 1.0f / sqrtf((float)D);
     SDPA_EACH_DIM(i, d) {
         q[i] = qkv[base3 + t * 3 * C + d] * scale;
@@ -2235,7 +2242,9 @@ __global__ void sdpa_backward_dq_kernel(float* dqkv, const float* dout, const fl
 
 __global__ void sdpa_backward_dkv_kernel(float* dqkv, const float* dout, const float* qkv, const float* out,
                                          const float* stats, int B, int64_t T, int H, int D) {
-    SDPA_ROW();
+    auto [row, bh, t, base, base3] = sdpa_row(T, H, D);
+    if (row >= B * H * T) return;
+    int64_t C = (int64_t)H * D;
     float k[SDPA_MAX_D / 32], v[SDPA_MAX_D / 32], dk[SDPA_MAX_D / 32] = {}, dv[SDPA_MAX_D / 32] = {};
     float scale = 1.0f / sqrtf((float)D);
     SDPA_EACH_DIM(i, d) {
@@ -2325,8 +2334,8 @@ static const int SCORE_TOKENS = 64;
 template <int D>
 __global__ void __launch_bounds__(1024) lighthouse_scores_kernel(float* scores, const floatX* __restrict__ qkv, int B,
                                                                  LighthouseShape s, int rows, unsigned chunks) {
-    constexpr int LANES = D / 8, BATCH = 4;
-    extern __shared__ float norms[];  // (2H, SCORE_TOKENS + 1): q's heads, then k's; the odd stride spreads the banks
+    constexpr int LANES = D / 8, BATCH = 8;
+    extern __shared__ float squares[];  // (2H, SCORE_TOKENS + 1): q's heads, then k's; the odd stride spreads the banks
     int b = blockIdx.x / chunks, vectors = 2 * s.H;
     int64_t t0 = (int64_t)(blockIdx.x % chunks) * SCORE_TOKENS, row = 3 * (int64_t)s.H * D;
     int tokens = s.T - t0 < SCORE_TOKENS ? (int)(s.T - t0) : SCORE_TOKENS;
@@ -2335,18 +2344,22 @@ __global__ void __launch_bounds__(1024) lighthouse_scores_kernel(float* scores, 
         const floatX* x = qkv + (b * s.T + t0) * row + (int64_t)r * D + lane * 8;
         for (int t = group / rows; t < tokens; t += BATCH * step) {
             Pack8<floatX> pack[BATCH];
+            float square[BATCH] = {};
 #pragma unroll
-            for (int i = 0; i < BATCH; i++) {
-                if (t + i * step < tokens) pack[i] = load8_stream(x + (t + i * step) * row);
+            for (int i = 0; i < BATCH; i++) {  // past the end the last token again: no branch between the loads
+                int at = t + i * step < tokens ? t + i * step : tokens - 1;
+                pack[i] = load8_stream(x + at * row);
             }
 #pragma unroll
             for (int i = 0; i < BATCH; i++) {
-                if (t + i * step >= tokens) continue;
-                float square = 0.0f;
 #pragma unroll
-                for (int d = 0; d < 8; d++) square += (float)pack[i].v[d] * (float)pack[i].v[d];
-                square = group_sum<LANES>(square);
-                if (lane == 0) norms[r * (SCORE_TOKENS + 1) + t + i * step] = sqrtf(square);
+                for (int d = 0; d < 8; d++) square[i] += (float)pack[i].v[d] * (float)pack[i].v[d];
+                square[i] = group_sum<LANES>(square[i]);
+            }
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) {
+                int at = t + i * step;
+                if (lane == i % LANES && at < tokens) squares[r * (SCORE_TOKENS + 1) + at] = square[i];
             }
         }
     }
@@ -2356,11 +2369,11 @@ __global__ void __launch_bounds__(1024) lighthouse_scores_kernel(float* scores, 
         int count = tokens / width;
         for (int i = threadIdx.x; i < vectors * count; i += blockDim.x) {
             int r = i / count, e = i % count;
-            const float* covered = norms + r * (SCORE_TOKENS + 1) + e * width;
+            const float* covered = squares + r * (SCORE_TOKENS + 1) + e * width;
             float top = covered[0];
             for (int j = 1; j < width; j++) top = fmaxf(top, covered[j]);
             int64_t part = r / s.H, h = r % s.H;
-            scores[((part * B + b) * s.H + h) * entries + s.off[l] + t0 / width + e] = top;
+            scores[((part * B + b) * s.H + h) * entries + s.off[l] + t0 / width + e] = sqrtf(top);
         }
     }
 }
@@ -2594,10 +2607,10 @@ void lighthouse_invert(int32_t* slot /*(B,H,E) slot of the entry, or -1*/, const
 }
 
 // Where a group of lanes works in the two kernels in which it makes one slot. A block takes neighbouring slots of one
-// head: children lie just before their parent, so the parent finds its tokens in the L1. Neighbouring blocks take the
-// other heads, which read the same rows of the tensor.
+// head, neighbouring blocks the other heads, which read the same rows of the tensor. Blocks are small because slots are
+// unequal: most of a large one would wait for the coarsest slot in it.
 struct SlotPlace { int b, h; int64_t r; };
-static const int SLOT_THREADS = 256;
+static const int SLOT_THREADS = 64;
 
 __device__ __forceinline__ SlotPlace slot_place(const LighthouseShape& s, unsigned chunks, int lanes) {
     unsigned rest = blockIdx.x / s.H;
@@ -2617,8 +2630,36 @@ __device__ __forceinline__ void rope_turn(float (&x)[8], const float (&cosine)[8
     }
 }
 
+// Sums count rows, PARTS vectors of each, with enough loads in flight that few groups fill the memory's pipe.
+template <int PARTS>
+__device__ __forceinline__ void sum_rows(float (&sum)[PARTS][8], const floatX* x, int64_t row, int64_t part,
+                                         int64_t count) {
+    constexpr int BATCH = 4;
+    for (; count >= BATCH; count -= BATCH, x += BATCH * row) {
+        Pack8<floatX> pack[BATCH][PARTS];
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+#pragma unroll
+            for (int j = 0; j < PARTS; j++) pack[i][j] = load8(x + i * row + j * part);
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+#pragma unroll
+            for (int j = 0; j < PARTS; j++) add_pack(sum[j], pack[i][j]);
+        }
+    }
+#pragma unroll 1
+    for (; count > 0; count--, x += row) {
+        Pack8<floatX> pack[PARTS];
+#pragma unroll
+        for (int j = 0; j < PARTS; j++) pack[j] = load8(x + j * part);
+#pragma unroll
+        for (int j = 0; j < PARTS; j++) add_pack(sum[j], pack[j]);
+    }
+}
+
 template <int D>
-__global__ void __launch_bounds__(SLOT_THREADS) lighthouse_gather_kernel(
+__global__ void __launch_bounds__(SLOT_THREADS, 10) lighthouse_gather_kernel(
         floatX* slots, const floatX* __restrict__ qkv, const int32_t* __restrict__ index,
         const float* __restrict__ rope, LighthouseShape s, unsigned chunks) {
     constexpr int LANES = D / 8;
@@ -2628,28 +2669,18 @@ __global__ void __launch_bounds__(SLOT_THREADS) lighthouse_gather_kernel(
     int32_t flat = index[((int64_t)at.b * s.H + at.h) * s.S + at.r];
     int l = entry_level(s, flat);
     int64_t i = flat - s.off[l], width = (int64_t)1 << (l * pool_bits(s)), part = (int64_t)s.H * D;
-    const floatX* x = qkv + (at.b * s.T + i * width) * 3 * part + at.h * D + lane * 8;
-    float q[8] = {}, k[8] = {}, v[8] = {};
-#pragma unroll 4
-    for (int64_t t = 0; t < width; t++, x += 3 * part) {
-        Pack8<floatX> xq = load8(x), xk = load8(x + part), xv = load8(x + 2 * part);
-        add_pack(q, xq);
-        add_pack(k, xk);
-        add_pack(v, xv);
-    }
-    float inverse = 1.0f / width;  // a power of 2: exact
-#pragma unroll
-    for (int d = 0; d < 8; d++) { q[d] *= inverse; k[d] *= inverse; v[d] *= inverse; }
-    if (rope) {
-        float cosine[8], sine[8];
-        rope_angles(cosine, sine, rope, (i + 1) * width - 1, lane % (D / 16) * 8, D);
-        rope_turn<D>(q, cosine, sine, +1, lane);
-        rope_turn<D>(k, cosine, sine, +1, lane);
-    }
+    float mean[3][8] = {};
+    sum_rows(mean, qkv + (at.b * s.T + i * width) * 3 * part + at.h * D + lane * 8, 3 * part, part, width);
+    float cosine[8], sine[8], inverse = 1.0f / width;  // a power of 2: exact
+    if (rope) rope_angles(cosine, sine, rope, (i + 1) * width - 1, lane % (D / 16) * 8, D);
     floatX* y = slots + (at.b * s.S + at.r) * 3 * part + at.h * D + lane * 8;
-    store8(y, to_pack8<floatX>(q));
-    store8(y + part, to_pack8<floatX>(k));
-    store8(y + 2 * part, to_pack8<floatX>(v));
+#pragma unroll
+    for (int which = 0; which < 3; which++) {
+#pragma unroll
+        for (int d = 0; d < 8; d++) mean[which][d] *= inverse;
+        if (rope && which < 2) rope_turn<D>(mean[which], cosine, sine, +1, lane);
+        store8(y + which * part, to_pack8<floatX>(mean[which]));
+    }
 }
 
 void lighthouse_gather(floatX* slots /*(B,S,3,H,D)*/, const floatX* qkv /*(B,T,3,H,D)*/,
@@ -2673,14 +2704,9 @@ __global__ void __launch_bounds__(SLOT_THREADS) lighthouse_scatter_backward_kern
     int l = entry_level(s, flat);
     int64_t width = (int64_t)1 << (l * pool_bits(s)), first = (flat - s.off[l] + 1) * width - 1, row = (int64_t)s.H * D;
     int64_t count = s.T - first < width ? s.T - first : width;
-    const floatX* x = dout + (at.b * s.T + first) * row + at.h * D + lane * 8;
-    float sum[8] = {};
-#pragma unroll 8
-    for (int64_t t = 0; t < count; t++, x += row) {
-        Pack8<floatX> pack = load8(x);
-        add_pack(sum, pack);
-    }
-    store8(dattn + (at.b * s.S + at.r) * row + at.h * D + lane * 8, to_pack8<floatX>(sum));
+    float sum[1][8] = {};
+    sum_rows(sum, dout + (at.b * s.T + first) * row + at.h * D + lane * 8, row, 0, count);
+    store8(dattn + (at.b * s.S + at.r) * row + at.h * D + lane * 8, to_pack8<floatX>(sum[0]));
 }
 
 void lighthouse_scatter_backward(floatX* dattn /*(B,S,H,D)*/, const floatX* dout /*(B,T,H,D)*/,
@@ -2742,8 +2768,8 @@ void lighthouse_scatter(floatX* out /*(B,T,H,D)*/, const floatX* attn /*(B,S,H,D
     WITH_TOKEN_CHUNK(s->pool, {
         int64_t groups = (s->T / CHUNK + 1) * s->H * B;
         opRequire(groups <= UINT32_MAX, "%lld groups of tokens: more than 32 bits count", (long long)groups);
-        unsigned blocks = grid_for(groups * (s->D / 8), 256);
-        WITH_HEAD_SIZE(s->D, lighthouse_scatter_kernel<HEAD, CHUNK><<<blocks, 256, 0, main_stream>>>(
+        unsigned blocks = grid_for(groups * (s->D / 8), 128);
+        WITH_HEAD_SIZE(s->D, lighthouse_scatter_kernel<HEAD, CHUNK><<<blocks, 128, 0, main_stream>>>(
                                  out, attn, slot, B, *s));
     });
 }
@@ -2766,7 +2792,7 @@ __device__ __forceinline__ void slot_gradient(const floatX* x /*the slot*/, int6
 
 // Every token adds, for each level whose entry over it is in the sequence, that slot's gradient / c_l.
 template <int D, int CHUNK>
-__global__ void __launch_bounds__(256, 3) lighthouse_gather_backward_kernel(
+__global__ void __launch_bounds__(64, 10) lighthouse_gather_backward_kernel(
         floatX* dqkv, const floatX* __restrict__ dslots, const int32_t* __restrict__ slot,
         const float* __restrict__ rope, int B, LighthouseShape s) {
     constexpr int LANES = D / 8;
@@ -2777,19 +2803,22 @@ __global__ void __launch_bounds__(256, 3) lighthouse_gather_backward_kernel(
     int64_t part = (int64_t)s.H * D, row = 3 * part;
     const int32_t* head_slot = slot + (b * s.H + h) * s.off[s.levels];
     const floatX* x = dslots + b * s.S * row + h * D + lane * 8;
-    // The tokens have one parent: all of them are in the sequence or none is, and if so in neighbouring slots.
-    int32_t own = head_slot[t0];
     float sum[3][8] = {};
+    int32_t next = head_slot[s.off[s.levels - 1] + (t0 >> ((s.levels - 1) * bits))];
+#pragma unroll 1
     for (int l = s.levels - 1; l >= 1; l--) {
-        int64_t i = t0 >> (l * bits), width = (int64_t)1 << (l * bits);
-        int32_t r = head_slot[s.off[l] + i];
+        int32_t r = next;
+        next = head_slot[s.off[l - 1] + (t0 >> ((l - 1) * bits))];  // asked for early
         if (r < 0) continue;
+        int64_t i = t0 >> (l * bits), width = (int64_t)1 << (l * bits);
         float inverse = 1.0f / width;
         slot_gradient<D>(x + r * row, part, rope, (i + 1) * width - 1, lane, [&](int which, const float (&y)[8]) {
 #pragma unroll
             for (int d = 0; d < 8; d++) sum[which][d] += y[d] * inverse;
         });
     }
+    // The tokens have one parent: all of them are in the sequence or none is, and if so in neighbouring slots.
+    int32_t own = next;
     floatX* out = dqkv + (b * s.T + t0) * row + h * D + lane * 8;
     if (own < 0) {
         Pack8<floatX> pack[3] = {to_pack8<floatX>(sum[0]), to_pack8<floatX>(sum[1]), to_pack8<floatX>(sum[2])};
@@ -2799,6 +2828,7 @@ __global__ void __launch_bounds__(256, 3) lighthouse_gather_backward_kernel(
         }
         return;
     }
+#pragma unroll 2
     for (int j = 0; j < CHUNK; j++, out += row) {
         slot_gradient<D>(x + (own + j) * row, part, rope, t0 + j, lane, [&](int which, const float (&y)[8]) {
             float total[8];
@@ -2816,8 +2846,8 @@ void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dslo
     WITH_TOKEN_CHUNK(s->pool, {
         int64_t groups = s->T / CHUNK * s->H * B;
         opRequire(groups <= UINT32_MAX, "%lld groups of tokens: more than 32 bits count", (long long)groups);
-        unsigned blocks = grid_for(groups * (s->D / 8), 256);
-        WITH_HEAD_SIZE(s->D, lighthouse_gather_backward_kernel<HEAD, CHUNK><<<blocks, 256, 0, main_stream>>>(
+        unsigned blocks = grid_for(groups * (s->D / 8), 64);
+        WITH_HEAD_SIZE(s->D, lighthouse_gather_backward_kernel<HEAD, CHUNK><<<blocks, 64, 0, main_stream>>>(
                                  dqkv, dslots, slot, rope, B, *s));
     });
 }
