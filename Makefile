@@ -66,7 +66,7 @@ deps-test:
 
 quickstart:
 	scripts/setup
-	$(MAKE) all
+	$(MAKE) $(if $(shell nvidia-smi -L 2> /dev/null),all,cpu)
 	scripts/quickstart
 
 # Every test; closes with "N passed, N failed".
