@@ -1,10 +1,11 @@
 /*
-Pretrains GPT-2-class models at contexts of 32K to 1M tokens with Lighthouse attention (arXiv 2605.06554), in plain C/CUDA.
+Pretrains GPT-2-class models at contexts of 32K to 1M tokens with Lighthouse attention (arXiv 2605.06554), in plain C
+and CUDA.
 
 Most steps run Lighthouse attention: q, k and v are pooled into a pyramid, a parameter-free score picks a few thousand
-entries, ordinary causal SDPA runs on those, and the result is scattered back. At the switch step the run goes on with dense
-SDPA in every layer (the resumption) and ends in a plain dense checkpoint. train_gpt_dense.cu is the same program without
-Lighthouse, the baseline to compare with.
+entries, ordinary causal SDPA runs on those, and the result is scattered back. At the switch step the run goes on with
+dense SDPA in every layer (the resumption) and ends in a plain dense checkpoint. train_gpt_dense.cu is the same program
+without Lighthouse, the baseline to compare with.
 
  1. configuration          the options, one table; the geometry of Lighthouse
  2. errors, files, memory  what every later section stands on
@@ -19,7 +20,8 @@ Lighthouse, the baseline to compare with.
 11. main                   the loop
 
 Letters: B batch, T tokens of a sequence, C channels, NH heads, D head size, V vocabulary, Vp V padded to 128, L layers,
-S slots of the gathered Lighthouse sequence. Every pointer is declared with its shape. Build with make; ./program --help.
+S slots of the gathered Lighthouse sequence. Every pointer is declared with its shape.
+Build with make; every program has --help.
 */
 #include <ctype.h>
 #include <errno.h>
@@ -104,13 +106,15 @@ static const Option options[] = {
     {"val-data", "j", OPT_TEXT, AT(val_data), "data/pystdlib_bytes/val_*.bin", 0, 0,
      "token shards to validate on; empty: no validation"},
     {"shuffle", "", OPT_INT, AT(shuffle), "1", 0, 1, "1: visit the windows of each epoch in a seeded random order"},
-    {"seed", "", OPT_INT, AT(seed), "1337", 0, 4294967295.0, "seed of the initialization, the shuffling and the samples"},
+    {"seed", "", OPT_INT, AT(seed), "1337", 0, 4294967295.0,
+     "seed of the initialization, the shuffling and the samples"},
     {"out-dir", "o", OPT_TEXT, AT(out_dir), "runs/" PROGRAM, 0, 0, "[output] directory of the logs and checkpoints"},
     {"checkpoint-every", "n", OPT_INT, AT(checkpoint_every), "1000", 0, 1e12,
      "steps between checkpoints; 0: only at the end and on SIGTERM or SIGINT"},
     {"keep-last", "nk", OPT_INT, AT(keep_last), "2", 0, 1e6, "checkpoints to keep, newest first; 0: all"},
     {"keep-every", "nm", OPT_INT, AT(keep_every), "0", 0, 1e12, "also keep checkpoints of every m-th step; 0: none"},
-    {"resume", "y", OPT_INT, AT(resume), "0", 0, 1, "1: go on from the newest whole checkpoint in out-dir, if there is one"},
+    {"resume", "y", OPT_INT, AT(resume), "0", 0, 1,
+     "1: go on from the newest whole checkpoint in out-dir, if there is one"},
     {"model", "e", OPT_TEXT, AT(model), "d12", 0, 0,
      "[model] d6, d12, d24, d36, d48, d60, lh30, or a model or checkpoint file to start from"},
     {"depth", "", OPT_INT, AT(depth), "0", 0, 1024, "layers; 0: as the descriptor says"},
@@ -126,9 +130,11 @@ static const Option options[] = {
      "tokens of a step, over all processes and micro-steps; 0: one micro-step"},
     {"steps", "x", OPT_INT, AT(steps), "-1", -1, 1e12, "optimizer steps of the whole run; -1: one epoch"},
     {"learning-rate", "l", OPT_REAL, AT(learning_rate), "3e-4", 0, 10, "[optimizer] peak learning rate"},
-    {"lr-schedule", "k", OPT_TEXT, AT(lr_schedule), "cosine", 0, 0, "cosine, linear, constant, or wsd (warmup, stable, decay)"},
+    {"lr-schedule", "k", OPT_TEXT, AT(lr_schedule), "cosine", 0, 0,
+     "cosine, linear, constant, or wsd (warmup, stable, decay)"},
     {"warmup-steps", "u", OPT_INT, AT(warmup_steps), "-1", -1, 1e12, "linear warmup; -1: 2% of the steps"},
-    {"final-lr-frac", "q", OPT_REAL, AT(final_lr_frac), "0.1", 0, 1, "learning rate at the end, as a share of the peak"},
+    {"final-lr-frac", "q", OPT_REAL, AT(final_lr_frac), "0.1", 0, 1,
+     "learning rate at the end, as a share of the peak"},
     {"decay-frac", "", OPT_REAL, AT(decay_frac), "0.2", 0, 1, "share of the steps that wsd decays over"},
     {"weight-decay", "c", OPT_REAL, AT(weight_decay), "0.1", 0, 10, "decoupled weight decay of the matrices"},
     {"beta1", "", OPT_REAL, AT(beta1), "0.9", 0, 0.999999, "AdamW: decay of the first moment"},
@@ -142,13 +148,15 @@ static const Option options[] = {
     {"levels", "", OPT_INT, AT(levels), "3", 2, 8, "[lighthouse] levels of the pyramid, the tokens included"},
     {"pool", "", OPT_INT, AT(pool), "4", 2, 64, "pooling factor from level to level, a power of 2"},
     {"topk", "", OPT_INT, AT(topk), "0", 0, 1e9, "entries expanded per level; 0: about seq-len/64"},
-    {"tile", "", OPT_INT, AT(tile), "0", 0, 4096, "entries each tile expands per level; 0: 128, less for short sequences"},
+    {"tile", "", OPT_INT, AT(tile), "0", 0, 4096,
+     "entries each tile expands per level; 0: 128, less for short sequences"},
     {"dense-layers", "", OPT_TEXT, AT(dense_layers), "auto", 0, 0,
      "layers that stay dense: 0,1,28,29, or none, all, auto (two at each end; one below 12 layers, none below 3)"},
     {"switch-step", "", OPT_TEXT, AT(switch_step), "0.625", 0, 0,
      "first dense step: a step, or with a point a share of the steps (1.0: never dense; 0: dense throughout)"},
 #endif
-    {"val-every", "v", OPT_INT, AT(val_every), "250", 0, 1e12, "[evaluation] steps between validations; 0: at the end only"},
+    {"val-every", "v", OPT_INT, AT(val_every), "250", 0, 1e12,
+     "[evaluation] steps between validations; 0: at the end only"},
     {"val-batches", "m", OPT_INT, AT(val_batches), "20", 1, 1e9, "micro-batches of a validation"},
     {"sample-every", "s", OPT_INT, AT(sample_every), "0", 0, 1e12, "steps between samples; 0: never"},
     {"sample-tokens", "g", OPT_INT, AT(sample_tokens), "64", 1, 65536, "tokens to generate"},
@@ -157,9 +165,10 @@ static const Option options[] = {
     {"tokenizer", "", OPT_TEXT, AT(tokenizer), "", 0, 0, "tokenizer.bin; empty: the one beside the training data"},
     {"temperature", "", OPT_REAL, AT(temperature), "1.0", 0.01, 100, "softmax temperature of the samples"},
     {"recompute", "r", OPT_INT, AT(recompute), "-1", -1, 4,
-     "[memory] 0: keep all activations; 1: recompute GELU; 2: and LayerNorm; 3: all but attention; 4: and dense attention; "
-     "-1: the least that fits"},
-    {"deterministic", "", OPT_INT, AT(deterministic), "0", 0, 1, "1: dense attention's backward gives the same bits every run"},
+     "[memory] 0: keep all activations; 1: recompute GELU; 2: and LayerNorm; 3: all but attention; "
+     "4: and dense attention; -1: the least that fits"},
+    {"deterministic", "", OPT_INT, AT(deterministic), "0", 0, 1,
+     "1: dense attention's backward gives the same bits every run"},
     {"dry-run", "", OPT_FLAG, AT(dry_run), "0", 0, 1, "print the configuration and the memory plan, and stop"},
 };
 static const int option_count = sizeof(options) / sizeof(options[0]);
@@ -206,14 +215,16 @@ static bool lighthouse_shape(LighthouseShape* s, int64_t T, int H, int D, int le
     int tiles = topk / tile;
     double exact = pow(pool, levels - 1);  // tokens under one coarsest entry
     if (exact * tiles > 1e15) {
-        snprintf(why, why_size, "pool^(levels-1) * topk/tile = %.3g is more than any length: lower levels or pool", exact * tiles);
+        snprintf(why, why_size, "pool^(levels-1) * topk/tile = %.3g is more than any length: lower levels or pool",
+                 exact * tiles);
         return false;
     }
-    int64_t coarse = (int64_t)exact, unit = coarse * tiles, least = unit * tile;  // T is a multiple of unit, at least least
+    int64_t coarse = (int64_t)exact, unit = coarse * tiles, least = unit * tile;  // T: a multiple of unit, >= least
     if (T % unit) {
         int64_t below = T / unit * unit, above = below + unit > least ? below + unit : least;
         char lengths[64];
-        if (below >= least) snprintf(lengths, sizeof lengths, "lengths are %lld and %lld", (long long)below, (long long)above);
+        if (below >= least)
+            snprintf(lengths, sizeof lengths, "lengths are %lld and %lld", (long long)below, (long long)above);
         else snprintf(lengths, sizeof lengths, "length is %lld", (long long)above);
         snprintf(why, why_size, "T = %lld is not divisible by pool^(levels-1) * topk/tile = %lld: the nearest %s",
                  (long long)T, (long long)unit, lengths);
@@ -251,8 +262,10 @@ static bool lighthouse_defaults(LighthouseShape* s, const Config* c, int H, int 
     int64_t nearest = (want + tile / 2) / tile;
     for (int64_t d = 0; d <= nearest; d++) {
         if (nearest - d >= 1 &&
-            lighthouse_shape(s, c->seq_len, H, D, c->levels, c->pool, (nearest - d) * tile, tile, why, why_size)) return true;
-        if (lighthouse_shape(s, c->seq_len, H, D, c->levels, c->pool, (nearest + d) * tile, tile, why, why_size)) return true;
+            lighthouse_shape(s, c->seq_len, H, D, c->levels, c->pool, (nearest - d) * tile, tile, why, why_size))
+            return true;
+        if (lighthouse_shape(s, c->seq_len, H, D, c->levels, c->pool, (nearest + d) * tile, tile, why, why_size))
+            return true;
     }
     return lighthouse_shape(s, c->seq_len, H, D, c->levels, c->pool, tile, tile, why, why_size);
 }
@@ -308,7 +321,8 @@ static void read_at(int fd, void* buffer, size_t bytes, int64_t offset, const ch
         ssize_t n = pread(fd, (char*)buffer + done, bytes - done, offset + done);
         if (n < 0 && errno == EINTR) continue;
         if (n < 0) fatal("reading %s: %s", path, strerror(errno));
-        if (n == 0) fatal("%s ends at byte %lld; %zu more bytes were expected", path, (long long)(offset + done), bytes - done);
+        if (n == 0)
+            fatal("%s ends at byte %lld; %zu more bytes were expected", path, (long long)(offset + done), bytes - done);
         done += n;
     }
 }
@@ -439,19 +453,22 @@ static const char* backend_name = "cuda";
 static void cuda_check(cudaError_t error, const char* call, const char* file, int line) {
     if (error == cudaSuccess) return;
     const char* hint = "run again under compute-sanitizer to find the kernel";
-    if (error == cudaErrorMemoryAllocation) hint = "the device's memory is full: is another process on it? See nvidia-smi";
+    if (error == cudaErrorMemoryAllocation)
+        hint = "the device's memory is full: is another process on it? See nvidia-smi";
     if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion)
         hint = "this program was built for another GPU or a newer driver: build it on this machine";
-    if (error == cudaErrorInsufficientDriver) hint = "the driver is older than the CUDA toolkit of this build: update the driver";
-    if (error == cudaErrorNoDevice) hint = "no GPU was found: look at nvidia-smi and CUDA_VISIBLE_DEVICES, or use the _cpu program";
+    if (error == cudaErrorInsufficientDriver)
+        hint = "the driver is older than the CUDA toolkit of this build: update the driver";
+    if (error == cudaErrorNoDevice)
+        hint = "no GPU was found: look at nvidia-smi and CUDA_VISIBLE_DEVICES, or use the _cpu program";
     fatal("%s:%d: %s failed: %s (%s); %s", file, line, call, cudaGetErrorString(error), cudaGetErrorName(error), hint);
 }
 #define cudaCheck(call) cuda_check((call), #call, __FILE__, __LINE__)
 
 static void cublas_check(cublasStatus_t status, const char* call, const char* file, int line) {
     if (status == CUBLAS_STATUS_SUCCESS) return;
-    fatal("%s:%d: %s failed: %s; check that the cuBLAS libraries at run time are those of the build (ldd), and that every "
-          "dimension of the model is a multiple of 8", file, line, call, cublasLtGetStatusString(status));
+    fatal("%s:%d: %s failed: %s; check that the cuBLAS libraries at run time are those of the build (ldd), and that "
+          "every dimension of the model is a multiple of 8", file, line, call, cublasLtGetStatusString(status));
 }
 #define cublasCheck(call) cublas_check((call), #call, __FILE__, __LINE__)
 
@@ -465,14 +482,15 @@ static cublasLtHandle_t cublaslt_handle;
 static void* cublaslt_workspace;
 static const size_t cublaslt_workspace_bytes = 32 << 20;  // what NVIDIA recommends for Hopper and later
 
-// Device memory for partial results inside one operation. The stream orders the operations, so they share one buffer; the
-// memory plan makes it as large as the largest *_scratch_bytes() of the run.
+// Device memory for partial results inside one operation. The stream orders the operations, so they share one buffer;
+// the memory plan makes it as large as the largest *_scratch_bytes() of the run.
 static char* op_scratch;
 static size_t op_scratch_bytes;
 
 static void* scratch(size_t bytes, const char* op) {
-    opRequire(bytes <= op_scratch_bytes, "%s needs %zu bytes of scratch memory, the plan took %zu: its %s_scratch_bytes() "
-              "is missing in the memory plan or was asked with a smaller shape", op, bytes, op_scratch_bytes, op);
+    opRequire(bytes <= op_scratch_bytes, "%s needs %zu bytes of scratch memory, the plan took %zu: its "
+              "%s_scratch_bytes() is missing in the memory plan or was asked with a smaller shape", op, bytes,
+              op_scratch_bytes, op);
     return op_scratch;
 }
 
@@ -565,7 +583,8 @@ static void processes_start(int* argc, char*** argv) {
 #else
     (void)argc; (void)argv;
     if (started > 1 && !getenv("SLURM_NTASKS"))
-        fatal("started as %d processes, but this program was built without MPI: install libopenmpi-dev and run make again", started);
+        fatal("started as %d processes, but this program was built without MPI: install libopenmpi-dev and run make "
+              "again", started);
 #endif
 }
 
@@ -645,12 +664,13 @@ static void shard_open(Shard* s, const char* path) {
     s->bytes = file_size(fd, path);
     int header[shard_header_ints];
     if (s->bytes < (int64_t)sizeof header)
-        fatal("%s is no token shard: it has %lld bytes, less than the header's %zu", path, (long long)s->bytes, sizeof header);
+        fatal("%s is no token shard: it has %lld bytes, less than the header's %zu", path, (long long)s->bytes,
+              sizeof header);
     read_at(fd, header, sizeof header, 0, path);
     bool narrow = header[0] == 20240520 && header[1] == 1, wide = header[0] == 20240801 && header[1] == 7;
     if (!narrow && !wide)
-        fatal("%s is no token shard: magic %d, version %d; expected 20240520, 1 (16-bit ids) or 20240801, 7 (32-bit ids). "
-              "data/prepare.py writes such files", path, header[0], header[1]);
+        fatal("%s is no token shard: magic %d, version %d; expected 20240520, 1 (16-bit ids) or 20240801, 7 (32-bit "
+              "ids). data/prepare.py writes such files", path, header[0], header[1]);
     s->width = narrow ? 2 : 4;
     s->tokens = header[2];
     int64_t expected = (int64_t)sizeof header + s->tokens * s->width;
@@ -667,7 +687,8 @@ static void loader_open(Loader* d, const char* pattern, int64_t T, int64_t vocab
     memset(d, 0, sizeof *d);
     glob_t found;
     if (glob(pattern, GLOB_TILDE, NULL, &found) || found.gl_pathc == 0)
-        fatal("no file matches %s: data/prepare.py makes token shards, or name yours with --train-data and --val-data", pattern);
+        fatal("no file matches %s: data/prepare.py makes token shards, or name yours with --train-data and --val-data",
+              pattern);
     d->count = (int)found.gl_pathc;
     d->shards = (Shard*)host_alloc(d->count * sizeof(Shard));
     d->T = T; d->shuffle = shuffle; d->seed = seed;
@@ -687,16 +708,16 @@ static void loader_open(Loader* d, const char* pattern, int64_t T, int64_t vocab
         if (vocab && largest >= vocab) {
             int64_t t = 0;
             while ((uint32_t)shard_token(s, t) < vocab) t++;
-            fatal("%s: token %lld is id %u, but the vocabulary has %lld ids (0 to %lld): was it made with another tokenizer? "
-                  "--vocab-size sets the vocabulary", s->path, (long long)t, (uint32_t)shard_token(s, t), (long long)vocab,
-                  (long long)vocab - 1);
+            fatal("%s: token %lld is id %u, but the vocabulary has %lld ids (0 to %lld): was it made with another "
+                  "tokenizer? --vocab-size sets the vocabulary", s->path, (long long)t, (uint32_t)shard_token(s, t),
+                  (long long)vocab, (long long)vocab - 1);
         }
         if (largest > d->largest_id) d->largest_id = largest;
     }
     globfree(&found);
     if (d->windows == 0)
-        fatal("%s: %d shard(s) of together %lld tokens hold no window of seq-len + 1 = %lld tokens: lower --seq-len or prepare "
-              "more data", pattern, d->count, (long long)tokens, (long long)T + 1);
+        fatal("%s: %d shard(s) of together %lld tokens hold no window of seq-len + 1 = %lld tokens: lower --seq-len or "
+              "prepare more data", pattern, d->count, (long long)tokens, (long long)T + 1);
 }
 
 static void loader_close(Loader* d) {
@@ -738,8 +759,8 @@ static void loader_sequence(const Loader* d, int64_t i, int* inputs, int* target
     }
 }
 
-// Tells other data of the same size apart: a checksum of the first tokens of windows from everywhere. It does not depend on
-// how the tokens are cut into shards.
+// Tells other data of the same size apart: a checksum of the first tokens of windows from everywhere. It does not
+// depend on how the tokens are cut into shards.
 static uint64_t loader_fingerprint(const Loader* d) {
     const int64_t samples = 1024, length = d->T < 64 ? d->T : 64;
     int* tokens = (int*)host_alloc(samples * length * sizeof(int));
@@ -763,8 +784,8 @@ static uint64_t loader_fingerprint(const Loader* d) {
 using namespace cpu;
 #else
 // ---- CUDA: loads of 8 elements, reductions ------------------------------------------------------------------------
-// Eight neighbouring elements: one 128-bit access in bf16, two in fp32. Rows are multiples of 8 everywhere. They stay in the
-// type of memory until used, since that takes half the registers while a thread waits for several of them.
+// Eight neighbouring elements: one 128-bit access in bf16, two in fp32. Rows are multiples of 8 everywhere. They stay
+// in the type of memory until used, since that takes half the registers while a thread waits for several of them.
 template <typename T> struct alignas(16) Pack8 { T v[8]; };
 
 template <typename T> __device__ __forceinline__ Pack8<T> load8(const T* p) {
@@ -820,7 +841,8 @@ template <int WIDTH = 32> __device__ __forceinline__ float warp_max(float x, uns
     return x;
 }
 
-#define opRequireRows(op, C) opRequire((C) > 0 && (C) % 8 == 0, "%s: rows of %d elements, not a multiple of 8", op, (int)(C))
+#define opRequireRows(op, C) \
+    opRequire((C) > 0 && (C) % 8 == 0, "%s: rows of %d elements, not a multiple of 8", op, (int)(C))
 
 // Sums of R values over the block, the same in every thread. shared holds R floats a warp, and a caller in a loop
 // alternates between two of them: then one barrier a call is enough.
@@ -1768,8 +1790,8 @@ void adamw_update(floatX* params, float* master /*or NULL: params are fp32*/, fl
 
 // The scratch memory that the operations of a pass over (B, T) rows need.
 size_t operations_scratch_bytes(int B, int64_t T, int C) {
-    size_t need[] = {encoder_backward_scratch_bytes(B * T, C), layernorm_backward_scratch_bytes(C), matmul_backward_scratch_bytes(4 * C),
-                     sum_scratch_bytes()};
+    size_t need[] = {encoder_backward_scratch_bytes(B * T, C), layernorm_backward_scratch_bytes(C),
+                     matmul_backward_scratch_bytes(4 * C), sum_scratch_bytes()};
     return *std::max_element(need, need + 4);
 }
 
@@ -2990,8 +3012,11 @@ static float* gradient(const Model* m, int t, int l) {
 static void model_layout(Model* m, Dims d) {
     m->dims = d;
     int64_t C = d.C, L = d.L;
-    int64_t size[TENSORS] = {d.Vp * C, d.rope ? 0 : d.maxT * C, L * C, L * C, L * 3 * C * C, L * 3 * C, L * C * C, L * C,
-                             L * C, L * C, L * 4 * C * C, L * 4 * C, L * C * 4 * C, L * C, C, C};
+    int64_t size[TENSORS] = {
+        d.Vp * C, d.rope ? 0 : d.maxT * C,
+        L * C, L * C, L * 3 * C * C, L * 3 * C, L * C * C, L * C,
+        L * C, L * C, L * 4 * C * C, L * 4 * C, L * C * 4 * C, L * C,
+        C, C};
     m->parameters = 0;
     for (int t = 0; t < TENSORS; t++) {
         m->size[t] = size[t];
@@ -3000,8 +3025,8 @@ static void model_layout(Model* m, Dims d) {
     }
 }
 
-// GPT-2's: 0.02, projections into the residual stream smaller by 1/sqrt(2L). Every element is a function of the seed and
-// its place, so any number of processes makes the same model.
+// GPT-2's: 0.02, projections into the residual stream smaller by 1/sqrt(2L). Every element is a function of the seed
+// and its place, so any number of processes makes the same model.
 static void model_initialize(Model* m, float* host, uint64_t seed) {
     for (int t = 0; t < TENSORS; t++) {
         float scale = t == ATTPROJW || t == FCPROJW ? 0.02f / sqrtf(2.0f * m->dims.L) : 0.02f;
@@ -3025,8 +3050,8 @@ static int64_t head_rows(const Model* m, int64_t rows) {
     return rows < chunk ? rows : chunk;
 }
 
-// Places the activations of a pass in the arena. A tensor that the recompute level keeps gets its own place in every layer;
-// one that it does not keep is placed once, for layer 0, and shared.
+// Places the activations of a pass in the arena. A tensor that the recompute level keeps gets its own place in every
+// layer; one that it does not keep is placed once, for layer 0, and shared.
 static void activations_layout(Activations* a, Arena* arena, const Model* m, Run r) {
     const Dims* d = &m->dims;
     int64_t N = r.B * r.T, C = d->C, NH = d->NH;
@@ -3115,8 +3140,8 @@ static size_t activations_bytes(const Model* m, Run r) {
     return count.used;
 }
 
-// The forward pass of block l, from layer[l].x to x_next. With again, only what the backward pass needs and the recompute
-// level did not keep: the same operations on the same numbers, so the same bits.
+// The forward pass of block l, from layer[l].x to x_next. With again, only what the backward pass needs and the
+// recompute level did not keep: the same operations on the same numbers, so the same bits.
 static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
     const Dims* d = &m->dims;
     int64_t N = r.B * r.T;
@@ -3124,7 +3149,8 @@ static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
     LayerActs* y = &m->acts.layer[l];
     bool lighthouse = attention_kind(m, l, r.phase) == LIGHTHOUSE;
     #define NEEDED(level) (!again || r.recompute >= (level))
-    if (NEEDED(2)) layernorm_forward(y->ln1, y->ln1_mean, y->ln1_rstd, y->x, weight(m, LN1W, l), weight(m, LN1B, l), N, C);
+    if (NEEDED(2))
+        layernorm_forward(y->ln1, y->ln1_mean, y->ln1_rstd, y->x, weight(m, LN1W, l), weight(m, LN1B, l), N, C);
     if (NEEDED(3)) {
         matmul_forward(y->qkv, y->ln1, weight(m, QKVW, l), weight(m, QKVB, l), NULL, N, C, 3 * C);
         if (d->rope && !lighthouse) rope_rotate(y->qkv, m->rope, +1, r.B, r.T, d->NH, D);
@@ -3132,7 +3158,8 @@ static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
     if (lighthouse) lighthouse_forward(y->att, &y->lh, y->qkv, m->rope, r.B, &m->shape, again, NEEDED(2));
     else if (NEEDED(4)) sdpa_forward(y->att, y->stats, y->qkv, r.B, r.T, d->NH, D);
     if (NEEDED(3)) matmul_forward(y->x2, y->att, weight(m, ATTPROJW, l), weight(m, ATTPROJB, l), y->x, N, C, C);
-    if (NEEDED(2)) layernorm_forward(y->ln2, y->ln2_mean, y->ln2_rstd, y->x2, weight(m, LN2W, l), weight(m, LN2B, l), N, C);
+    if (NEEDED(2))
+        layernorm_forward(y->ln2, y->ln2_mean, y->ln2_rstd, y->x2, weight(m, LN2W, l), weight(m, LN2B, l), N, C);
     if (NEEDED(3)) matmul_forward(y->fch, y->ln2, weight(m, FCW, l), weight(m, FCB, l), NULL, N, C, 4 * C);
     if (NEEDED(1)) gelu_forward(y->gelu, y->fch, N * 4 * C);
     if (!again) matmul_forward(x_next, y->gelu, weight(m, FCPROJW, l), weight(m, FCPROJB, l), y->x2, N, 4 * C, C);
@@ -3152,12 +3179,13 @@ static void block_backward(Model* m, int l, Run r) {
     matmul_backward(a->dwide, gradient(m, FCPROJW, l), gradient(m, FCPROJB, l), a->dres, y->gelu, weight(m, FCPROJW, l),
                     N, 4 * C, C);
     gelu_backward(a->dwide, a->dwide, y->fch, N * 4 * C);
-    matmul_backward(a->dbtc, gradient(m, FCW, l), gradient(m, FCB, l), a->dwide, y->ln2, weight(m, FCW, l), N, C, 4 * C);
+    matmul_backward(a->dbtc, gradient(m, FCW, l), gradient(m, FCB, l), a->dwide, y->ln2, weight(m, FCW, l), N, C,
+                    4 * C);
     layernorm_backward(a->dres, gradient(m, LN2W, l), gradient(m, LN2B, l), a->dbtc, y->x2, weight(m, LN2W, l),
                        y->ln2_mean, y->ln2_rstd, N, C);
 
-    matmul_backward(a->dbtc, gradient(m, ATTPROJW, l), gradient(m, ATTPROJB, l), a->dres, y->att, weight(m, ATTPROJW, l),
-                    N, C, C);
+    matmul_backward(a->dbtc, gradient(m, ATTPROJW, l), gradient(m, ATTPROJB, l), a->dres, y->att,
+                    weight(m, ATTPROJW, l), N, C, C);
     floatX* dqkv = a->dwide;
     if (lighthouse) {
         lighthouse_backward(dqkv, a->dbtc, &y->lh, m->rope, r.B, &m->shape);
@@ -3179,11 +3207,12 @@ static void model_trunk(Model* m, const int* host_tokens, Run r) {
     Activations* a = &m->acts;
     encoder_forward(a->layer[0].x, m->tokens, weight(m, WTE, 0), d->rope ? NULL : weight(m, WPE, 0), r.B, r.T, d->C, 0);
     for (int l = 0; l < d->L; l++) block_forward(m, l, r, l + 1 < d->L ? a->layer[l + 1].x : a->x_final, false);
-    layernorm_forward(a->lnf, a->lnf_mean, a->lnf_rstd, a->x_final, weight(m, LNFW, 0), weight(m, LNFB, 0), r.B * r.T, d->C);
+    layernorm_forward(a->lnf, a->lnf_mean, a->lnf_rstd, a->x_final, weight(m, LNFW, 0), weight(m, LNFB, 0), r.B * r.T,
+                      d->C);
 }
 
-// The head and its cross-entropy, chunk by chunk; with r.train the gradients too, in the same pass, each row's loss with
-// the weight dloss. Leaves the gradient of lnf in dbtc. Returns the sum of the losses of the rows with a target >= 0.
+// The head and its cross-entropy, chunk by chunk; with r.train the gradients too, in the same pass, each row's loss
+// with the weight dloss. Leaves the gradient of lnf in dbtc. Returns the summed loss of the rows with a target >= 0.
 static double model_head(Model* m, const int* host_targets, Run r, float dloss) {
     const Dims* d = &m->dims;
     Activations* a = &m->acts;
@@ -3195,7 +3224,8 @@ static double model_head(Model* m, const int* host_targets, Run r, float dloss) 
         matmul_forward(a->logits, x, weight(m, WTE, 0), NULL, NULL, rows, d->C, d->Vp);
         crossentropy_forward_backward(a->logits, a->losses + i, m->targets + i, dloss, rows, d->V, d->Vp, r.train);
         if (r.train)
-            matmul_backward(a->dbtc + i * d->C, gradient(m, WTE, 0), NULL, a->logits, x, weight(m, WTE, 0), rows, d->C, d->Vp);
+            matmul_backward(a->dbtc + i * d->C, gradient(m, WTE, 0), NULL, a->logits, x, weight(m, WTE, 0), rows, d->C,
+                            d->Vp);
     }
     return sum_losses(a->losses, N);
 }
@@ -3208,7 +3238,8 @@ static void model_backward(Model* m, Run r) {
     layernorm_backward(a->dres, gradient(m, LNFW, 0), gradient(m, LNFB, 0), a->dbtc, a->x_final, weight(m, LNFW, 0),
                        a->lnf_mean, a->lnf_rstd, N, d->C);
     for (int l = d->L - 1; l >= 0; l--) block_backward(m, l, r);
-    encoder_backward(gradient(m, WTE, 0), d->rope ? NULL : gradient(m, WPE, 0), a->dres, m->tokens, r.B, r.T, d->C, 0, d->Vp);
+    encoder_backward(gradient(m, WTE, 0), d->rope ? NULL : gradient(m, WPE, 0), a->dres, m->tokens, r.B, r.T, d->C, 0,
+                     d->Vp);
 }
 
 // One micro-step: adds the gradients of sum(loss) * dloss to grads and returns sum(loss).
@@ -3231,8 +3262,8 @@ static void model_logits(Model* m, int64_t first, int64_t rows, float* host) {
     free(chunk);
 }
 
-// Floating-point operations of a step over `tokens` tokens, forward and backward (twice the forward), nothing recomputed:
-// the matrices, and the causal half of the attention square, over S slots in a Lighthouse layer.
+// Floating-point operations of a step over `tokens` tokens, forward and backward (twice the forward), nothing
+// recomputed: the matrices, and the causal half of the attention square, over S slots in a Lighthouse layer.
 static double step_flops(const Model* m, Phase phase, int64_t T, double tokens) {
     const Dims* d = &m->dims;
     double matrices = (double)d->Vp * d->C + 12.0 * d->L * d->C * d->C, attention = 0;
@@ -3273,7 +3304,9 @@ static Passes run_passes(const Model* m, const Config* c, int64_t sample_T, int 
     return p;
 }
 
-static size_t rope_table_bytes(int64_t T, int D) { return (size_t)(1024 + ceil_div(T, 1024)) * (D / 2) * 2 * sizeof(float); }
+static size_t rope_table_bytes(int64_t T, int D) {
+    return (size_t)(1024 + ceil_div(T, 1024)) * (D / 2) * 2 * sizeof(float);
+}
 
 // Scratch memory of the operations and workspace of attention, for every pass of the run; this builds cuDNN's plans.
 static void plan_add_backend(Plan* p, const Model* m, const Passes* passes) {
@@ -3287,8 +3320,11 @@ static void plan_add_backend(Plan* p, const Model* m, const Passes* passes) {
         bool kinds[2] = {false, false};
         for (int l = 0; l < d->L; l++) kinds[attention_kind(m, l, r.phase)] = true;
         for (int kind = LIGHTHOUSE; kind <= DENSE; kind++)
-            if (kinds[kind]) workspace = std::max(workspace, (size_t)sdpa_prepare(r.B, kind == LIGHTHOUSE ? m->shape.S : r.T, d->NH,
-                                                                                  d->C / d->NH, true, r.train));
+            if (kinds[kind]) {
+                int64_t rows = kind == LIGHTHOUSE ? m->shape.S : r.T;
+                size_t bytes = sdpa_prepare(r.B, rows, d->NH, d->C / d->NH, true, r.train);
+                workspace = std::max(workspace, bytes);
+            }
         scratch = std::max(scratch, operations_scratch_bytes(r.B, r.T, d->C));
     }
     plan_add(p, "operations", scratch + cublaslt_workspace_bytes);
@@ -3383,7 +3419,8 @@ static double detector_score(Detector* d, double x) {
     if (d->seen >= DETECTOR_WINDOW) {
         double mean = 0, var = 0;
         for (int i = 0; i < DETECTOR_WINDOW; i++) mean += d->values[i] / DETECTOR_WINDOW;
-        for (int i = 0; i < DETECTOR_WINDOW; i++) var += (d->values[i] - mean) * (d->values[i] - mean) / DETECTOR_WINDOW;
+        for (int i = 0; i < DETECTOR_WINDOW; i++)
+            var += (d->values[i] - mean) * (d->values[i] - mean) / DETECTOR_WINDOW;
         z = (x - mean) / sqrt(var > 1e-24 ? var : 1e-24);
     }
     if (isfinite(x)) d->values[d->seen++ % DETECTOR_WINDOW] = x;
@@ -3395,18 +3432,19 @@ static void model_update(Model* m, const Config* c, double lr, double grad_scale
     for (int t = 0; t < TENSORS; t++) {
         int64_t i = m->offset[t];
         if (m->size[t] == 0) continue;
-        adamw_update(m->params + i, sizeof(floatX) == sizeof(float) ? NULL : m->master + i, m->m + i, m->v + i, m->grads + i,
-                     m->size[t], lr, c->beta1, c->beta2, 1 - pow(c->beta1, update), 1 - pow(c->beta2, update), c->adam_eps,
-                     tensor_is_matrix(t) ? c->weight_decay : 0, grad_scale);
+        adamw_update(m->params + i, sizeof(floatX) == sizeof(float) ? NULL : m->master + i, m->m + i, m->v + i,
+                     m->grads + i, m->size[t], lr, c->beta1, c->beta2, 1 - pow(c->beta1, update),
+                     1 - pow(c->beta2, update), c->adam_eps, tensor_is_matrix(t) ? c->weight_decay : 0, grad_scale);
     }
 }
 
 // ===================================================================================================================
 // 9. Checkpoints. Two kinds of file:
-// - a model file, llm.c's: 256 int32 header, then the tensors in the order of enum Tensor. Versions 3 (fp32) and 5 (bf16);
-//   RoPE models have 103 and 105, no WPE, and the bits of theta in header[8]. header[9] is the step.
-// - a checkpoint, the state of a run: header (4096 bytes) | RunState | checksum of each 16 MiB of the body | body. The body is
-//   the fp32 weights, first and second moments, by parameter offset and not by process, so any number of processes reads it.
+// - a model file, llm.c's: 256 int32 header, then the tensors in the order of enum Tensor. Versions 3 (fp32) and 5
+//   (bf16); RoPE models have 103 and 105, no WPE, and the bits of theta in header[8]. header[9] is the step.
+// - a checkpoint, the state of a run: header (4096 bytes) | RunState | checksum of each 16 MiB of the body | body. The
+//   body is the fp32 weights, first and second moments, by parameter offset and not by process, so any number of
+//   processes reads it.
 // Files are written beside, fsynced and renamed, so a file with its final name is whole unless the disk failed.
 
 static const int CHECKPOINT_MAGIC = 20260511, CHECKPOINT_VERSION = 1, MODEL_MAGIC = 20240326;
@@ -3444,24 +3482,26 @@ static void model_header(int32_t* h, const Dims* d, int64_t step) {
     h[9] = (int32_t)step;
 }
 
-// The state and the chunks' checksums behind a checkpoint's header, to be freed, into *front. Returns NULL or what is wrong.
+// The state and the chunks' checksums behind a checkpoint's header, to be freed, into *front. Returns NULL or what is
+// wrong.
 static char* checkpoint_front(int fd, const char* path, const CheckpointHeader* h, char** front) {
     size_t bytes = h->state_bytes + h->chunks * 8;
     *front = (char*)host_alloc(bytes);
     read_at(fd, *front, bytes, sizeof *h, path);
-    return h->state_checksum == checksum(*front, bytes) ? NULL : text("%s is damaged: wrong checksum of the run's state", path);
+    if (h->state_checksum == checksum(*front, bytes)) return NULL;
+    return text("%s is damaged: wrong checksum of the run's state", path);
 }
 
 // Reads and checks chunk i of a checkpoint's body. Returns NULL or what is wrong.
-static char* checkpoint_chunk(int fd, const char* path, const CheckpointHeader* h, const char* front, int64_t i, char* buffer,
-                              int64_t* bytes) {
+static char* checkpoint_chunk(int fd, const char* path, const CheckpointHeader* h, const char* front, int64_t i,
+                              char* buffer, int64_t* bytes) {
     int64_t body = h->file_bytes - h->weights_offset, at = h->weights_offset + i * CHUNK;
     *bytes = body - i * CHUNK < CHUNK ? body - i * CHUNK : CHUNK;
     uint64_t sum;
     memcpy(&sum, front + h->state_bytes + 8 * i, 8);
     read_at(fd, buffer, *bytes, at, path);
-    return sum == checksum(buffer, *bytes) ? NULL : text("%s is damaged: wrong checksum of bytes %lld to %lld", path, (long long)at,
-                                                         (long long)(at + *bytes));
+    if (sum == checksum(buffer, *bytes)) return NULL;
+    return text("%s is damaged: wrong checksum of bytes %lld to %lld", path, (long long)at, (long long)(at + *bytes));
 }
 
 // Reads and checks the header of a model file or checkpoint. Returns where the weights begin; *bf16: 2-byte weights.
@@ -3469,24 +3509,29 @@ static int64_t model_file_open(const char* path, int* fd, Dims* d, bool* bf16) {
     *fd = open_to_read(path);
     CheckpointHeader c;
     int32_t h[256];
-    if (file_size(*fd, path) < (int64_t)sizeof h) fatal("%s is no model file: it has %lld bytes, less than a header's 1024", path,
-                                                        (long long)file_size(*fd, path));
+    if (file_size(*fd, path) < (int64_t)sizeof h)
+        fatal("%s is no model file: it has %lld bytes, less than a header's 1024", path,
+              (long long)file_size(*fd, path));
     read_at(*fd, h, sizeof h, 0, path);
     int64_t offset = sizeof h;
     if (h[0] == CHECKPOINT_MAGIC) {
         read_at(*fd, &c, sizeof c, 0, path);
-        if (c.header_checksum != checksum(&c, sizeof c - 8)) fatal("%s: the header's checksum is wrong: the file is damaged", path);
+        if (c.header_checksum != checksum(&c, sizeof c - 8))
+            fatal("%s: the header's checksum is wrong: the file is damaged", path);
         if (file_size(*fd, path) != c.file_bytes)
-            fatal("%s is damaged: %lld bytes, its header says %lld", path, (long long)file_size(*fd, path), (long long)c.file_bytes);
+            fatal("%s is damaged: %lld bytes, its header says %lld", path, (long long)file_size(*fd, path),
+                  (long long)c.file_bytes);
         memcpy(h, c.model, sizeof h);
         offset = c.weights_offset;
     }
     if (h[0] != MODEL_MAGIC || (h[1] != 3 && h[1] != 5 && h[1] != 103 && h[1] != 105))
-        fatal("%s is no model file: magic %d, version %d; expected %d and version 3, 5, 103 or 105", path, h[0], h[1], MODEL_MAGIC);
+        fatal("%s is no model file: magic %d, version %d; expected %d and version 3, 5, 103 or 105", path, h[0], h[1],
+              MODEL_MAGIC);
     *bf16 = h[1] % 100 == 5;
     *d = {h[2], h[3], h[7], h[4], h[5], h[6], h[1] > 100, 0};
     if (d->rope) memcpy(&d->theta, &h[8], sizeof(float));
-    if (d->maxT < 1 || d->V < 1 || d->Vp < d->V || d->L < 1 || d->L > MAX_LAYERS || d->NH < 1 || d->C < 1 || d->C % d->NH)
+    if (d->maxT < 1 || d->V < 1 || d->Vp < d->V || d->L < 1 || d->L > MAX_LAYERS || d->NH < 1 || d->C < 1 ||
+        d->C % d->NH)
         fatal("%s: impossible sizes in the header: T %lld, V %d, padded %d, layers %d, heads %d, channels %d", path,
               (long long)d->maxT, d->V, d->Vp, d->L, d->NH, d->C);
     Model m;
@@ -3556,8 +3601,8 @@ static void new_file_write(NewFile* f, const void* data, size_t bytes, int64_t o
     if (write_at(f->fd, data, bytes, offset)) return;
     int why = errno;
     unlink(f->partial);
-    fatal("writing %s at byte %lld: %s. Earlier checkpoints are untouched; make room and resume", f->partial, (long long)offset,
-          strerror(why));
+    fatal("writing %s at byte %lld: %s. Earlier checkpoints are untouched; make room and resume", f->partial,
+          (long long)offset, strerror(why));
 }
 
 static void new_file_finish(NewFile* f) {
@@ -3650,19 +3695,21 @@ static char* checkpoint_read(Model* m, const char* path, RunState* state) {
     if (size < (int64_t)sizeof h) why = text("%s is cut: %lld bytes, less than a header", path, (long long)size);
     if (!why) read_at(fd, &h, sizeof h, 0, path);
     if (!why && (h.magic != CHECKPOINT_MAGIC || h.version != CHECKPOINT_VERSION))
-        why = text("%s is no checkpoint of this program: magic %d, version %d; expected %d, %d", path, h.magic, h.version,
-                   CHECKPOINT_MAGIC, CHECKPOINT_VERSION);
-    if (!why && h.header_checksum != checksum(&h, sizeof h - 8)) why = text("%s is damaged: wrong checksum of the header", path);
+        why = text("%s is no checkpoint of this program: magic %d, version %d; expected %d, %d", path, h.magic,
+                   h.version, CHECKPOINT_MAGIC, CHECKPOINT_VERSION);
+    if (!why && h.header_checksum != checksum(&h, sizeof h - 8))
+        why = text("%s is damaged: wrong checksum of the header", path);
     if (!why && size != h.file_bytes)
         why = text("%s is damaged: %lld bytes, its header says %lld", path, (long long)size, (long long)h.file_bytes);
     int32_t want[256];
     model_header(want, &m->dims, h.model[9]);
-    if (!why && (memcmp(want, h.model, sizeof want) || h.parameters != m->parameters || h.state_bytes != sizeof(RunState)))
-        fatal("%s holds another model: T %d, V %d, layers %d, heads %d, channels %d, %s positions; this run's has T %lld, V %d, "
-              "layers %d, heads %d, channels %d, %s (and the same theta): use the same options, or --model %s in another out-dir "
-              "to start from its weights", path, h.model[2], h.model[3], h.model[4], h.model[5], h.model[6],
-              h.model[1] > 100 ? "rope" : "learned", (long long)m->dims.maxT, m->dims.V, m->dims.L, m->dims.NH, m->dims.C,
-              m->dims.rope ? "rope" : "learned", path);
+    if (!why &&
+        (memcmp(want, h.model, sizeof want) || h.parameters != m->parameters || h.state_bytes != sizeof(RunState)))
+        fatal("%s holds another model: T %d, V %d, layers %d, heads %d, channels %d, %s positions; this run's has T "
+              "%lld, V %d, layers %d, heads %d, channels %d, %s (and the same theta): use the same options, or --model "
+              "%s in another out-dir to start from its weights", path, h.model[2], h.model[3], h.model[4], h.model[5],
+              h.model[6], h.model[1] > 100 ? "rope" : "learned", (long long)m->dims.maxT, m->dims.V, m->dims.L,
+              m->dims.NH, m->dims.C, m->dims.rope ? "rope" : "learned", path);
     if (!why) {
         buffer = (char*)host_alloc(CHUNK);
         why = checkpoint_front(fd, path, &h, &front);
@@ -3701,7 +3748,9 @@ static int64_t* checkpoint_list(const char* dir, int* count) {
     return steps;
 }
 
-static char* checkpoint_path(const Config* c, int64_t step) { return text("%s/ckpt_%08lld.bin", c->out_dir, (long long)step); }
+static char* checkpoint_path(const Config* c, int64_t step) {
+    return text("%s/ckpt_%08lld.bin", c->out_dir, (long long)step);
+}
 
 // Later steps than the one just written can only be damaged files that the resume passed over: they do not count.
 static void checkpoint_prune(const Config* c, int64_t written) {
@@ -3726,8 +3775,8 @@ static void checkpoint_prune(const Config* c, int64_t written) {
     if (d) closedir(d);
 }
 
-// The newest whole checkpoint of out-dir, into the model and the state. Names and passes over damaged ones. Rank 0 reads
-// the directory last to write to it, so all processes see the same files.
+// The newest whole checkpoint of out-dir, into the model and the state. Names and passes over damaged ones. Rank 0
+// reads the directory last to write to it, so all processes see the same files.
 static bool checkpoint_resume(Model* m, const Config* c, RunState* state, char** path) {
     int count;
     int64_t* steps = checkpoint_list(c->out_dir, &count);
@@ -3753,8 +3802,8 @@ static bool checkpoint_resume(Model* m, const Config* c, RunState* state, char**
 // ===================================================================================================================
 // 10. Evaluation and sampling; logs and progress.
 
-// Mean loss over the validation data, each process taking every world-th sequence. A batch that is not full has its rest
-// filled with targets of -1, which do not count.
+// Mean loss over the validation data, each process taking every world-th sequence. A batch that is not full has its
+// rest filled with targets of -1, which do not count.
 static double evaluate(Model* m, const Config* c, const Loader* data, Phase phase) {
     Run r = {(int)c->batch_size, c->seq_len, phase, false, 0};
     int64_t T = c->seq_len, B = r.B;
@@ -3793,14 +3842,16 @@ static bool tokenizer_open(Tokenizer* k, const char* path, int V) {
     close(fd);
     int32_t* h = (int32_t*)file;
     if (size < 1024 || h[0] != 20240328 || h[1] != 2)
-        fatal("%s is no tokenizer file: magic %d, version %d; expected 20240328, 2", path, size < 8 ? 0 : h[0], size < 8 ? 0 : h[1]);
+        fatal("%s is no tokenizer file: magic %d, version %d; expected 20240328, 2", path, size < 8 ? 0 : h[0],
+              size < 8 ? 0 : h[1]);
     k->count = h[2]; k->end_of_text = h[3];
     if (k->count < 1 || k->count > V || k->end_of_text < 0 || k->end_of_text >= k->count)
         fatal("%s: %d tokens, end of text %d; the model's vocabulary has %d ids", path, k->count, k->end_of_text, V);
     k->piece = (char**)host_alloc(k->count * sizeof(char*));
     k->length = (int*)host_alloc(k->count * sizeof(int));
     for (int i = 0; i < k->count; i++) {
-        if (at >= size || at + 1 + file[at] > size) fatal("%s is cut: it ends inside token %d of %d", path, i, k->count);
+        if (at >= size || at + 1 + file[at] > size)
+            fatal("%s is cut: it ends inside token %d of %d", path, i, k->count);
         k->length[i] = file[at];
         k->piece[i] = (char*)file + at + 1;
         at += 1 + file[at];
@@ -3814,12 +3865,14 @@ static int tokenizer_find(const Tokenizer* k, const char* s, int n) {
     return -1;
 }
 
-// Length of the next word as GPT-2 splits text: a run of letters, of digits or of other signs, each with one space before
-// it; a contraction; or white space. Bytes above 127 count as letters.
+// Length of the next word as GPT-2 splits text: a run of letters, of digits or of other signs, each with one space
+// before it; a contraction; or white space. Bytes above 127 count as letters.
 static int word_length(const char* s) {
-    #define KIND(ch) (isspace((unsigned char)(ch)) ? 0 : isalpha((unsigned char)(ch)) || (ch) & 0x80 ? 1 : isdigit((unsigned char)(ch)) ? 2 : 3)
+    #define KIND(ch) (isspace((unsigned char)(ch)) ? 0 : isalpha((unsigned char)(ch)) || (ch) & 0x80 ? 1 : \
+                      isdigit((unsigned char)(ch)) ? 2 : 3)
     static const char* contractions[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
-    for (int i = 0; i < 7; i++) if (!strncmp(s, contractions[i], strlen(contractions[i]))) return strlen(contractions[i]);
+    for (int i = 0; i < 7; i++)
+        if (!strncmp(s, contractions[i], strlen(contractions[i]))) return strlen(contractions[i]);
     int n = s[0] == ' ' && s[1] && KIND(s[1]) != 0;
     int kind = KIND(s[n]);
     int end = n + 1;
@@ -3829,8 +3882,8 @@ static int word_length(const char* s) {
     #undef KIND
 }
 
-// Byte-pair encoding with ids as ranks: in each word merge the pair whose joint token has the lowest id, until none does.
-// Returns the number of tokens; -1 where a byte has no token.
+// Byte-pair encoding with ids as ranks: in each word merge the pair whose joint token has the lowest id, until none
+// does. Returns the number of tokens; -1 where a byte has no token.
 static int tokenizer_encode(const Tokenizer* k, const char* s, int* out, int room) {
     int count = 0;
     while (*s) {
@@ -3938,7 +3991,7 @@ static Logs logs_open(const Config* c) {
     char *main_path = text("%s/main.log", c->out_dir), *json_path = text("%s/log.jsonl", c->out_dir);
     g.main = log_open(main_path);
     g.jsonl = log_open(json_path);
-    g.terminal = isatty(STDOUT_FILENO) && isatty(STDERR_FILENO);  // under mpirun the first is one even when it ends in a file
+    g.terminal = isatty(STDOUT_FILENO) && isatty(STDERR_FILENO);  // under mpirun the first always is
     free(main_path); free(json_path);
     return g;
 }
@@ -3967,7 +4020,8 @@ static char* json_string(const char* s) {
         bool valid = *p < 0x80 || extra;
         for (int i = 1; i <= extra && valid; i++) valid = (p[i] & 0xC0) == 0x80;
         if (valid && extra >= 2)  // overlong forms, surrogates, beyond U+10FFFF
-            valid = !(*p == 0xE0 && p[1] < 0xA0) && !(*p == 0xED && p[1] > 0x9F) && !(*p == 0xF0 && p[1] < 0x90) && !(*p == 0xF4 && p[1] > 0x8F);
+            valid = !(*p == 0xE0 && p[1] < 0xA0) && !(*p == 0xED && p[1] > 0x9F) && !(*p == 0xF0 && p[1] < 0x90) &&
+                    !(*p == 0xF4 && p[1] > 0x8F);
         if (!valid) { w += sprintf(out + w, "\\ufffd"); p++; continue; }
         if (*p == '"' || *p == '\\') { out[w++] = '\\'; out[w++] = *p; }
         else if (*p < 0x20 || *p == 0x7F) w += sprintf(out + w, "\\u%04x", *p);
@@ -3984,7 +4038,8 @@ static char* json_number(double x) { return isfinite(x) ? text("%.9g", x) : text
 static char* duration(double s) {
     int64_t n = (int64_t)(s + 0.5);
     return n >= 86400 ? text("%lldd%02lldh", (long long)(n / 86400), (long long)(n % 86400 / 3600))
-                      : text("%lld:%02lld:%02lld", (long long)(n / 3600), (long long)(n % 3600 / 60), (long long)(n % 60));
+                      : text("%lld:%02lld:%02lld", (long long)(n / 3600), (long long)(n % 3600 / 60),
+                             (long long)(n % 60));
 }
 
 static void progress_bar(const Logs* g, int64_t step, int64_t steps, const char* eta) {
@@ -4003,8 +4058,9 @@ static void progress_clear(const Logs* g) { if (g->terminal) printf("\r\033[K");
 
 static void print_help(const char* program) {
     printf("usage: %s [--option value | --option=value | -letter value] ...\n", program);
-    printf("Pretrains a GPT-2-class model%s.\n", lighthouse_built ? ": Lighthouse attention up to the switch step, dense after it"
-                                                                   : " with dense attention, the baseline of train_gpt_lighthouse");
+    printf("Pretrains a GPT-2-class model%s.\n",
+           lighthouse_built ? ": Lighthouse attention up to the switch step, dense after it"
+                            : " with dense attention, the baseline of train_gpt_lighthouse");
     for (int i = 0; i < option_count; i++) {
         const Option* o = &options[i];
         const char* help = o->help;
@@ -4014,8 +4070,8 @@ static void print_help(const char* program) {
             help = end + 2;
         }
         char* name = text("--%s%s%s", o->name, *o->letter ? ", -" : "", o->letter);
-        printf("  %-26s %s%s%s%s\n", name, help, o->type == OPT_FLAG ? "" : " (", o->type == OPT_FLAG ? "" : *o->fallback ? o->fallback : "none",
-               o->type == OPT_FLAG ? "" : ")");
+        printf("  %-26s %s%s%s%s\n", name, help, o->type == OPT_FLAG ? "" : " (",
+               o->type == OPT_FLAG ? "" : *o->fallback ? o->fallback : "none", o->type == OPT_FLAG ? "" : ")");
         free(name);
     }
 }
@@ -4029,9 +4085,12 @@ static void set_option(Config* c, const Option* o, const char* value) {
     char* end;
     errno = 0;
     double x = strtod(value, &end);
-    if (end == value || *end || errno || !isfinite(x)) fatal("--%s is \"%s\"; it must be a number. %s", o->name, value, o->help);
-    if (o->type != OPT_REAL && x != floor(x)) fatal("--%s is %s; it must be a whole number. %s", o->name, value, o->help);
-    if (x < o->min || x > o->max) fatal("--%s is %s; it must be %.12g to %.12g. %s", o->name, value, o->min, o->max, o->help);
+    if (end == value || *end || errno || !isfinite(x))
+        fatal("--%s is \"%s\"; it must be a number. %s", o->name, value, o->help);
+    if (o->type != OPT_REAL && x != floor(x))
+        fatal("--%s is %s; it must be a whole number. %s", o->name, value, o->help);
+    if (x < o->min || x > o->max)
+        fatal("--%s is %s; it must be %.12g to %.12g. %s", o->name, value, o->min, o->max, o->help);
     if (o->type == OPT_REAL) *(double*)field = x;
     else *(int64_t*)field = (int64_t)x;
 }
@@ -4096,11 +4155,13 @@ static Dims choose_dims(const Config* c, int64_t largest_id, bool* from_file) {
         model_file_open(c->model, &fd, &d, &bf16);
         close(fd);
         if (c->depth || c->channels || c->heads || c->vocab_size)
-            fatal("--depth, --channels, --heads and --vocab-size go with a descriptor; the sizes of %s are in the file", c->model);
+            fatal("--depth, --channels, --heads and --vocab-size go with a descriptor; the sizes of %s are in the file",
+                  c->model);
         if (given("positions") && d.rope != !strcmp(c->positions, "rope"))
             fatal("--positions is %s, but %s has %s positions", c->positions, c->model, d.rope ? "rope" : "learned");
         if (!d.rope && c->seq_len > d.maxT)
-            fatal("--seq-len is %lld, but %s has learned positions up to %lld", (long long)c->seq_len, c->model, (long long)d.maxT);
+            fatal("--seq-len is %lld, but %s has learned positions up to %lld", (long long)c->seq_len, c->model,
+                  (long long)d.maxT);
         if (d.rope) d.maxT = c->seq_len;
         if (d.rope && given("rope-theta")) d.theta = (float)c->rope_theta;
         return d;
@@ -4110,7 +4171,8 @@ static Dims choose_dims(const Config* c, int64_t largest_id, bool* from_file) {
     d.NH = c->heads ? (int)c->heads : descriptors[known].heads;
     d.V = (int)c->vocab_size;
     if (d.V == 0) d.V = largest_id < 257 ? 257 : 50257;
-    if (c->vocab_size == 0 && largest_id >= d.V) fatal("the data holds token ids up to %lld, more than GPT-2's 50257: give --vocab-size", (long long)largest_id);
+    if (c->vocab_size == 0 && largest_id >= d.V)
+        fatal("the data holds token ids up to %lld, more than GPT-2's 50257: give --vocab-size", (long long)largest_id);
     d.Vp = (d.V + 127) / 128 * 128;
     d.maxT = c->seq_len;
     d.rope = !strcmp(c->positions, "rope");
@@ -4126,8 +4188,8 @@ static int64_t parse_switch_step(const Config* c, int64_t steps) {
     double x = strtod(s, &end);
     bool share = strchr(s, '.') != NULL;
     if (end == s || *end || !(x >= 0) || (share && x > 1) || (!share && (x > steps || x != floor(x))))
-        fatal("--switch-step is \"%s\"; it must be a step from 0 to the run's %lld, or with a point a share such as 0.625", s,
-              (long long)steps);
+        fatal("--switch-step is \"%s\"; it must be a step from 0 to the run's %lld, or with a point a share such as "
+              "0.625", s, (long long)steps);
     return share ? (int64_t)llround(x * steps) : (int64_t)x;
 }
 
@@ -4136,13 +4198,15 @@ static void choose_lighthouse_layers(Model* m, const Config* c) {
     const char* s = c->dense_layers;
     int ends = L >= 12 ? 2 : L >= 3 ? 1 : 0;
     for (int l = 0; l < L; l++)
-        m->lighthouse_layer[l] = !strcmp(s, "none") || (!strcmp(s, "auto") && l >= ends && l < L - ends) || isdigit((unsigned char)*s);
+        m->lighthouse_layer[l] = isdigit((unsigned char)*s) || !strcmp(s, "none") ||
+                                 (!strcmp(s, "auto") && l >= ends && l < L - ends);
     if (isdigit((unsigned char)*s)) {
         while (*s) {
             char* end;
             long l = strtol(s, &end, 10);
             if (end == s || (*end && *end != ',') || (*end == ',' && !end[1]) || l < 0 || l >= L)
-                fatal("--dense-layers is \"%s\"; it must be layers from 0 to %d with commas between, none, all or auto", c->dense_layers, L - 1);
+                fatal("--dense-layers is \"%s\"; it must be layers from 0 to %d with commas between, none, all or auto",
+                      c->dense_layers, L - 1);
             m->lighthouse_layer[l] = false;
             s = *end ? end + 1 : end;
         }
@@ -4157,7 +4221,7 @@ static void choose_lighthouse_layers(Model* m, const Config* c) {
 // themselves serve as random input: zeros would run faster than real data.
 static double measure_device(Model* m, int64_t T) {
     int C = m->dims.C;
-    int64_t N = (int64_t)m->dims.L * 4 * C, room = activations_bytes(m, {1, T, DENSE, false, 0});  // the arena is no smaller
+    int64_t N = (int64_t)m->dims.L * 4 * C, room = activations_bytes(m, {1, T, DENSE, false, 0});  // at least
     if (N > 8192) N = 8192;
     if (N > room / (int64_t)(4 * C * sizeof(floatX))) N = room / (4 * C * sizeof(floatX));
     double best = INFINITY, began = seconds();
@@ -4188,8 +4252,10 @@ static Plan choose_plan(Model* m, Config* c, int64_t sample_T) {
     Plan least = memory_plan(m, c, sample_T, 4, B), single = memory_plan(m, c, sample_T, 4, 1);
     char* hint = least.total <= room ? text("--recompute 4 would fit (%.2f GiB)", gib(least.total))
                : single.total <= room ? text("--batch-size 1 --recompute 4 would fit (%.2f GiB)", gib(single.total))
-               : text("even --batch-size 1 --recompute 4 takes %.2f GiB: lower --seq-len or take a smaller model", gib(single.total));
-    fatal("this run takes %.2f GiB and %.2f GiB are free, %.2f GiB too few: %s", gib(p.total), gib(room), gib(p.total - room), hint);
+               : text("even --batch-size 1 --recompute 4 takes %.2f GiB: lower --seq-len or take a smaller model",
+                      gib(single.total));
+    fatal("this run takes %.2f GiB and %.2f GiB are free, %.2f GiB too few: %s", gib(p.total), gib(room),
+          gib(p.total - room), hint);
 }
 
 struct Trainer {
@@ -4220,25 +4286,26 @@ static void log_configuration(const Trainer* t, const Plan* plan, const char* de
     for (int i = 0; i < option_count; i++) {
         const Option* o = &options[i];
         const char* field = (const char*)c + o->offset;
-        char* value = o->type == OPT_TEXT ? json_string(*(const char**)field) : o->type == OPT_REAL ? json_number(*(const double*)field)
+        char* value = o->type == OPT_TEXT ? json_string(*(const char**)field)
+                    : o->type == OPT_REAL ? json_number(*(const double*)field)
                     : text("%lld", (long long)*(const int64_t*)field);
         fprintf(f, "%s\"%s\":%s", i ? "," : "", o->name, value);
         free(value);
     }
-    fprintf(f, "},\"model\":{\"layers\":%d,\"channels\":%d,\"heads\":%d,\"vocab\":%d,\"padded_vocab\":%d,\"parameters\":%lld,"
-            "\"positions\":\"%s\",\"rope_theta\":%.9g},\"lighthouse\":", d->L, d->C, d->NH, d->V, d->Vp, (long long)m->parameters,
-            d->rope ? "rope" : "learned", d->theta);
+    fprintf(f, "},\"model\":{\"layers\":%d,\"channels\":%d,\"heads\":%d,\"vocab\":%d,\"padded_vocab\":%d,"
+            "\"parameters\":%lld,\"positions\":\"%s\",\"rope_theta\":%.9g},\"lighthouse\":", d->L, d->C, d->NH, d->V,
+            d->Vp, (long long)m->parameters, d->rope ? "rope" : "learned", d->theta);
     if (t->switch_step > 0) {
         const LighthouseShape* s = &m->shape;
-        fprintf(f, "{\"levels\":%d,\"pool\":%d,\"topk\":%d,\"tile\":%d,\"slots\":%lld,\"dense_layers\":[", s->levels, s->pool, s->topk,
-                s->tile, (long long)s->S);
+        fprintf(f, "{\"levels\":%d,\"pool\":%d,\"topk\":%d,\"tile\":%d,\"slots\":%lld,\"dense_layers\":[", s->levels,
+                s->pool, s->topk, s->tile, (long long)s->S);
         for (int l = 0, n = 0; l < d->L; l++) if (!m->lighthouse_layer[l]) fprintf(f, "%s%d", n++ ? "," : "", l);
         fprintf(f, "]}");
     } else fprintf(f, "null");
     char* device_json = json_string(device);
-    log_line(f, ",\"steps\":%lld,\"switch_step\":%lld,\"tokens_per_step\":%lld,\"processes\":%d,\"device\":%s,\"backend\":\"%s\","
-             "\"measured_flops\":%.6g}", (long long)t->steps, (long long)t->switch_step, (long long)c->total_batch_size, procs.world,
-             device_json, backend_name, t->device_flops);
+    log_line(f, ",\"steps\":%lld,\"switch_step\":%lld,\"tokens_per_step\":%lld,\"processes\":%d,\"device\":%s,"
+             "\"backend\":\"%s\",\"measured_flops\":%.6g}", (long long)t->steps, (long long)t->switch_step,
+             (long long)c->total_batch_size, procs.world, device_json, backend_name, t->device_flops);
     free(device_json);
     fprintf(f, "{\"event\":\"memory\",\"total_bytes\":%zu,\"parts\":{", plan->total);
     for (int i = 0; i < plan->parts; i++) fprintf(f, "%s\"%s\":%zu", i ? "," : "", plan->name[i], plan->bytes[i]);
@@ -4250,12 +4317,14 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
     const Model* m = &t->model;
     const Dims* d = &m->dims;
     say("device      %s (%s), %d process(es)\n", device, backend_name, procs.world);
-    say("model       %s: %d layers, %d channels, %d heads of %d, %d tokens (padded %d), %s positions, %lld parameters\n", c->model,
-        d->L, d->C, d->NH, d->C / d->NH, d->V, d->Vp, d->rope ? "rotary" : "learned", (long long)m->parameters);
-    say("data        %s: %d shard(s), %lld windows of %lld tokens\n", c->train_data, t->train.count, (long long)t->train.windows,
-        (long long)c->seq_len);
-    say("batch       %lld tokens a step: %lld micro-step(s) of %lld x %lld on %d process(es)\n", (long long)c->total_batch_size,
-        (long long)t->accumulation, (long long)c->batch_size, (long long)c->seq_len, procs.world);
+    say("model       %s: %d layers, %d channels, %d heads of %d, %d tokens (padded %d), %s positions, %lld "
+        "parameters\n", c->model, d->L, d->C, d->NH, d->C / d->NH, d->V, d->Vp, d->rope ? "rotary" : "learned",
+        (long long)m->parameters);
+    say("data        %s: %d shard(s), %lld windows of %lld tokens\n", c->train_data, t->train.count,
+        (long long)t->train.windows, (long long)c->seq_len);
+    say("batch       %lld tokens a step: %lld micro-step(s) of %lld x %lld on %d process(es)\n",
+        (long long)c->total_batch_size, (long long)t->accumulation, (long long)c->batch_size, (long long)c->seq_len,
+        procs.world);
     double tokens = (double)t->steps * c->total_batch_size;
     say("run         %lld steps, %.3g tokens, %.2f epochs; %s to %.3g, %s\n", (long long)t->steps, tokens,
         tokens / c->seq_len / t->train.windows, "learning rate up", c->learning_rate, c->lr_schedule);
@@ -4266,16 +4335,17 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
         double T = (double)c->seq_len, S = (double)s->S;
         say("lighthouse  steps 0 to %lld in %d of %d layers: levels %d, pool %d, topk %d, tile %d (%d tiles)\n",
             (long long)t->switch_step - 1, lighthouse, d->L, s->levels, s->pool, s->topk, s->tile, s->tiles);
-        say("            %lld slots for %lld tokens: %.2f%% of dense attention's operations in such a layer\n", (long long)s->S,
-            (long long)c->seq_len, 100 * S * S / (T * T));
+        say("            %lld slots for %lld tokens: %.2f%% of dense attention's operations in such a layer\n",
+            (long long)s->S, (long long)c->seq_len, 100 * S * S / (T * T));
         say("dense       steps %lld to %lld%s\n", (long long)t->switch_step, (long long)t->steps - 1,
             t->switch_step == t->steps ? ": none" : "");
     } else say("attention   dense throughout\n");
     for (int phase = LIGHTHOUSE; phase <= DENSE; phase++)
         if (phase == DENSE || t->switch_step > 0)
-            say("operations  %.4g TFLOP a %s step\n", step_flops(m, (Phase)phase, c->seq_len, (double)c->total_batch_size) * 1e-12,
-                phase_name[phase]);
-    say("memory      %.2f GiB of %.2f GiB free, recompute level %lld:", gib(plan->total), gib(device_memory_free()), (long long)c->recompute);
+            say("operations  %.4g TFLOP a %s step\n",
+                step_flops(m, (Phase)phase, c->seq_len, (double)c->total_batch_size) * 1e-12, phase_name[phase]);
+    say("memory      %.2f GiB of %.2f GiB free, recompute level %lld:", gib(plan->total), gib(device_memory_free()),
+        (long long)c->recompute);
     for (int i = 0; i < plan->parts; i++) say("%s %s %.2f", i ? "," : "", plan->name[i], gib(plan->bytes[i]));
     say("\n");
 }
@@ -4285,9 +4355,12 @@ static void check_backend(const Model* m, const Config* c) {
     device_open(0);
 #ifndef CPU_BACKEND
     int C = m->dims.C, D = C / m->dims.NH;
-    if (procs.world > 1) fatal("%d processes were started; on GPUs this version trains in one: the _cpu program takes several", procs.world);
+    if (procs.world > 1)
+        fatal("%d processes were started; on GPUs this version trains in one: the _cpu program takes several",
+              procs.world);
     if (D != 64 && D != 128)
-        fatal("--channels %d with --heads %d makes heads of %d channels; on the GPU they have 64 or 128", C, m->dims.NH, D);
+        fatal("--channels %d with --heads %d makes heads of %d channels; on the GPU they have 64 or 128", C, m->dims.NH,
+              D);
     sdpa_deterministic = c->deterministic;
 #else
     (void)m; (void)c;
@@ -4316,14 +4389,16 @@ static void setup(Trainer* t, int argc, char** argv) {
     if (c->total_batch_size == 0) c->total_batch_size = micro;
     if (c->total_batch_size % micro)
         fatal("--total-batch-size is %lld; it must be a multiple of batch-size x seq-len x processes = %lld: try %lld",
-              (long long)c->total_batch_size, (long long)micro, (long long)(ceil_div(c->total_batch_size, micro) * micro));
+              (long long)c->total_batch_size, (long long)micro,
+              (long long)(ceil_div(c->total_batch_size, micro) * micro));
     t->accumulation = c->total_batch_size / micro;
     t->steps = c->steps >= 0 ? c->steps : t->train.windows * c->seq_len / c->total_batch_size;
     if (t->steps == 0 && c->steps < 0)
         fatal("one epoch, %lld tokens, is less than one step of %lld: lower --total-batch-size, or give --steps",
               (long long)(t->train.windows * c->seq_len), (long long)c->total_batch_size);
     if (c->warmup_steps > t->steps)
-        fatal("--warmup-steps is %lld, more than the run's %lld steps", (long long)c->warmup_steps, (long long)t->steps);
+        fatal("--warmup-steps is %lld, more than the run's %lld steps", (long long)c->warmup_steps,
+              (long long)t->steps);
     t->switch_step = parse_switch_step(c, t->steps);
     choose_lighthouse_layers(m, c);
     if (t->switch_step > 0 && !m->has_lighthouse) {
@@ -4343,15 +4418,16 @@ static void setup(Trainer* t, int argc, char** argv) {
             path = text("%.*stokenizer.bin", slash ? (int)(slash + 1 - c->train_data) : 0, c->train_data);
         }
         if (!tokenizer_open(&t->tokenizer, path, dims.V))
-            fatal("cannot read the tokenizer %s: %s. --tokenizer names it; --sample-every 0 does without", path, strerror(errno));
+            fatal("cannot read the tokenizer %s: %s. --tokenizer names it; --sample-every 0 does without", path,
+                  strerror(errno));
         free(path);
         int room = (int)strlen(c->prompt) + 1, *ids = (int*)host_alloc(room * sizeof(int));
         int encoded = tokenizer_encode(&t->tokenizer, c->prompt, ids, room);
         free(ids);
         if (encoded < 0) fatal("--prompt \"%s\" has a byte that the tokenizer has no token for", c->prompt);
         if (1 + encoded >= c->seq_len)
-            fatal("--prompt has %d tokens and begins after one more, which leaves no room for a new token in seq-len %lld: shorten it",
-                  encoded, (long long)c->seq_len);
+            fatal("--prompt has %d tokens and begins after one more, which leaves no room for a new token in seq-len "
+                  "%lld: shorten it", encoded, (long long)c->seq_len);
     }
 
     check_backend(m, c);
@@ -4369,11 +4445,13 @@ static void setup(Trainer* t, int argc, char** argv) {
     int earlier;
     free(checkpoint_list(c->out_dir, &earlier));
     if (earlier && !c->resume)
-        fatal("%s holds %d checkpoint(s) of an earlier run: --resume 1 goes on from the newest, or give another --out-dir", c->out_dir, earlier);
+        fatal("%s holds %d checkpoint(s) of an earlier run: --resume 1 goes on from the newest, or give another "
+              "--out-dir", c->out_dir, earlier);
     struct statvfs disk;
     double need = (double)checkpoint_bytes(m) + m->parameters * 4.0;
     if (procs.rank == 0 && !statvfs(c->out_dir, &disk) && (double)disk.f_bavail * disk.f_frsize < need)
-        fatal("%s has %.2f GiB free; a checkpoint and the model take %.2f GiB", c->out_dir, gib((double)disk.f_bavail * disk.f_frsize), gib(need));
+        fatal("%s has %.2f GiB free; a checkpoint and the model take %.2f GiB", c->out_dir,
+              gib((double)disk.f_bavail * disk.f_frsize), gib(need));
     barrier();  // every process has looked before rank 0 writes
 
     model_allocate(m, c, &plan);
@@ -4392,9 +4470,10 @@ static void setup(Trainer* t, int argc, char** argv) {
         s->windows = t->train.windows; s->seed = c->seed; s->shuffle = c->shuffle;
         s->data = loader_fingerprint(&t->train);
     }
-    #define UNCHANGED(field, now, what) if (s->field != (now)) fatal("%s was made with %s %lld, now it is %lld: a resumed run " \
-        "continues the same sequence of batches, so restore it, or start a new run from its weights with --model %s", path, what, \
-        (long long)s->field, (long long)(now), path)
+    #define UNCHANGED(field, now, what) if (s->field != (now)) \
+        fatal("%s was made with %s %lld, now it is %lld: a resumed run continues the same sequence of batches, so " \
+              "restore it, or start a new run from its weights with --model %s", path, what, (long long)s->field, \
+              (long long)(now), path)
     UNCHANGED(seq_len, c->seq_len, "seq-len");
     UNCHANGED(total_batch, c->total_batch_size, "total-batch-size");
     UNCHANGED(windows, t->train.windows, "training data of as many windows:");
@@ -4402,8 +4481,8 @@ static void setup(Trainer* t, int argc, char** argv) {
     UNCHANGED(shuffle, c->shuffle, "shuffle");
     #undef UNCHANGED
     if (s->data != loader_fingerprint(&t->train))
-        fatal("%s was made with other training data than %s: a resumed run continues the same sequence of batches, so restore it, or "
-              "start a new run from its weights with --model %s", path, c->train_data, path);
+        fatal("%s was made with other training data than %s: a resumed run continues the same sequence of batches, so "
+              "restore it, or start a new run from its weights with --model %s", path, c->train_data, path);
     if (s->step > t->steps)
         fatal("%s is at step %lld, past the %lld steps asked for", path, (long long)s->step, (long long)t->steps);
     t->wall_before = s->wall_s;
@@ -4425,16 +4504,19 @@ static double validate(Trainer* t, Phase phase) {
     const Config* c = &t->config;
     int64_t step = t->state.step;
     if (!t->has_val) return NAN;
-    double dense = evaluate(&t->model, c, &t->val, DENSE), lighthouse = phase == LIGHTHOUSE ? evaluate(&t->model, c, &t->val, LIGHTHOUSE) : NAN;
+    double dense = evaluate(&t->model, c, &t->val, DENSE);
+    double lighthouse = phase == LIGHTHOUSE ? evaluate(&t->model, c, &t->val, LIGHTHOUSE) : NAN;
     progress_clear(&t->logs);
     char* both = phase == LIGHTHOUSE ? text(" lhtel:%.6f", lighthouse) : text("%s", "");
-    if (phase == LIGHTHOUSE) say("step %lld | validation loss %.4f under dense attention, %.4f under Lighthouse\n", (long long)step, dense, lighthouse);
+    if (phase == LIGHTHOUSE)
+        say("step %lld | validation loss %.4f under dense attention, %.4f under Lighthouse\n", (long long)step, dense,
+            lighthouse);
     else say("step %lld | validation loss %.4f\n", (long long)step, dense);
     log_line(t->logs.main, "s:%lld tel:%.6f%s", (long long)step, dense, both);
     char *dense_json = json_number(dense), *lighthouse_json = json_number(lighthouse);
-    log_line(t->logs.jsonl, "{\"event\":\"eval\",\"step\":%lld,\"loss_dense\":%s,\"loss_lighthouse\":%s,\"tokens\":%lld,\"train_s\":%.3f,"
-             "\"wall_s\":%.3f}", (long long)step, dense_json, lighthouse_json, (long long)(step * t->config.total_batch_size),
-             t->state.train_s, wall_seconds(t));
+    log_line(t->logs.jsonl, "{\"event\":\"eval\",\"step\":%lld,\"loss_dense\":%s,\"loss_lighthouse\":%s,"
+             "\"tokens\":%lld,\"train_s\":%.3f,\"wall_s\":%.3f}", (long long)step, dense_json, lighthouse_json,
+             (long long)(step * t->config.total_batch_size), t->state.train_s, wall_seconds(t));
     free(both); free(dense_json); free(lighthouse_json);
     return dense;
 }
@@ -4450,10 +4532,11 @@ static void save_checkpoint(Trainer* t) {
     }
     barrier();
     progress_clear(&t->logs);
-    say("step %lld | checkpoint %s (%.2f GiB, %.1f s)\n", (long long)t->state.step, path, gib(checkpoint_bytes(&t->model)), seconds() - start);
+    say("step %lld | checkpoint %s (%.2f GiB, %.1f s)\n", (long long)t->state.step, path,
+        gib(checkpoint_bytes(&t->model)), seconds() - start);
     char* json = json_string(path);
-    log_line(t->logs.jsonl, "{\"event\":\"checkpoint\",\"step\":%lld,\"file\":%s,\"bytes\":%lld,\"seconds\":%.3f}", (long long)t->state.step,
-             json, (long long)checkpoint_bytes(&t->model), seconds() - start);
+    log_line(t->logs.jsonl, "{\"event\":\"checkpoint\",\"step\":%lld,\"file\":%s,\"bytes\":%lld,\"seconds\":%.3f}",
+             (long long)t->state.step, json, (long long)checkpoint_bytes(&t->model), seconds() - start);
     free(json); free(path);
 }
 
@@ -4476,7 +4559,8 @@ static double seconds_left(const Trainer* t) {
     }
     int64_t steps[2] = {t->switch_step > s->step ? t->switch_step - s->step : 0, 0};
     steps[1] = t->steps - s->step - steps[0];
-    for (int p = 0; p < 2; p++) left += steps[p] * (s->phase_steps[p] ? s->phase_s[p] / s->phase_steps[p] : per_flop * flops[p]);
+    for (int p = 0; p < 2; p++)
+        left += steps[p] * (s->phase_steps[p] ? s->phase_s[p] / s->phase_steps[p] : per_flop * flops[p]);
     return left;
 }
 
@@ -4495,7 +4579,8 @@ static void train_step(Trainer* t) {
     double sum = 0;
     for (int64_t micro = 0; micro < t->accumulation; micro++) {
         for (int64_t b = 0; b < B; b++)
-            loader_sequence(&t->train, s->sequences + (micro * procs.world + procs.rank) * B + b, inputs + b * T, targets + b * T);
+            loader_sequence(&t->train, s->sequences + (micro * procs.world + procs.rank) * B + b, inputs + b * T,
+                            targets + b * T);
         sum += model_micro_step(m, inputs, targets, r, 1.0f / total);
     }
     double loss = all_sum(sum) / total;
@@ -4506,9 +4591,11 @@ static void train_step(Trainer* t) {
     double loss_z = detector_score(&s->loss, loss), norm_z = detector_score(&s->norm, norm);
     bool finite = isfinite(loss) && isfinite(norm);
     if (!finite && !(c->skip_loss_z > 0 || c->skip_grad_z > 0))
-        fatal("step %lld: the loss is %g and the gradient norm %g. The checkpoints are as they were; resume from one with a lower "
-              "--learning-rate, or let --skip-grad-z pass over such steps", (long long)s->step + 1, loss, norm);
-    bool skip = !finite || (c->skip_loss_z > 0 && loss_z > c->skip_loss_z) || (c->skip_grad_z > 0 && norm_z > c->skip_grad_z);
+        fatal("step %lld: the loss is %g and the gradient norm %g. The checkpoints are as they were; resume from one "
+              "with a lower --learning-rate, or let --skip-grad-z pass over such steps", (long long)s->step + 1, loss,
+              norm);
+    bool skip = !finite || (c->skip_loss_z > 0 && loss_z > c->skip_loss_z) ||
+                (c->skip_grad_z > 0 && norm_z > c->skip_grad_z);
     double grad_scale = c->grad_clip > 0 && norm > c->grad_clip ? c->grad_clip / norm : 1;
     if (!skip) model_update(m, c, lr, grad_scale, ++s->updates);
     device_synchronize();
@@ -4523,17 +4610,18 @@ static void train_step(Trainer* t) {
     char* eta = duration(seconds_left(t));
     progress_clear(&t->logs);
     say("step %*lld/%lld | loss %.4f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s | mfu %.1f%% | %s | ETA %s%s\n",
-        (int)snprintf(NULL, 0, "%lld", (long long)t->steps), (long long)s->step, (long long)t->steps, loss, norm, lr, elapsed * 1e3,
-        total / elapsed, 100 * mfu, phase_name[phase], eta, skip ? " | update skipped: outlier" : "");
+        (int)snprintf(NULL, 0, "%lld", (long long)t->steps), (long long)s->step, (long long)t->steps, loss, norm, lr,
+        elapsed * 1e3, total / elapsed, 100 * mfu, phase_name[phase], eta, skip ? " | update skipped: outlier" : "");
     progress_bar(&t->logs, s->step, t->steps, eta);
     free(eta);
-    log_line(t->logs.main, "s:%lld trl:%.6f lr:%.8f norm:%.6f ms:%.2f tps:%.0f ph:%s", (long long)s->step - 1, loss, lr, norm, elapsed * 1e3,
-             total / elapsed, phase_name[phase]);
+    log_line(t->logs.main, "s:%lld trl:%.6f lr:%.8f norm:%.6f ms:%.2f tps:%.0f ph:%s", (long long)s->step - 1, loss, lr,
+             norm, elapsed * 1e3, total / elapsed, phase_name[phase]);
     char *loss_json = json_number(loss), *norm_json = json_number(norm);
-    log_line(t->logs.jsonl, "{\"event\":\"step\",\"step\":%lld,\"loss\":%s,\"lr\":%.9g,\"norm\":%s,\"ms\":%.3f,\"tokens_per_second\":%.1f,"
-             "\"mfu\":%.4f,\"phase\":\"%s\",\"tokens\":%lld,\"train_s\":%.3f,\"wall_s\":%.3f,\"skipped\":%s}", (long long)s->step, loss_json,
-             lr, norm_json, elapsed * 1e3, total / elapsed, mfu, phase_name[phase], (long long)(s->step * total), s->train_s,
-             wall_seconds(t), skip ? "true" : "false");
+    log_line(t->logs.jsonl, "{\"event\":\"step\",\"step\":%lld,\"loss\":%s,\"lr\":%.9g,\"norm\":%s,\"ms\":%.3f,"
+             "\"tokens_per_second\":%.1f,\"mfu\":%.4f,\"phase\":\"%s\",\"tokens\":%lld,\"train_s\":%.3f,"
+             "\"wall_s\":%.3f,\"skipped\":%s}", (long long)s->step, loss_json, lr, norm_json, elapsed * 1e3,
+             total / elapsed, mfu, phase_name[phase], (long long)(s->step * total), s->train_s, wall_seconds(t),
+             skip ? "true" : "false");
     free(loss_json); free(norm_json);
 }
 
@@ -4548,15 +4636,16 @@ static void finish(Trainer* t, double val_loss) {
         double rate = s->phase_s[p] > 0 ? s->phase_steps[p] * total / s->phase_s[p] : 0;
         if (s->phase_steps[p]) say("%-12s %8lld %14lld %12.1f %12.0f\n", phase_name[p], (long long)s->phase_steps[p],
                                    (long long)(s->phase_steps[p] * total), s->phase_s[p], rate);
-        phases[p] = text("{\"steps\":%lld,\"tokens\":%lld,\"seconds\":%.3f,\"tokens_per_second\":%.1f}", (long long)s->phase_steps[p],
-                         (long long)(s->phase_steps[p] * total), s->phase_s[p], rate);
+        phases[p] = text("{\"steps\":%lld,\"tokens\":%lld,\"seconds\":%.3f,\"tokens_per_second\":%.1f}",
+                         (long long)s->phase_steps[p], (long long)(s->phase_steps[p] * total), s->phase_s[p], rate);
     }
     char *wall = duration(wall_seconds(t)), *loss_json = json_number(val_loss);
     say("wall-clock %s; %.2f GiB of device memory taken; final validation loss %s; the model is in %s\n", wall,
         gib(device_memory_taken()), loss_json, path);
-    log_line(t->logs.jsonl, "{\"event\":\"total\",\"steps\":%lld,\"tokens\":%lld,\"train_s\":%.3f,\"wall_s\":%.3f,\"phases\":{\"lighthouse\":%s,"
-             "\"dense\":%s},\"final_val_loss\":%s,\"device_bytes\":%zu}", (long long)s->step, (long long)(s->step * total), s->train_s,
-             wall_seconds(t), phases[0], phases[1], loss_json, device_memory_taken());
+    log_line(t->logs.jsonl, "{\"event\":\"total\",\"steps\":%lld,\"tokens\":%lld,\"train_s\":%.3f,\"wall_s\":%.3f,"
+             "\"phases\":{\"lighthouse\":%s,\"dense\":%s},\"final_val_loss\":%s,\"device_bytes\":%zu}",
+             (long long)s->step, (long long)(s->step * total), s->train_s, wall_seconds(t), phases[0], phases[1],
+             loss_json, device_memory_taken());
     free(path); free(wall); free(loss_json); free(phases[0]); free(phases[1]);
 }
 
@@ -4587,8 +4676,8 @@ int main(int argc, char** argv) {
         if (at_switch) {
             progress_clear(&t->logs);
             say("step %lld | the switch: dense attention in every layer from here on\n", (long long)s->step);
-            log_line(t->logs.jsonl, "{\"event\":\"switch\",\"step\":%lld,\"from\":\"lighthouse\",\"to\":\"dense\",\"train_s\":%.3f}",
-                     (long long)s->step, s->train_s);
+            log_line(t->logs.jsonl, "{\"event\":\"switch\",\"step\":%lld,\"from\":\"lighthouse\",\"to\":\"dense\","
+                     "\"train_s\":%.3f}", (long long)s->step, s->train_s);
             memset(&s->loss, 0, sizeof s->loss);  // the loss jumps at the switch; that is no outlier
             memset(&s->norm, 0, sizeof s->norm);
         }
