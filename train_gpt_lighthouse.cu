@@ -24,6 +24,7 @@ S slots of the gathered Lighthouse sequence. Every pointer is declared with its 
 Build with make; every program has --help.
 */
 #include <ctype.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <glob.h>
@@ -42,7 +43,7 @@ Build with make; every program has --help.
 #include <sys/statvfs.h>
 #include <time.h>
 #include <unistd.h>
-#include <dirent.h>
+#include <algorithm>
 #ifdef USE_MPI
 #include <mpi.h>
 #endif
@@ -275,11 +276,11 @@ static bool lighthouse_defaults(LighthouseShape* s, const Config* c, int H, int 
 
 static void stop_all_processes();  // section 3: a failing process must not leave the others waiting
 
+// The compiler checks the arguments against the format, which is argument n.
+#define PRINTF_LIKE(n) __attribute__((format(printf, n, n + 1)))
+
 // Prints one message that says what is wrong, with which value, and what would be right; ends the program.
-#if defined(__GNUC__)
-__attribute__((format(printf, 1, 2), noreturn))
-#endif
-static void fatal(const char* format, ...) {
+PRINTF_LIKE(1) __attribute__((noreturn)) static void fatal(const char* format, ...) {
     va_list args;
     va_start(args, format);
     fflush(stdout);
@@ -298,10 +299,7 @@ static void* host_alloc(size_t bytes) {
 }
 
 // A string made by printf, to be freed by the caller.
-#if defined(__GNUC__)
-__attribute__((format(printf, 1, 2)))
-#endif
-static char* text(const char* format, ...) {
+PRINTF_LIKE(1) static char* text(const char* format, ...) {
     va_list args;
     va_start(args, format);
     char* s = NULL;
@@ -437,7 +435,6 @@ static void device_name(char* name, size_t size) {
 #ifndef FLOATX_FP32
 #include <cudnn.h>
 #endif
-#include <algorithm>
 
 // The type of weights and activations. The fp32 build is for tests: there every kernel must agree with its CPU twin to
 // fp32 rounding, which a bf16 result cannot show.
@@ -562,66 +559,56 @@ struct Processes {
 };
 static Processes procs = {0, 1};
 
-static void stop_all_processes() {
-#ifdef USE_MPI
+// How many processes the launcher says that it started.
+static int processes_started() {
+    const char* names[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"};
+    for (int i = 0; i < 3; i++) if (getenv(names[i]) && atoi(getenv(names[i])) != 1) return atoi(getenv(names[i]));
+    return 1;
+}
+
+#ifdef USE_MPI  // with MPI; below, without
+static bool mpi_running() {
     int initialized = 0;
     MPI_Initialized(&initialized);
-    if (initialized && procs.world > 1) MPI_Abort(MPI_COMM_WORLD, 1);
-#endif
+    return initialized;
 }
 
 static void processes_start(int* argc, char*** argv) {
-    const char* names[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"};
-    int started = 1;
-    for (int i = 0; i < 3 && started == 1; i++) if (getenv(names[i])) started = atoi(getenv(names[i]));
-#ifdef USE_MPI
-    if (started > 1 || getenv("OMPI_COMM_WORLD_SIZE")) {  // a single process needs no MPI, and starts faster without
-        MPI_Init(argc, argv);
-        MPI_Comm_rank(MPI_COMM_WORLD, &procs.rank);
-        MPI_Comm_size(MPI_COMM_WORLD, &procs.world);
-    }
-#else
-    (void)argc; (void)argv;
-    if (started > 1 && !getenv("SLURM_NTASKS"))
-        fatal("started as %d processes, but this program was built without MPI: install libopenmpi-dev and run make "
-              "again", started);
-#endif
+    // A single process needs no MPI, and starts faster without.
+    if (processes_started() <= 1 && !getenv("OMPI_COMM_WORLD_SIZE")) return;
+    MPI_Init(argc, argv);
+    MPI_Comm_rank(MPI_COMM_WORLD, &procs.rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &procs.world);
 }
-
-static void processes_end() {
-#ifdef USE_MPI
-    int initialized = 0;
-    MPI_Initialized(&initialized);
-    if (initialized) MPI_Finalize();
-#endif
-}
+static void processes_end() { if (mpi_running()) MPI_Finalize(); }
+static void stop_all_processes() { if (procs.world > 1 && mpi_running()) MPI_Abort(MPI_COMM_WORLD, 1); }
 
 // Sums over the processes, in place, in rank order on every process. Counts may exceed 2^31.
 static void all_sum(float* x, int64_t n) {
-    (void)x; (void)n;
-#ifdef USE_MPI
     for (int64_t i = 0; procs.world > 1 && i < n; i += 1 << 26) {
         int count = n - i < (1 << 26) ? (int)(n - i) : 1 << 26;
         MPI_Allreduce(MPI_IN_PLACE, x + i, count, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
     }
-#endif
 }
 static double all_sum(double x) {
-#ifdef USE_MPI
     if (procs.world > 1) MPI_Allreduce(MPI_IN_PLACE, &x, 1, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
-#endif
     return x;
 }
-static void barrier() {
-#ifdef USE_MPI
-    if (procs.world > 1) MPI_Barrier(MPI_COMM_WORLD);
-#endif
+static void barrier() { if (procs.world > 1) MPI_Barrier(MPI_COMM_WORLD); }
+#else
+static void processes_start(int*, char***) {
+    if (processes_started() > 1 && !getenv("SLURM_NTASKS"))
+        fatal("started as %d processes, but this program was built without MPI: install libopenmpi-dev and run make "
+              "again", processes_started());
 }
-
-#if defined(__GNUC__)
-__attribute__((format(printf, 1, 2)))
+static void processes_end() {}
+static void stop_all_processes() {}
+static void all_sum(float*, int64_t) {}
+static double all_sum(double x) { return x; }
+static void barrier() {}
 #endif
-static void say(const char* format, ...) {  // rank 0 speaks for all
+
+PRINTF_LIKE(1) static void say(const char* format, ...) {  // rank 0 speaks for all
     if (procs.rank) return;
     va_list args;
     va_start(args, format);
@@ -779,9 +766,15 @@ static uint64_t loader_fingerprint(const Loader* d) {
 // 5. Operations. Here the device kernels with their launchers; their plain-C twins of the same signatures are the CPU
 // backend and the oracle of the kernels' tests.
 
-#ifdef CPU_BACKEND
+#ifdef CPU_BACKEND  // the twins; below, down to the end of the section, CUDA
 #include "dev/cpu_ops.h"
 using namespace cpu;
+
+// On a CPU the operations take every shape and need no memory beside their tensors.
+static void operations_open(int, int, bool) {}
+static size_t operations_bytes(int, int64_t, int) { return 0; }
+static size_t sdpa_prepare(int, int64_t, int, int, bool, bool) { return 0; }
+static void operations_allocate(size_t, size_t) {}
 #else
 // ---- CUDA: loads of 8 elements, reductions ------------------------------------------------------------------------
 // Eight neighbouring elements: one 128-bit access in bf16, two in fp32. Rows are multiples of 8 everywhere. They stay
@@ -827,6 +820,16 @@ template <typename T> __device__ __forceinline__ Pack8<T> to_pack8(const float (
 template <typename T> __device__ __forceinline__ void stay_packed(Pack8<T>& pack) {
 #pragma unroll
     for (int i = 0; i < (int)sizeof(T) * 2; i++) asm volatile("" : "+r"(((int*)&pack)[i]));
+}
+
+// Inclusive prefix sum over the warp.
+__device__ __forceinline__ int warp_prefix(int x) {
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+        int before = __shfl_up_sync(0xffffffffu, x, offset);
+        if ((int)(threadIdx.x % 32) >= offset) x += before;
+    }
+    return x;
 }
 
 // Over the warp, or over WIDTH neighbouring lanes, which mask names; the result is the same in all of them.
@@ -975,15 +978,6 @@ __global__ void __launch_bounds__(SORT_DIGITS) sort_count_kernel(int* counts /*(
     }
     __syncthreads();
     counts[(int64_t)threadIdx.x * gridDim.x + blockIdx.x] = bins[threadIdx.x];
-}
-
-// Inclusive prefix sum over the warp.
-__device__ __forceinline__ int warp_prefix(int x) {
-    for (int offset = 1; offset < 32; offset *= 2) {
-        int other = __shfl_up_sync(0xffffffffu, x, offset);
-        if (threadIdx.x % 32 >= offset) x += other;
-    }
-    return x;
 }
 
 // A warp a digit: the counts of its tiles become the number of tokens in the tiles before.
@@ -1729,15 +1723,12 @@ template <bool SQUARE> void sum_async(double* out /*device memory*/, const float
     sum_partials_kernel<<<1, SUM_THREADS, 0, main_stream>>>(out, partial);
     cudaCheck(cudaGetLastError());
 }
-void sum_squares_async(double* out, const float* x, int64_t n) { sum_async<true>(out, x, n); }
-void sum_losses_async(double* out, const float* x, int64_t n) { sum_async<false>(out, x, n); }
 
 template <bool SQUARE> double sum_to_host(const float* x, int64_t n) {
     double* out = (double*)scratch(sum_scratch_bytes(), "sum") + SUM_BLOCKS;
     double result;
     sum_async<SQUARE>(out, x, n);
-    cudaCheck(cudaMemcpyAsync(&result, out, sizeof(result), cudaMemcpyDeviceToHost, main_stream));
-    cudaCheck(cudaStreamSynchronize(main_stream));
+    copy_to_host(&result, out, sizeof(result));
     return result;
 }
 double sum_squares(const float* x, int64_t n) { return sum_to_host<true>(x, n); }
@@ -1788,13 +1779,6 @@ void adamw_update(floatX* params, float* master /*or NULL: params are fp32*/, fl
     cudaCheck(cudaGetLastError());
 }
 
-// The scratch memory that the operations of a pass over (B, T) rows need.
-size_t operations_scratch_bytes(int B, int64_t T, int C) {
-    size_t need[] = {encoder_backward_scratch_bytes(B * T, C), layernorm_backward_scratch_bytes(C),
-                     matmul_backward_scratch_bytes(4 * C), sum_scratch_bytes()};
-    return *std::max_element(need, need + 4);
-}
-
 // ---- CUDA: causal attention ---------------------------------------------------------------------------------------
 // In bf16 it is cuDNN's, through the backend C API: the graph of elementary operations that cuDNN's runtime compiler
 // recognizes as flash attention. cuDNN has none for fp32; there plain kernels do it, for tests at small T.
@@ -1810,9 +1794,8 @@ void cudnn_check(cudnnStatus_t status, const char* call, const char* file, int l
     if (status == CUDNN_STATUS_SUCCESS) return;
     char reason[1024] = "";
     cudnnGetLastErrorString(reason, sizeof(reason));
-    fprintf(stderr, "%s:%d: %s failed: %s: %s; CUDNN_LOGLEVEL_DBG=3 CUDNN_LOGDEST_DBG=stdout makes cuDNN say more\n",
-            file, line, call, cudnnGetErrorString(status), reason);
-    exit(EXIT_FAILURE);
+    fatal("%s:%d: %s failed: %s: %s; CUDNN_LOGLEVEL_DBG=3 CUDNN_LOGDEST_DBG=stdout makes cuDNN say more", file, line,
+          call, cudnnGetErrorString(status), reason);
 }
 #define cudnnCheck(call) cudnn_check((call), #call, __FILE__, __LINE__)
 
@@ -1852,8 +1835,7 @@ static void cudnn_set(CudnnNode d, cudnnBackendAttributeName_t name, cudnnBacken
                       int64_t count, const void* value) {
     cudnnCheck(cudnnBackendSetAttribute(d, name, type, count, value));
 }
-static void cudnn_set_descriptor(CudnnNode d, cudnnBackendAttributeName_t name,
-                                 CudnnNode value) {
+static void cudnn_set_descriptor(CudnnNode d, cudnnBackendAttributeName_t name, CudnnNode value) {
     cudnn_set(d, name, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &value);
 }
 static CudnnNode cudnn_new(SdpaGraph* g, cudnnBackendDescriptorType_t type) {
@@ -1865,7 +1847,7 @@ static CudnnNode cudnn_new(SdpaGraph* g, cudnnBackendDescriptorType_t type) {
 }
 
 static CudnnNode sdpa_tensor(SdpaGraph* g, int64_t id /*0: a value inside the graph*/, SdpaLayout layout,
-                                            cudnnDataType_t type) {
+                             cudnnDataType_t type) {
     CudnnNode d = cudnn_new(g, CUDNN_BACKEND_TENSOR_DESCRIPTOR);
     int64_t alignment = 16, unique = id ? id : g->next_id++;
     bool yes = true, scalar = id >= SDPA_SCALE;
@@ -1900,10 +1882,9 @@ static void sdpa_matmul(SdpaGraph* g, CudnnNode a, CudnnNode b, CudnnNode c) {
 }
 
 // y = mode(x), mode(x, b), or mode(x, b) where the mask t says so. Returns y.
-static CudnnNode sdpa_pointwise(SdpaGraph* g, cudnnPointwiseMode_t mode, CudnnNode y,
-                                               CudnnNode x, CudnnNode b = NULL,
-                                               CudnnNode t = NULL, int64_t axis = -1,
-                                               cudnnDataType_t precision = CUDNN_DATA_FLOAT) {
+static CudnnNode sdpa_pointwise(SdpaGraph* g, cudnnPointwiseMode_t mode, CudnnNode y, CudnnNode x, CudnnNode b = NULL,
+                                CudnnNode t = NULL, int64_t axis = -1,
+                                cudnnDataType_t precision = CUDNN_DATA_FLOAT) {
     CudnnNode kind = cudnn_new(g, CUDNN_BACKEND_POINTWISE_DESCRIPTOR);
     cudnn_set(kind, CUDNN_ATTR_POINTWISE_MODE, CUDNN_TYPE_POINTWISE_MODE, 1, &mode);
     cudnn_set(kind, CUDNN_ATTR_POINTWISE_MATH_PREC, CUDNN_TYPE_DATA_TYPE, 1, &precision);
@@ -1919,8 +1900,7 @@ static CudnnNode sdpa_pointwise(SdpaGraph* g, cudnnPointwiseMode_t mode, CudnnNo
     return y;
 }
 
-static CudnnNode sdpa_reduce(SdpaGraph* g, cudnnReduceTensorOp_t mode, CudnnNode y,
-                                            CudnnNode x) {
+static CudnnNode sdpa_reduce(SdpaGraph* g, cudnnReduceTensorOp_t mode, CudnnNode y, CudnnNode x) {
     cudnnDataType_t f32 = CUDNN_DATA_FLOAT;
     CudnnNode kind = cudnn_new(g, CUDNN_BACKEND_REDUCTION_DESCRIPTOR);
     cudnn_set(kind, CUDNN_ATTR_REDUCTION_OPERATOR, CUDNN_TYPE_REDUCTION_OPERATOR_TYPE, 1, &mode);
@@ -1957,7 +1937,7 @@ static CudnnNode sdpa_causal(SdpaGraph* g, SdpaLayout TT, CudnnNode x) {
     sdpa_pointwise(g, CUDNN_POINTWISE_GEN_INDEX, row, x, NULL, NULL, 2);
     sdpa_pointwise(g, CUDNN_POINTWISE_GEN_INDEX, column, x, NULL, NULL, 3);
     CudnnNode seen = sdpa_pointwise(g, CUDNN_POINTWISE_CMP_GE, sdpa_tensor(g, 0, TT, BOOLEAN), row, column,
-                                                   NULL, -1, BOOLEAN);
+                                    NULL, -1, BOOLEAN);
     return sdpa_pointwise(g, CUDNN_POINTWISE_BINARY_SELECT, sdpa_tensor(g, 0, TT, F32), x, masked, seen);
 }
 
@@ -2302,6 +2282,33 @@ void sdpa_backward(floatX* dqkv, const floatX* dout, const floatX* qkv, const fl
 }
 #endif  // FLOATX_FP32
 
+// ---- what the operations need of a run
+static void operations_open(int C, int NH, bool deterministic) {
+    int D = C / NH;
+    if (procs.world > 1)
+        fatal("%d processes were started; on GPUs this version trains in one: the _cpu program takes several",
+              procs.world);
+    if (D != 64 && D != 128)
+        fatal("--channels %d with --heads %d makes heads of %d channels; on the GPU they have 64 or 128", C, NH, D);
+    sdpa_deterministic = deterministic;
+}
+
+// Bytes for the operations of a pass over (B, T) rows.
+static size_t operations_bytes(int B, int64_t T, int C) {
+    size_t need[] = {encoder_backward_scratch_bytes(B * T, C), layernorm_backward_scratch_bytes(C),
+                     matmul_backward_scratch_bytes(4 * C), sum_scratch_bytes()};
+    return *std::max_element(need, need + 4) + cublaslt_workspace_bytes;
+}
+
+// Takes the most that operations_bytes() and sdpa_prepare() said of any pass.
+static void operations_allocate(size_t bytes, size_t attention) {
+    cublaslt_workspace = device_alloc(cublaslt_workspace_bytes);
+    op_scratch_bytes = bytes - cublaslt_workspace_bytes;
+    op_scratch = (char*)device_alloc(op_scratch_bytes);
+    sdpa_workspace_bytes = attention;
+    sdpa_workspace = device_alloc(sdpa_workspace_bytes);
+}
+
 #endif  // CPU_BACKEND
 
 // ===================================================================================================================
@@ -2327,12 +2334,6 @@ void sdpa_backward(floatX* dqkv, const floatX* dout, const floatX* qkv, const fl
 template <int LANES> __device__ __forceinline__ unsigned group_mask() {
     if (LANES == 32) return 0xffffffffu;
     return ((1u << (LANES % 32)) - 1) << (threadIdx.x % 32 / LANES * LANES);
-}
-
-template <int LANES> __device__ __forceinline__ float group_sum(float x) {
-#pragma unroll
-    for (int offset = LANES / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(group_mask<LANES>(), x, offset);
-    return x;
 }
 
 __device__ __forceinline__ int pool_bits(const LighthouseShape& s) { return 31 - __clz(s.pool); }
@@ -2376,7 +2377,7 @@ __global__ void __launch_bounds__(1024) lighthouse_scores_kernel(float* scores, 
             for (int i = 0; i < BATCH; i++) {
 #pragma unroll
                 for (int d = 0; d < 8; d++) square[i] += (float)pack[i].v[d] * (float)pack[i].v[d];
-                square[i] = group_sum<LANES>(square[i]);
+                square[i] = warp_sum<LANES>(square[i], group_mask<LANES>());
             }
 #pragma unroll
             for (int i = 0; i < BATCH; i++) {
@@ -2443,15 +2444,6 @@ __device__ __forceinline__ uint32_t score_key(float score) {
     return (bits < 0x7f800000u ? bits : 0x7f800000u) + 1;
 }
 
-__device__ __forceinline__ int warp_inclusive_sum(int x) {
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-        int y = __shfl_up_sync(0xffffffffu, x, offset);
-        if ((int)(threadIdx.x % 32) >= offset) x += y;
-    }
-    return x;
-}
-
 // The want-th largest of the block's n keys; in ties, how many of the keys equal to it are among the want largest.
 template <class Key>
 __device__ __forceinline__ uint32_t kth_largest(int* ties, Key key, int n, int want, int32_t* histogram /*(256 + 2)*/) {
@@ -2468,7 +2460,7 @@ __device__ __forceinline__ uint32_t kth_largest(int* ties, Key key, int n, int w
             int bin[8], sum = 0;
 #pragma unroll
             for (int i = 0; i < 8; i++) sum += bin[i] = histogram[255 - (threadIdx.x * 8 + i)];
-            int above = warp_inclusive_sum(sum) - sum;
+            int above = warp_prefix(sum) - sum;
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 if (above < want && above + bin[i] >= want) {
@@ -2506,11 +2498,11 @@ __device__ __forceinline__ void pick_best(uint32_t* picked, int32_t* before, Key
         for (int w0 = 0; w0 < words; w0 += 32) {
             int w = w0 + lane;
             uint32_t equal = w < words ? before[w] : 0, word = w < words ? picked[w] : 0;
-            int through = warp_inclusive_sum(__popc(equal)), room = ties - (equals + through - __popc(equal));
+            int through = warp_prefix(__popc(equal)), room = ties - (equals + through - __popc(equal));
             equals += __shfl_sync(0xffffffffu, through, 31);
             while (equal && __popc(equal) > room) equal ^= 0x80000000u >> __clz(equal);  // ties: the lower index stays
             word |= equal;
-            through = warp_inclusive_sum(__popc(word));
+            through = warp_prefix(__popc(word));
             if (w < words) {
                 picked[w] = word;
                 before[w] = total + through - __popc(word);
@@ -3002,12 +2994,12 @@ struct Model {
     int* host_tokens;          // (2, B, T) a batch on its way to the device
 };
 
-static floatX* weight(const Model* m, int t, int l) {
-    return m->params + m->offset[t] + (tensor_is_stacked(t) ? l * (m->size[t] / m->dims.L) : 0);
+// Where layer l of tensor t begins among the parameters.
+static int64_t layer_offset(const Model* m, int t, int l) {
+    return m->offset[t] + (tensor_is_stacked(t) ? l * (m->size[t] / m->dims.L) : 0);
 }
-static float* gradient(const Model* m, int t, int l) {
-    return m->grads + m->offset[t] + (tensor_is_stacked(t) ? l * (m->size[t] / m->dims.L) : 0);
-}
+static floatX* weight(const Model* m, int t, int l) { return m->params + layer_offset(m, t, l); }
+static float* gradient(const Model* m, int t, int l) { return m->grads + layer_offset(m, t, l); }
 
 static void model_layout(Model* m, Dims d) {
     m->dims = d;
@@ -3283,6 +3275,7 @@ struct Plan {
 };
 
 static void plan_add(Plan* p, const char* name, size_t bytes) {
+    if (bytes == 0) return;
     p->name[p->parts] = name;
     p->bytes[p->parts++] = bytes;
     p->total += bytes;
@@ -3308,48 +3301,34 @@ static size_t rope_table_bytes(int64_t T, int D) {
     return (size_t)(1024 + ceil_div(T, 1024)) * (D / 2) * 2 * sizeof(float);
 }
 
-// Scratch memory of the operations and workspace of attention, for every pass of the run; this builds cuDNN's plans.
-static void plan_add_backend(Plan* p, const Model* m, const Passes* passes) {
-#ifdef CPU_BACKEND
-    (void)p; (void)m; (void)passes;
-#else
-    const Dims* d = &m->dims;
-    size_t scratch = 0, workspace = 0;
-    for (int i = 0; i < passes->count; i++) {
-        Run r = passes->run[i];
-        bool kinds[2] = {false, false};
-        for (int l = 0; l < d->L; l++) kinds[attention_kind(m, l, r.phase)] = true;
-        for (int kind = LIGHTHOUSE; kind <= DENSE; kind++)
-            if (kinds[kind]) {
-                int64_t rows = kind == LIGHTHOUSE ? m->shape.S : r.T;
-                size_t bytes = sdpa_prepare(r.B, rows, d->NH, d->C / d->NH, true, r.train);
-                workspace = std::max(workspace, bytes);
-            }
-        scratch = std::max(scratch, operations_scratch_bytes(r.B, r.T, d->C));
-    }
-    plan_add(p, "operations", scratch + cublaslt_workspace_bytes);
-    plan_add(p, "attention workspace", workspace);
-#endif
-}
-
 static Plan memory_plan(const Model* m, const Config* c, int64_t sample_T, int recompute, int B) {
     Plan p;
     memset(&p, 0, sizeof p);
     int64_t n = m->parameters;
+    int D = m->dims.C / m->dims.NH;
     plan_add(&p, "parameters", n * sizeof(floatX));
     if (sizeof(floatX) != sizeof(float)) plan_add(&p, "fp32 masters", n * sizeof(float));
     plan_add(&p, "gradients", n * sizeof(float));
     plan_add(&p, "AdamW moments", 2 * n * sizeof(float));
-    if (m->dims.rope) plan_add(&p, "rotary table", rope_table_bytes(c->seq_len, m->dims.C / m->dims.NH));
+    if (m->dims.rope) plan_add(&p, "rotary table", rope_table_bytes(c->seq_len, D));
     plan_add(&p, "tokens", 2 * (size_t)B * c->seq_len * sizeof(int));
     Passes passes = run_passes(m, c, sample_T, recompute, B);
-    size_t activations = 0;
+    size_t activations = 0, operations = 0, attention = 0;
     for (int i = 0; i < passes.count; i++) {
-        size_t bytes = activations_bytes(m, passes.run[i]);
-        if (bytes > activations) activations = bytes;
+        Run r = passes.run[i];
+        activations = std::max(activations, activations_bytes(m, r));
+        operations = std::max(operations, operations_bytes(r.B, r.T, m->dims.C));
+        bool kinds[2] = {false, false};
+        for (int l = 0; l < m->dims.L; l++) kinds[attention_kind(m, l, r.phase)] = true;
+        for (int kind = LIGHTHOUSE; kind <= DENSE; kind++) {  // on a GPU this builds cuDNN's plans
+            if (!kinds[kind]) continue;
+            int64_t rows = kind == LIGHTHOUSE ? m->shape.S : r.T;
+            attention = std::max(attention, (size_t)sdpa_prepare(r.B, rows, m->dims.NH, D, true, r.train));
+        }
     }
     plan_add(&p, "activations", activations);
-    plan_add_backend(&p, m, &passes);
+    plan_add(&p, "operations", operations);
+    plan_add(&p, "attention workspace", attention);
     return p;
 }
 
@@ -3370,13 +3349,7 @@ static void model_allocate(Model* m, const Config* c, const Plan* p) {
     m->targets = (int*)device_alloc(batch * sizeof(int));
     m->host_tokens = (int*)host_alloc(2 * batch * sizeof(int));
     m->arena.base = (char*)device_alloc(plan_part(p, "activations"));
-#ifndef CPU_BACKEND
-    cublaslt_workspace = device_alloc(cublaslt_workspace_bytes);
-    op_scratch_bytes = plan_part(p, "operations") - cublaslt_workspace_bytes;
-    op_scratch = (char*)device_alloc(op_scratch_bytes);
-    sdpa_workspace_bytes = plan_part(p, "attention workspace");
-    sdpa_workspace = device_alloc(sdpa_workspace_bytes);
-#endif
+    operations_allocate(plan_part(p, "operations"), plan_part(p, "attention workspace"));
     if (m->dims.rope) {
         int D = m->dims.C / m->dims.NH;
         size_t bytes = rope_table_bytes(c->seq_len, D);
@@ -3996,10 +3969,7 @@ static Logs logs_open(const Config* c) {
     return g;
 }
 
-#if defined(__GNUC__)
-__attribute__((format(printf, 2, 3)))
-#endif
-static void log_line(FILE* f, const char* format, ...) {
+PRINTF_LIKE(2) static void log_line(FILE* f, const char* format, ...) {
     if (!f) return;
     va_list args;
     va_start(args, format);
@@ -4350,23 +4320,6 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
     say("\n");
 }
 
-// Opens the device and refuses what its kernels do not do.
-static void check_backend(const Model* m, const Config* c) {
-    device_open(0);
-#ifndef CPU_BACKEND
-    int C = m->dims.C, D = C / m->dims.NH;
-    if (procs.world > 1)
-        fatal("%d processes were started; on GPUs this version trains in one: the _cpu program takes several",
-              procs.world);
-    if (D != 64 && D != 128)
-        fatal("--channels %d with --heads %d makes heads of %d channels; on the GPU they have 64 or 128", C, m->dims.NH,
-              D);
-    sdpa_deterministic = c->deterministic;
-#else
-    (void)m; (void)c;
-#endif
-}
-
 static void setup(Trainer* t, int argc, char** argv) {
     Config* c = &t->config;
     Model* m = &t->model;
@@ -4430,7 +4383,8 @@ static void setup(Trainer* t, int argc, char** argv) {
                   "%lld: shorten it", encoded, (long long)c->seq_len);
     }
 
-    check_backend(m, c);
+    device_open(0);
+    operations_open(dims.C, dims.NH, c->deterministic);
     int64_t sample_T = sample_length(c);
     Plan plan = choose_plan(m, c, sample_T);
     char device[256];

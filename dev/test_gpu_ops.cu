@@ -940,7 +940,7 @@ void time_all() {
         floatX* params = device_array<floatX>(n);
         double* result = device_array<double>(1);
         need_scratch(sum_scratch_bytes());
-        time_bytes("sum_squares_async n=429M", 4.0 * n, [&] { sum_squares_async(result, g, n); });
+        time_bytes("sum_squares n=429M", 4.0 * n, [&] { sum_async<true>(result, g, n); });
         time_bytes("sum_squares n=429M, result to the host", 4.0 * n, [&] { sum_squares(g, n); });
         time_bytes("adamw_update n=429M", n * (28.0 + sizeof(floatX)), [&] {
             adamw_update(params, p, m, v, g, n, 1e-3f, 0.9f, 0.95f, 0.1f, 0.05f, 1e-8f, 0.1f, 1.0f);
