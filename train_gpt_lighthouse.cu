@@ -8,11 +8,11 @@ dense SDPA in every layer (the resumption) and ends in a plain dense checkpoint.
 without Lighthouse, the baseline to compare with.
 
  1. configuration          the options, one table; the geometry of Lighthouse
- 2. errors, files, memory  what every later section stands on
+ 2. errors, files, memory  what every later section stands on; the device: a CPU or an NVIDIA GPU
  3. processes              rank, world, collectives
  4. data                   token shards in, windows of T+1 tokens out
- 5. operations             forward and backward of each operation (CPU twins: dev/cpu_ops.h)
- 6. Lighthouse attention   the operations composed round the same SDPA call
+ 5. operations             kernels and launchers, forward and backward; dense attention (CPU twins: dev/cpu_ops.h)
+ 6. Lighthouse attention   its kernels, and how they compose round the same SDPA call
  7. model                  parameters, activations, memory plan, forward, backward
  8. optimizer              AdamW, learning rate schedules, outlier detection
  9. checkpoints            model files and whole run states
@@ -51,7 +51,7 @@ Build with make; every program has --help.
 // ===================================================================================================================
 // 1. Configuration: one struct, one table that gives every option its name, default, bounds and help line.
 
-#ifdef DENSE_ONLY
+#ifdef DENSE_ONLY  // as train_gpt_dense.cu includes it
 static const bool lighthouse_built = false;
 #define PROGRAM "dense"
 #else
@@ -272,7 +272,7 @@ static bool lighthouse_defaults(LighthouseShape* s, const Config* c, int H, int 
 }
 
 // ===================================================================================================================
-// 2. Errors and checks, files, memory, timers.
+// 2. Errors and checks, files, time, randomness; the device and its memory, which on the CPU backend are the host's.
 
 static void stop_all_processes();  // section 3: a failing process must not leave the others waiting
 
@@ -390,9 +390,9 @@ static double gaussian(uint64_t seed, uint64_t counter) {
     return sqrt(-2 * log(uniform(seed, 2 * counter))) * cos(2 * M_PI * uniform(seed, 2 * counter + 1));
 }
 
-// ---- device memory: on the CPU backend the device is the host
+// ---- the device
 
-#ifdef CPU_BACKEND
+#ifdef CPU_BACKEND  // the host; below, an NVIDIA GPU
 typedef float floatX;
 static const char* backend_name = "cpu";
 
@@ -427,8 +427,6 @@ static void device_name(char* name, size_t size) {
     snprintf(name, size, "%s, %ld cores", model, sysconf(_SC_NPROCESSORS_ONLN));
 }
 #else
-// ---- device memory: on an NVIDIA GPU
-
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -763,8 +761,8 @@ static uint64_t loader_fingerprint(const Loader* d) {
 }
 
 // ===================================================================================================================
-// 5. Operations. Here the device kernels with their launchers; their plain-C twins of the same signatures are the CPU
-// backend and the oracle of the kernels' tests.
+// 5. Operations: forward and backward of each, dense causal attention (cuDNN's) the last of them. Here the device
+// kernels with their launchers; plain-C twins of the same signatures are the CPU backend and the oracle of the tests.
 
 #ifdef CPU_BACKEND  // the twins; below, down to the end of the section, CUDA
 #include "dev/cpu_ops.h"
@@ -776,7 +774,7 @@ static size_t operations_bytes(int, int64_t, int) { return 0; }
 static size_t sdpa_prepare(int, int64_t, int, int, bool, bool) { return 0; }
 static void operations_allocate(size_t, size_t) {}
 #else
-// ---- CUDA: loads of 8 elements, reductions ------------------------------------------------------------------------
+// ---- loads of 8 elements, reductions
 // Eight neighbouring elements: one 128-bit access in bf16, two in fp32. Rows are multiples of 8 everywhere. They stay
 // in the type of memory until used, since that takes half the registers while a thread waits for several of them.
 template <typename T> struct alignas(16) Pack8 { T v[8]; };
@@ -867,7 +865,7 @@ template <int R> __device__ __forceinline__ void block_sum(float (&x)[R], float*
     }
 }
 
-// ---- sums over rows: partial results to totals ----------------------------------------------------------------------
+// ---- sums over rows: partial results to totals
 // dst += the sum over g of partial[g]: the second stage of every gradient that sums over all rows. Columns below split
 // belong to dst0, the others to dst1.
 __global__ void __launch_bounds__(1024) add_partials_kernel(float* dst0, float* dst1, int split,
@@ -887,12 +885,12 @@ __global__ void __launch_bounds__(1024) add_partials_kernel(float* dst0, float* 
     *dst += sum;
 }
 
-void add_partials(float* dst0, float* dst1, int split, const float* partial, int groups, int n) {
+static void add_partials(float* dst0, float* dst1, int split, const float* partial, int groups, int n) {
     add_partials_kernel<<<grid_for(n, 32), dim3(32, 32), 0, main_stream>>>(dst0, dst1, split, partial, groups, n);
     cudaCheck(cudaGetLastError());
 }
 
-// ---- encoder --------------------------------------------------------------------------------------------------------
+// ---- encoder
 // A warp a row: the token is read once, and C needs no division.
 __global__ void __launch_bounds__(256)
     encoder_forward_kernel(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, int64_t N, int64_t T,
@@ -913,9 +911,9 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-void encoder_forward(floatX* out /*(B,T,C)*/, const int* tokens /*(B,T)*/, const floatX* wte /*(Vp,C)*/,
-                     const floatX* wpe /*(maxT,C) or NULL*/, int B, int64_t T, int C,
-                     int64_t t0 /*position of token 0*/) {
+static void encoder_forward(floatX* out /*(B,T,C)*/, const int* tokens /*(B,T)*/, const floatX* wte /*(Vp,C)*/,
+                            const floatX* wpe /*(maxT,C) or NULL*/, int B, int64_t T, int C,
+                            int64_t t0 /*position of token 0*/) {
     opRequireRows("encoder_forward", C);
     int64_t N = B * T;
     encoder_forward_kernel<<<grid_for(N, 8), dim3(32, 8), 0, main_stream>>>(out, tokens, wte, wpe, N, T, C, t0);
@@ -945,7 +943,7 @@ struct EncoderScratch {
     size_t bytes;
 };
 
-EncoderScratch encoder_scratch(char* base, int64_t N, int C) {
+static EncoderScratch encoder_scratch(char* base, int64_t N, int C) {
     EncoderScratch s;
     s.tiles = ceil_div(N, SORT_TILE);
     s.piece = std::max(ENCODER_PIECE, (int)ceil_div(N, ENCODER_PIECES));
@@ -963,7 +961,7 @@ EncoderScratch encoder_scratch(char* base, int64_t N, int C) {
     return s;
 }
 
-size_t encoder_backward_scratch_bytes(int64_t N, int C) { return encoder_scratch(NULL, N, C).bytes; }
+static size_t encoder_backward_scratch_bytes(int64_t N, int C) { return encoder_scratch(NULL, N, C).bytes; }
 
 // One pass of a radix sort, by the SORT_BITS bits from shift on: count, prefix sums, move.
 __global__ void __launch_bounds__(SORT_DIGITS) sort_count_kernel(int* counts /*(SORT_DIGITS,tiles)*/, const int* key,
@@ -1139,8 +1137,9 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-void encoder_backward(float* dwte /*(Vp,C) +=*/, float* dwpe /*(maxT,C) += or NULL*/, const floatX* dout /*(B,T,C)*/,
-                      const int* tokens /*(B,T)*/, int B, int64_t T, int C, int64_t t0, int Vp) {
+static void encoder_backward(float* dwte /*(Vp,C) +=*/, float* dwpe /*(maxT,C) += or NULL*/,
+                             const floatX* dout /*(B,T,C)*/, const int* tokens /*(B,T)*/, int B, int64_t T, int C,
+                             int64_t t0, int Vp) {
     opRequireRows("encoder_backward", C);
     int64_t N = B * T;
     opRequire(N > 0 && N <= INT32_MAX, "encoder_backward: %lld rows, outside 1 to 2^31 - 1", (long long)N);
@@ -1167,11 +1166,11 @@ void encoder_backward(float* dwte /*(Vp,C) +=*/, float* dwpe /*(maxT,C) += or NU
     }
 }
 
-// ---- layernorm ------------------------------------------------------------------------------------------------------
+// ---- layernorm
 constexpr int LAYERNORM_MAX_C = 4096;
 constexpr int LAYERNORM_MAX_BLOCKS = 1024;
 
-void layernorm_require(const char* op, int C) {
+static void layernorm_require(const char* op, int C) {
     opRequireRows(op, C);
     opRequire(C <= LAYERNORM_MAX_C, "%s: %d channels, at most %d", op, C, LAYERNORM_MAX_C);
 }
@@ -1219,8 +1218,8 @@ __global__ void __launch_bounds__(256) layernorm_forward_kernel(floatX* out, flo
     }
 }
 
-void layernorm_forward(floatX* out, float* mean /*(N)*/, float* rstd /*(N)*/, const floatX* inp /*(N,C)*/,
-                       const floatX* weight /*(C)*/, const floatX* bias /*(C)*/, int64_t N, int C) {
+static void layernorm_forward(floatX* out, float* mean /*(N)*/, float* rstd /*(N)*/, const floatX* inp /*(N,C)*/,
+                              const floatX* weight /*(C)*/, const floatX* bias /*(C)*/, int64_t N, int C) {
     layernorm_require("layernorm_forward", C);
     auto kernel = layernorm_forward_kernel<LAYERNORM_MAX_C / 256>;
     switch (ceil_div(C, 256)) {
@@ -1282,11 +1281,11 @@ __global__ void __launch_bounds__(512, 2) layernorm_backward_kernel(floatX* dinp
     store8(partial + (int64_t)blockIdx.x * 2 * C + C + c, to_pack8<float>(dbias));
 }
 
-size_t layernorm_backward_scratch_bytes(int C) { return (size_t)LAYERNORM_MAX_BLOCKS * 2 * C * sizeof(float); }
+static size_t layernorm_backward_scratch_bytes(int C) { return (size_t)LAYERNORM_MAX_BLOCKS * 2 * C * sizeof(float); }
 
-void layernorm_backward(floatX* dinp /*(N,C) +=*/, float* dweight /*(C) +=*/, float* dbias /*(C) +=*/,
-                        const floatX* dout /*(N,C)*/, const floatX* inp /*(N,C)*/, const floatX* weight /*(C)*/,
-                        const float* mean /*(N)*/, const float* rstd /*(N)*/, int64_t N, int C) {
+static void layernorm_backward(floatX* dinp /*(N,C) +=*/, float* dweight /*(C) +=*/, float* dbias /*(C) +=*/,
+                               const floatX* dout /*(N,C)*/, const floatX* inp /*(N,C)*/, const floatX* weight /*(C)*/,
+                               const float* mean /*(N)*/, const float* rstd /*(N)*/, int64_t N, int C) {
     layernorm_require("layernorm_backward", C);
     float* partial = (float*)scratch(layernorm_backward_scratch_bytes(C), "layernorm_backward");
     int threads = (int)ceil_div(C / 8, 32) * 32;
@@ -1301,7 +1300,7 @@ void layernorm_backward(floatX* dinp /*(N,C) +=*/, float* dweight /*(C) +=*/, fl
     add_partials(dweight, dbias, C, partial, blocks, 2 * C);
 }
 
-// ---- matmul ---------------------------------------------------------------------------------------------------------
+// ---- matmul
 // cuBLASLt's matrices are column major, so a row-major (N,C) is its (C,N), and D = op(A) op(B) is written for the
 // transposes. Sums are fp32; in the fp32 build without TF32. The choice of a kernel takes far longer than a launch, so
 // it is made once a shape and kept; it does not depend on timings, so a resumed run gets the same one.
@@ -1313,11 +1312,11 @@ struct MatmulPlan {
     cublasLtMatmulAlgo_t algo;
 };
 constexpr int MATMUL_PLANS = 256;
-MatmulPlan matmul_plans[MATMUL_PLANS];
-int64_t matmul_plan_count;
+static MatmulPlan matmul_plans[MATMUL_PLANS];
+static int64_t matmul_plan_count;
 
-MatmulPlan* matmul_plan(int64_t m, int64_t n, int64_t k, bool trans_a, bool trans_b, bool bias, bool add,
-                        bool float_out) {
+static MatmulPlan* matmul_plan(int64_t m, int64_t n, int64_t k, bool trans_a, bool trans_b, bool bias, bool add,
+                               bool float_out) {
     for (int i = 0; i < std::min(matmul_plan_count, (int64_t)MATMUL_PLANS); i++) {
         MatmulPlan* p = &matmul_plans[i];
         if (p->m == m && p->n == n && p->k == k && p->trans_a == trans_a && p->trans_b == trans_b && p->bias == bias &&
@@ -1365,8 +1364,8 @@ MatmulPlan* matmul_plan(int64_t m, int64_t n, int64_t k, bool trans_a, bool tran
 }
 
 // D (m,n) = op(A) op(B) + bias (m) + add (m,n), column major. add may be D itself where D is float.
-void matmul_cublaslt(void* d, const floatX* a, const floatX* b, const floatX* bias, const void* add, int64_t m,
-                     int64_t n, int64_t k, bool trans_a, bool trans_b, bool float_out) {
+static void matmul_cublaslt(void* d, const floatX* a, const floatX* b, const floatX* bias, const void* add, int64_t m,
+                            int64_t n, int64_t k, bool trans_a, bool trans_b, bool float_out) {
     opRequire(m > 0 && n > 0 && k > 0 && m % 8 == 0 && (trans_a ? k % 8 == 0 : true),
               "matmul: rows of %lld and %lld elements, not multiples of 8", (long long)m, (long long)k);
     opRequire((((uintptr_t)d | (uintptr_t)a | (uintptr_t)b | (uintptr_t)bias | (uintptr_t)add) & 15) == 0,
@@ -1381,9 +1380,9 @@ void matmul_cublaslt(void* d, const floatX* a, const floatX* b, const floatX* bi
                                &p->algo, cublaslt_workspace, cublaslt_workspace_bytes, main_stream));
 }
 
-void matmul_forward(floatX* out /*(N,OC)*/, const floatX* inp /*(N,C)*/, const floatX* weight /*(OC,C)*/,
-                    const floatX* bias /*(OC) or NULL*/, const floatX* addend /*(N,OC) or NULL, may not alias out*/,
-                    int64_t N, int C, int OC) {
+static void matmul_forward(floatX* out /*(N,OC)*/, const floatX* inp /*(N,C)*/, const floatX* weight /*(OC,C)*/,
+                           const floatX* bias /*(OC) or NULL*/,
+                           const floatX* addend /*(N,OC) or NULL, may not alias out*/, int64_t N, int C, int OC) {
     matmul_cublaslt(out, weight, inp, bias, addend, OC, N, C, true, false, false);
 }
 
@@ -1419,9 +1418,9 @@ __global__ void __launch_bounds__(256, 4)
 }
 
 constexpr int BIAS_MAX_BLOCKS = 2048;
-size_t matmul_backward_scratch_bytes(int OC) { return (BIAS_MAX_BLOCKS * 256 + (size_t)OC) * sizeof(float); }
+static size_t matmul_backward_scratch_bytes(int OC) { return (BIAS_MAX_BLOCKS * 256 + (size_t)OC) * sizeof(float); }
 
-void bias_backward(float* dbias /*(OC) +=*/, const floatX* dout /*(N,OC)*/, int64_t N, int OC) {
+static void bias_backward(float* dbias /*(OC) +=*/, const floatX* dout /*(N,OC)*/, int64_t N, int OC) {
     opRequireRows("bias_backward", OC);
     float* partial = (float*)scratch(matmul_backward_scratch_bytes(OC), "matmul_backward");
     int column_blocks = (OC + 255) / 256;
@@ -1435,15 +1434,15 @@ void bias_backward(float* dbias /*(OC) +=*/, const floatX* dout /*(N,OC)*/, int6
     add_partials(dbias, NULL, OC, partial, (int)ranges, OC);
 }
 
-void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC,C) +=*/, float* dbias /*(OC) += or NULL*/,
-                     const floatX* dout /*(N,OC)*/, const floatX* inp /*(N,C)*/, const floatX* weight /*(OC,C)*/,
-                     int64_t N, int C, int OC) {
+static void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC,C) +=*/,
+                            float* dbias /*(OC) += or NULL*/, const floatX* dout /*(N,OC)*/,
+                            const floatX* inp /*(N,C)*/, const floatX* weight /*(OC,C)*/, int64_t N, int C, int OC) {
     if (dinp) matmul_cublaslt(dinp, weight, dout, NULL, NULL, C, N, OC, false, false, false);
     matmul_cublaslt(dweight, inp, dout, NULL, dweight, C, OC, N, false, true, true);
     if (dbias) bias_backward(dbias, dout, N, OC);
 }
 
-// ---- GELU, tanh approximation ---------------------------------------------------------------------------------------
+// ---- GELU, tanh approximation
 // 0.5 x (1 + tanh u) = x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3): one exp and one division, and no
 // cancellation where tanh is near -1.
 __device__ __forceinline__ float gelu_sigmoid(float x) {
@@ -1474,19 +1473,19 @@ __global__ void __launch_bounds__(256) gelu_backward_kernel(floatX* dinp, const 
     store8(dinp + i, to_pack8<floatX>(y));
 }
 
-void gelu_forward(floatX* out, const floatX* inp, int64_t n) {
+static void gelu_forward(floatX* out, const floatX* inp, int64_t n) {
     opRequire(n % 8 == 0, "gelu_forward: %lld elements, not a multiple of 8", (long long)n);
     gelu_forward_kernel<<<grid_for(n, 2048), 256, 0, main_stream>>>(out, inp, n);
     cudaCheck(cudaGetLastError());
 }
 
-void gelu_backward(floatX* dinp /*may be dout*/, const floatX* dout, const floatX* inp, int64_t n) {
+static void gelu_backward(floatX* dinp /*may be dout*/, const floatX* dout, const floatX* inp, int64_t n) {
     opRequire(n % 8 == 0, "gelu_backward: %lld elements, not a multiple of 8", (long long)n);
     gelu_backward_kernel<<<grid_for(n, 2048), 256, 0, main_stream>>>(dinp, dout, inp, n);
     cudaCheck(cudaGetLastError());
 }
 
-// ---- cross-entropy with its gradient --------------------------------------------------------------------------------
+// ---- cross-entropy with its gradient
 __device__ __forceinline__ float exp2_fast(float x) {  // exp2f without the code for denormal results
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -1586,9 +1585,10 @@ __global__ void __launch_bounds__(TEAM == 16 ? 256 : TEAM, TEAM == 16 ? 1 : 3)
     }
 }
 
-void crossentropy_forward_backward(floatX* logits /*(N,Vp) in, dlogits out when grad*/, float* losses /*(N)*/,
-                                   const int* targets /*(N), < 0: no loss, no gradient*/,
-                                   float dloss /*gradient of each row's loss*/, int64_t N, int V, int Vp, bool grad) {
+static void crossentropy_forward_backward(floatX* logits /*(N,Vp) in, dlogits out when grad*/, float* losses /*(N)*/,
+                                          const int* targets /*(N), < 0: no loss, no gradient*/,
+                                          float dloss /*gradient of each row's loss*/, int64_t N, int V, int Vp,
+                                          bool grad) {
     opRequireRows("crossentropy_forward_backward", Vp);
     if (Vp <= 1024) {
         crossentropy_kernel<16>
@@ -1600,10 +1600,11 @@ void crossentropy_forward_backward(floatX* logits /*(N,Vp) in, dlogits out when 
     cudaCheck(cudaGetLastError());
 }
 
-// ---- RoPE -----------------------------------------------------------------------------------------------------------
+// ---- RoPE
 // Angles at position 10^6 need more bits than fp32 has, and a table of every position would be as large as q. So the
 // host makes two short tables in double, of pos & 1023 and of the multiples of 1024, and a complex product joins them.
-void rope_table(float* table /*(1024 + ceil(T/1024), D/2, 2) cos, sin; host memory*/, int64_t T, int D, double theta) {
+static void rope_table(float* table /*(1024 + ceil(T/1024), D/2, 2) cos, sin; host memory*/, int64_t T, int D,
+                       double theta) {
     int64_t rows = 1024 + (T + 1023) / 1024;
     for (int64_t r = 0; r < rows; r++) {
         int64_t position = r < 1024 ? r : (r - 1024) * 1024;
@@ -1664,15 +1665,15 @@ __global__ void __launch_bounds__(256) rope_rotate_kernel(floatX* qkv, const flo
     }
 }
 
-void rope_rotate(floatX* qkv /*(B,T,3,H,D), q and k in place*/, const float* table /*device memory*/,
-                 int direction /*+1 forward, -1 inverse = backward*/, int B, int64_t T, int H, int D) {
+static void rope_rotate(floatX* qkv /*(B,T,3,H,D), q and k in place*/, const float* table /*device memory*/,
+                        int direction /*+1 forward, -1 inverse = backward*/, int B, int64_t T, int H, int D) {
     opRequire(D >= 16 && D <= 256 && (D & (D - 1)) == 0, "rope_rotate: head size %d, not 16, 32, 64, 128 or 256", D);
     int64_t N = B * T;
     rope_rotate_kernel<<<grid_for(N, 8), dim3(32, 8), 0, main_stream>>>(qkv, table, (float)direction, N, T, H, D);
     cudaCheck(cudaGetLastError());
 }
 
-// ---- sums -----------------------------------------------------------------------------------------------------------
+// ---- sums
 // Sum of x or of its squares: floats over 8 elements, double from there on, in a fixed order.
 constexpr int SUM_BLOCKS = 1024, SUM_THREADS = 256;
 
@@ -1714,27 +1715,27 @@ __global__ void __launch_bounds__(SUM_THREADS) sum_partials_kernel(double* out, 
     if (threadIdx.x == 0) *out = total;
 }
 
-size_t sum_scratch_bytes() { return (SUM_BLOCKS + 1) * sizeof(double); }
+static size_t sum_scratch_bytes() { return (SUM_BLOCKS + 1) * sizeof(double); }
 
 // The result stays on the device, so nothing waits.
-template <bool SQUARE> void sum_async(double* out /*device memory*/, const float* x, int64_t n) {
+template <bool SQUARE> static void sum_async(double* out /*device memory*/, const float* x, int64_t n) {
     double* partial = (double*)scratch(sum_scratch_bytes(), "sum");
     sum_kernel<SQUARE><<<SUM_BLOCKS, SUM_THREADS, 0, main_stream>>>(partial, x, n);
     sum_partials_kernel<<<1, SUM_THREADS, 0, main_stream>>>(out, partial);
     cudaCheck(cudaGetLastError());
 }
 
-template <bool SQUARE> double sum_to_host(const float* x, int64_t n) {
+template <bool SQUARE> static double sum_to_host(const float* x, int64_t n) {
     double* out = (double*)scratch(sum_scratch_bytes(), "sum") + SUM_BLOCKS;
     double result;
     sum_async<SQUARE>(out, x, n);
     copy_to_host(&result, out, sizeof(result));
     return result;
 }
-double sum_squares(const float* x, int64_t n) { return sum_to_host<true>(x, n); }
-double sum_losses(const float* x, int64_t n) { return sum_to_host<false>(x, n); }
+static double sum_squares(const float* x, int64_t n) { return sum_to_host<true>(x, n); }
+static double sum_losses(const float* x, int64_t n) { return sum_to_host<false>(x, n); }
 
-// ---- AdamW ----------------------------------------------------------------------------------------------------------
+// ---- AdamW
 struct AdamW { float lr, beta1, beta2, beta1_correction, beta2_correction, eps, weight_decay, grad_scale; };
 
 __device__ __forceinline__ void adamw_element(float& p, float& m, float& v, float grad, const AdamW& a) {
@@ -1763,9 +1764,10 @@ __global__ void __launch_bounds__(256) adamw_kernel(floatX* params /*or NULL*/, 
     }
 }
 
-void adamw_update(floatX* params, float* master /*or NULL: params are fp32*/, float* m, float* v, const float* grads,
-                  int64_t n, float lr, float beta1, float beta2, float beta1_correction /*1-beta1^t*/,
-                  float beta2_correction, float eps, float weight_decay, float grad_scale) {
+static void adamw_update(floatX* params, float* master /*or NULL: params are fp32*/, float* m, float* v,
+                         const float* grads, int64_t n, float lr, float beta1, float beta2,
+                         float beta1_correction /*1-beta1^t*/, float beta2_correction, float eps, float weight_decay,
+                         float grad_scale) {
     if (n == 0) return;
     if (!master) {
         opRequire(sizeof(floatX) == sizeof(float), "adamw_update: parameters in bf16 need fp32 masters");
@@ -1779,18 +1781,18 @@ void adamw_update(floatX* params, float* master /*or NULL: params are fp32*/, fl
     cudaCheck(cudaGetLastError());
 }
 
-// ---- CUDA: causal attention ---------------------------------------------------------------------------------------
+// ---- causal attention
 // In bf16 it is cuDNN's, through the backend C API: the graph of elementary operations that cuDNN's runtime compiler
 // recognizes as flash attention. cuDNN has none for fp32; there plain kernels do it, for tests at small T.
 
-void* sdpa_workspace;         // device memory that the memory plan took, as much as sdpa_prepare() asked for
-size_t sdpa_workspace_bytes;
-bool sdpa_deterministic;      // the backward that gives the same bits in every run; slower, and see below
+[[maybe_unused]] static void* sdpa_workspace;  // of the plan, as much as sdpa_prepare() asked for; fp32 needs none
+static size_t sdpa_workspace_bytes;
+[[maybe_unused]] static bool sdpa_deterministic;  // the same bits in every run from the backward; slower, and see below
 // The deterministic backward keeps 2 B H T^2 bytes. Above this many it runs head by head and needs 2 T^2.
-int64_t sdpa_deterministic_bytes = (int64_t)8 << 30;
+[[maybe_unused]] static int64_t sdpa_deterministic_bytes = (int64_t)8 << 30;
 
-#ifndef FLOATX_FP32
-void cudnn_check(cudnnStatus_t status, const char* call, const char* file, int line) {
+#ifndef FLOATX_FP32  // cuDNN's, in bf16; below, plain kernels in fp32
+static void cudnn_check(cudnnStatus_t status, const char* call, const char* file, int line) {
     if (status == CUDNN_STATUS_SUCCESS) return;
     char reason[1024] = "";
     cudnnGetLastErrorString(reason, sizeof(reason));
@@ -1799,7 +1801,7 @@ void cudnn_check(cudnnStatus_t status, const char* call, const char* file, int l
 }
 #define cudnnCheck(call) cudnn_check((call), #call, __FILE__, __LINE__)
 
-cudnnHandle_t cudnn_handle;
+static cudnnHandle_t cudnn_handle;
 typedef cudnnBackendDescriptor_t CudnnNode;  // a tensor, an operation, a graph, a plan
 
 // Tensors that the caller passes, by their cuDNN id. Ids above these belong to the values inside a graph.
@@ -1831,8 +1833,8 @@ struct SdpaGraph {
 };
 struct SdpaLayout { int64_t dims[4], strides[4]; };
 
-static void cudnn_set(CudnnNode d, cudnnBackendAttributeName_t name, cudnnBackendAttributeType_t type,
-                      int64_t count, const void* value) {
+static void cudnn_set(CudnnNode d, cudnnBackendAttributeName_t name, cudnnBackendAttributeType_t type, int64_t count,
+                      const void* value) {
     cudnnCheck(cudnnBackendSetAttribute(d, name, type, count, value));
 }
 static void cudnn_set_descriptor(CudnnNode d, cudnnBackendAttributeName_t name, CudnnNode value) {
@@ -1883,8 +1885,7 @@ static void sdpa_matmul(SdpaGraph* g, CudnnNode a, CudnnNode b, CudnnNode c) {
 
 // y = mode(x), mode(x, b), or mode(x, b) where the mask t says so. Returns y.
 static CudnnNode sdpa_pointwise(SdpaGraph* g, cudnnPointwiseMode_t mode, CudnnNode y, CudnnNode x, CudnnNode b = NULL,
-                                CudnnNode t = NULL, int64_t axis = -1,
-                                cudnnDataType_t precision = CUDNN_DATA_FLOAT) {
+                                CudnnNode t = NULL, int64_t axis = -1, cudnnDataType_t precision = CUDNN_DATA_FLOAT) {
     CudnnNode kind = cudnn_new(g, CUDNN_BACKEND_POINTWISE_DESCRIPTOR);
     cudnn_set(kind, CUDNN_ATTR_POINTWISE_MODE, CUDNN_TYPE_POINTWISE_MODE, 1, &mode);
     cudnn_set(kind, CUDNN_ATTR_POINTWISE_MATH_PREC, CUDNN_TYPE_DATA_TYPE, 1, &precision);
@@ -2110,7 +2111,7 @@ static int64_t sdpa_plan_bytes(const SdpaPlan* p) {
 
 // Builds what a shape needs, about a second each the first time on a machine, and returns the bytes of workspace for
 // it: called before training for every shape of the run, so that nothing is compiled or allocated later.
-int64_t sdpa_prepare(int B, int64_t T, int H, int D, bool need_stats, bool backward) {
+static int64_t sdpa_prepare(int B, int64_t T, int H, int D, bool need_stats, bool backward) {
     int64_t bytes = sdpa_plan_bytes(sdpa_plan(false, need_stats, B, T, H, D));
     if (backward) {
         int64_t more = sdpa_plan_bytes(sdpa_plan(true, true, B, T, H, D));
@@ -2151,8 +2152,8 @@ static void sdpa_run(const SdpaPlan* p, void* (&at)[SDPA_TENSORS]) {
     cudnnCheck(cudnnBackendDestroyDescriptor(pack));
 }
 
-void sdpa_forward(floatX* out /*(B,T,H,D)*/, float* stats /*(B,H,T) or NULL*/, const floatX* qkv /*(B,T,3,H,D)*/, int B,
-                  int64_t T, int H, int D) {
+static void sdpa_forward(floatX* out /*(B,T,H,D)*/, float* stats /*(B,H,T) or NULL*/, const floatX* qkv /*(B,T,3,H,D)*/,
+                         int B, int64_t T, int H, int D) {
     SdpaPlan* p = sdpa_plan(false, stats != NULL, B, T, H, D);
     floatX* x = (floatX*)qkv;  // cuDNN's interface knows no const
     void* at[SDPA_TENSORS] = {};
@@ -2164,8 +2165,8 @@ void sdpa_forward(floatX* out /*(B,T,H,D)*/, float* stats /*(B,H,T) or NULL*/, c
     sdpa_run(p, at);
 }
 
-void sdpa_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dout /*(B,T,H,D)*/, const floatX* qkv, const floatX* out,
-                   const float* stats /*(B,H,T)*/, int B, int64_t T, int H, int D) {
+static void sdpa_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dout /*(B,T,H,D)*/, const floatX* qkv,
+                          const floatX* out, const float* stats /*(B,H,T)*/, int B, int64_t T, int H, int D) {
     SdpaPlan* p = sdpa_plan(true, true, B, T, H, D);
     for (int b = 0; b < B; b += p->B) {
         for (int h = 0; h < H; h += p->H) {
@@ -2183,9 +2184,9 @@ void sdpa_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dout /*(B,T,H,D)*
     }
 }
 
-#else  // FLOATX_FP32
+#else
 
-int64_t sdpa_prepare(int, int64_t, int, int, bool, bool) { return 0; }
+static int64_t sdpa_prepare(int, int64_t, int, int, bool, bool) { return 0; }
 
 // A warp owns one row and walks the others; a lane holds every 32nd dimension.
 static const int SDPA_MAX_D = 256;
@@ -2266,21 +2267,21 @@ __global__ void sdpa_backward_dkv_kernel(float* dqkv, const float* dout, const f
     }
 }
 
-void sdpa_forward(floatX* out, float* stats, const floatX* qkv, int B, int64_t T, int H, int D) {
+static void sdpa_forward(floatX* out, float* stats, const floatX* qkv, int B, int64_t T, int H, int D) {
     opRequire(D <= SDPA_MAX_D, "attention with D = %d: at most %d in fp32", D, SDPA_MAX_D);
     sdpa_forward_kernel<<<grid_for(B * H * T, 8), 256, 0, main_stream>>>(out, stats, qkv, B, T, H, D);
     cudaCheck(cudaGetLastError());
 }
 
-void sdpa_backward(floatX* dqkv, const floatX* dout, const floatX* qkv, const floatX* out, const float* stats, int B,
-                   int64_t T, int H, int D) {
+static void sdpa_backward(floatX* dqkv, const floatX* dout, const floatX* qkv, const floatX* out, const float* stats,
+                          int B, int64_t T, int H, int D) {
     opRequire(D <= SDPA_MAX_D, "attention with D = %d: at most %d in fp32", D, SDPA_MAX_D);
     sdpa_backward_dq_kernel<<<grid_for(B * H * T, 8), 256, 0, main_stream>>>(dqkv, dout, qkv, out, stats, B, T, H, D);
     cudaCheck(cudaGetLastError());
     sdpa_backward_dkv_kernel<<<grid_for(B * H * T, 8), 256, 0, main_stream>>>(dqkv, dout, qkv, out, stats, B, T, H, D);
     cudaCheck(cudaGetLastError());
 }
-#endif  // FLOATX_FP32
+#endif
 
 // ---- what the operations need of a run
 static void operations_open(int C, int NH, bool deterministic) {
@@ -2309,14 +2310,14 @@ static void operations_allocate(size_t bytes, size_t attention) {
     sdpa_workspace = device_alloc(sdpa_workspace_bytes);
 }
 
-#endif  // CPU_BACKEND
+#endif
 
 // ===================================================================================================================
-// 6. Lighthouse attention, composed of the operations: scores -> selection -> gather (pool, rotate) -> SDPA -> scatter.
-// The selection gets no gradient; the backward pass uses the index that the forward pass kept.
+// 6. Lighthouse attention: scores -> selection -> gather (pool, rotate) -> SDPA -> scatter; first its kernels, then how
+// they compose. The selection gets no gradient; the backward pass uses the index that the forward pass kept.
 
-#ifndef CPU_BACKEND
-// ---- CUDA: Lighthouse ---------------------------------------------------------------------------------------------
+#ifndef CPU_BACKEND  // the kernels with their launchers; their twins stand in dev/cpu_ops.h too
+// ---- what the kernels share
 // Kernels that move head vectors know D at compile time: a group of D/8 lanes holds a vector, 8 neighbouring elements
 // (Pack8) in each lane, and works alone: the lanes of a group do the same, groups of one warp may not. Pooling factors
 // are powers of 2, so entry indices come from shifts. Sums are fp32, in one group's registers and in a fixed order.
@@ -2350,7 +2351,8 @@ __device__ __forceinline__ void add_pack(float (&sum)[8], const Pack8<floatX>& x
     for (int d = 0; d < 8; d++) sum[d] += (float)x.v[d];
 }
 
-// Scores: the norms of q and k, and above level 0 the maximum over the tokens covered. A block takes SCORE_TOKENS
+// ---- scores
+// The norms of q and k, and above level 0 the maximum over the tokens covered. A block takes SCORE_TOKENS
 // tokens of all heads, so that it reads whole rows, and makes the levels whose entries fit into them.
 static const int SCORE_TOKENS = 64;
 
@@ -2412,8 +2414,8 @@ __global__ void lighthouse_pyramid_kernel(float* scores, int l, LighthouseShape 
     head[s.off[l] + e] = top;
 }
 
-void lighthouse_scores(float* scores /*(2,B,H,E): a then b*/, const floatX* qkv /*(B,T,3,H,D) raw, before RoPE*/, int B,
-                       const LighthouseShape* s) {
+static void lighthouse_scores(float* scores /*(2,B,H,E): a then b*/, const floatX* qkv /*(B,T,3,H,D) raw, before RoPE*/,
+                              int B, const LighthouseShape* s) {
     int lanes = s->D / 8, rows = 2 * s->H * lanes <= 1024 ? 2 * s->H : 1024 / lanes;
     int threads = rows * lanes * (rows * lanes < 256 ? 256 / (rows * lanes) : 1);
     size_t shared = 2 * s->H * (SCORE_TOKENS + 1) * sizeof(float);
@@ -2433,7 +2435,8 @@ void lighthouse_scores(float* scores /*(2,B,H,E): a then b*/, const floatX* qkv 
     }
 }
 
-// Selection. A block does one tile of one head, level after level. There are few blocks, so what counts is the time
+// ---- selection
+// A block does one tile of one head, level after level. There are few blocks, so what counts is the time
 // from barrier to barrier: the m/2 best are found by their threshold, four passes of a histogram over one byte of the
 // score's bits each, never by a sort. Which candidates are picked is kept as bits, 32 to a word, with the number of
 // picked ones before each word; counted in these, every entry finds its place in the sequence.
@@ -2582,8 +2585,8 @@ __global__ void __launch_bounds__(1024) lighthouse_select_kernel(int32_t* index,
     }
 }
 
-void lighthouse_select(int32_t* index /*(B,H,S) flat entry index in sequence order*/, const float* scores /*(2,B,H,E)*/,
-                       int B, const LighthouseShape* s) {
+static void lighthouse_select(int32_t* index /*(B,H,S) flat entry index in sequence order*/,
+                              const float* scores /*(2,B,H,E)*/, int B, const LighthouseShape* s) {
     static int limit;  // of a block's shared memory
     if (!limit) {
         int device;
@@ -2611,8 +2614,8 @@ __global__ void lighthouse_invert_kernel(int32_t* slot, const int32_t* index, Li
     if (r < s.S) slot[bh * s.off[s.levels] + index[bh * s.S + r]] = (int32_t)r;
 }
 
-void lighthouse_invert(int32_t* slot /*(B,H,E) slot of the entry, or -1*/, const int32_t* index /*(B,H,S)*/, int B,
-                       const LighthouseShape* s) {
+static void lighthouse_invert(int32_t* slot /*(B,H,E) slot of the entry, or -1*/, const int32_t* index /*(B,H,S)*/,
+                              int B, const LighthouseShape* s) {
     int64_t heads = (int64_t)B * s->H;
     unsigned chunks = grid_for(s->S, 256);
     cudaCheck(cudaMemsetAsync(slot, 0xff, heads * s->off[s->levels] * sizeof(int32_t), main_stream));
@@ -2620,6 +2623,7 @@ void lighthouse_invert(int32_t* slot /*(B,H,E) slot of the entry, or -1*/, const
     cudaCheck(cudaGetLastError());
 }
 
+// ---- gather, and the backward of scatter: kernels that make slots
 // Where a group of lanes works in the two kernels in which it makes one slot. A block takes neighbouring slots of one
 // head, neighbouring blocks the other heads, which read the same rows of the tensor. Blocks are small because slots are
 // unequal: most of a large one would wait for the coarsest slot in it.
@@ -2697,9 +2701,9 @@ __global__ void __launch_bounds__(SLOT_THREADS, 10) lighthouse_gather_kernel(
     }
 }
 
-void lighthouse_gather(floatX* slots /*(B,S,3,H,D)*/, const floatX* qkv /*(B,T,3,H,D)*/,
-                       const int32_t* index /*(B,H,S)*/, const float* rope /*table or NULL*/, int B,
-                       const LighthouseShape* s) {
+static void lighthouse_gather(floatX* slots /*(B,S,3,H,D)*/, const floatX* qkv /*(B,T,3,H,D)*/,
+                              const int32_t* index /*(B,H,S)*/, const float* rope /*table or NULL*/, int B,
+                              const LighthouseShape* s) {
     unsigned chunks = grid_for(s->S, SLOT_THREADS / (s->D / 8)), blocks = grid_for((int64_t)B * s->H * chunks, 1);
     WITH_HEAD_SIZE(s->D, lighthouse_gather_kernel<HEAD><<<blocks, SLOT_THREADS, 0, main_stream>>>(
                              slots, qkv, index, rope, *s, chunks));
@@ -2723,14 +2727,15 @@ __global__ void __launch_bounds__(SLOT_THREADS) lighthouse_scatter_backward_kern
     store8(dattn + (at.b * s.S + at.r) * row + at.h * D + lane * 8, to_pack8<floatX>(sum[0]));
 }
 
-void lighthouse_scatter_backward(floatX* dattn /*(B,S,H,D)*/, const floatX* dout /*(B,T,H,D)*/,
-                                 const int32_t* index /*(B,H,S)*/, int B, const LighthouseShape* s) {
+static void lighthouse_scatter_backward(floatX* dattn /*(B,S,H,D)*/, const floatX* dout /*(B,T,H,D)*/,
+                                        const int32_t* index /*(B,H,S)*/, int B, const LighthouseShape* s) {
     unsigned chunks = grid_for(s->S, SLOT_THREADS / (s->D / 8)), blocks = grid_for((int64_t)B * s->H * chunks, 1);
     WITH_HEAD_SIZE(s->D, lighthouse_scatter_backward_kernel<HEAD><<<blocks, SLOT_THREADS, 0, main_stream>>>(
                              dattn, dout, index, *s, chunks));
 }
 
-// The two kernels that make tokens: a group takes CHUNK tokens of one head that share their entries of every level
+// ---- scatter, and the backward of gather: kernels that make tokens
+// A group takes CHUNK tokens of one head that share their entries of every level
 // above 0, sums those entries' slots once, and adds to each token its own level-0 slot. Neighbouring groups take the
 // other heads.
 #define WITH_TOKEN_CHUNK(pool, ...) \
@@ -2777,8 +2782,8 @@ __global__ void lighthouse_scatter_kernel(floatX* out, const floatX* __restrict_
     }
 }
 
-void lighthouse_scatter(floatX* out /*(B,T,H,D)*/, const floatX* attn /*(B,S,H,D)*/, const int32_t* slot /*(B,H,E)*/,
-                        int B, const LighthouseShape* s) {
+static void lighthouse_scatter(floatX* out /*(B,T,H,D)*/, const floatX* attn /*(B,S,H,D)*/,
+                               const int32_t* slot /*(B,H,E)*/, int B, const LighthouseShape* s) {
     WITH_TOKEN_CHUNK(s->pool, {
         int64_t groups = (s->T / CHUNK + 1) * s->H * B;
         opRequire(groups <= UINT32_MAX, "%lld groups of tokens: more than 32 bits count", (long long)groups);
@@ -2853,10 +2858,9 @@ __global__ void __launch_bounds__(64, 10) lighthouse_gather_backward_kernel(
     }
 }
 
-void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dslots /*(B,S,3,H,D)*/,
-                                const int32_t* index /*(B,H,S)*/, const int32_t* slot /*(B,H,E)*/,
-                                const float* rope /*table or NULL*/, int B, const LighthouseShape* s) {
-    (void)index;
+static void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dslots /*(B,S,3,H,D)*/,
+                                       const int32_t* slot /*(B,H,E)*/, const float* rope /*table or NULL*/, int B,
+                                       const LighthouseShape* s) {
     WITH_TOKEN_CHUNK(s->pool, {
         int64_t groups = s->T / CHUNK * s->H * B;
         opRequire(groups <= UINT32_MAX, "%lld groups of tokens: more than 32 bits count", (long long)groups);
@@ -2865,7 +2869,7 @@ void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dslo
                                  dqkv, dslots, slot, rope, B, *s));
     });
 }
-#endif  // CPU_BACKEND
+#endif
 
 // ---- the operations composed
 
@@ -2897,7 +2901,7 @@ static void lighthouse_backward(floatX* dqkv, const floatX* dout, LighthouseBuff
                                 const LighthouseShape* s) {
     lighthouse_scatter_backward(b->dattn, dout, b->index, B, s);
     sdpa_backward(b->dslots, b->dattn, b->slots, b->attn, b->stats, B, s->S, s->H, s->D);
-    lighthouse_gather_backward(dqkv, b->dslots, b->index, b->slot, rope, B, s);
+    lighthouse_gather_backward(dqkv, b->dslots, b->slot, rope, B, s);
 }
 
 // ===================================================================================================================
@@ -4603,7 +4607,7 @@ static void finish(Trainer* t, double val_loss) {
     free(path); free(wall); free(loss_json); free(phases[0]); free(phases[1]);
 }
 
-#ifndef TRAINER_NO_MAIN
+#ifndef TRAINER_NO_MAIN  // the tests include this file and have their own
 
 static volatile sig_atomic_t stop_signal = 0;
 static void on_signal(int signal) { stop_signal = signal; }  // a second one ends the process: SA_RESETHAND

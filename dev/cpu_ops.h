@@ -725,10 +725,8 @@ void lighthouse_scatter_backward(floatX* dattn /*(B,S,H,D)*/, const floatX* dout
 // Each token adds, for every level whose entry floor(t/c_l) is in the sequence, that slot's gradient / c_l, with the
 // rotation undone.
 void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dslots /*(B,S,3,H,D)*/,
-                                const int32_t* index, const int32_t* slot, const float* rope, int B,
-                                const LighthouseShape* s) {
+                                const int32_t* slot, const float* rope, int B, const LighthouseShape* s) {
     int64_t T = s->T, H = s->H, D = s->D, S = s->S, E = s->off[s->levels];
-    (void)index;
     #pragma omp parallel
     {
         float* turned = allocate_floats(D);

@@ -241,10 +241,10 @@ static void test_ops(const Case& c, uint64_t seed) {
         report_floats(rope ? "gather, rope" : "gather", slots, slots_reference, ROUNDED, same, name);
 
         Floats dqkv = run_twice<float>(d_dqkv, B * T * 3 * C, &same, [&] {
-            lighthouse_gather_backward(d_dqkv, d_dslots, d_index, d_slot, rope ? d_table : NULL, B, &s);
+            lighthouse_gather_backward(d_dqkv, d_dslots, d_slot, rope ? d_table : NULL, B, &s);
         });
         Floats dqkv_reference(B * T * 3 * C);
-        cpu::lighthouse_gather_backward(dqkv_reference.data(), dslots.data(), index.data(), slot.data(),
+        cpu::lighthouse_gather_backward(dqkv_reference.data(), dslots.data(), slot.data(),
                                         rope ? table.data() : NULL, B, &s);
         report_floats(rope ? "gather backward, rope" : "gather backward", dqkv, dqkv_reference, ROUNDED, same, name);
     }
@@ -402,7 +402,7 @@ static void test_vectors(const char* file) {
     lighthouse_scatter(d_out, d_attn, d_slot, B, &s);
     lighthouse_scatter_backward(d_dattn, d_dout, d_index, B, &s);
     sdpa_backward(d_dslots, d_dattn, d_slots, d_attn, d_stats, B, S, H, D);
-    lighthouse_gather_backward(d_dqkv, d_dslots, d_index, d_slot, NULL, B, &s);
+    lighthouse_gather_backward(d_dqkv, d_dslots, d_slot, NULL, B, &s);
     Floats out = to_host<float>(d_out, N * C), dqkv = to_host<float>(d_dqkv, N * 3 * C);
     for (int i = 0; i < 4; i++) {
         Floats x(N * H * d);
@@ -526,7 +526,7 @@ static void test_million() {
     report_rows("a million tokens, scatter", got, want, D, 1.5 * ROUNDED, name);
 
     floatX* d_dqkv = device_array<floatX>(T * 3 * C);
-    lighthouse_gather_backward(d_dqkv, d_dslots, d_index, d_slot, d_table, 1, &s);
+    lighthouse_gather_backward(d_dqkv, d_dslots, d_slot, d_table, 1, &s);
     got.clear(), want.clear();
     for (int64_t i = 0; i < SAMPLES; i++) {
         int64_t t = i == 0 ? T - 1 : i * 104729 % T, h = i % H, part = i / H % 3;
@@ -698,7 +698,7 @@ static void time_case(const Case& c, int runs, int dense_runs) {
     double backward = TIME("sdpa backward, S slots", 0,
                            sdpa_backward(d_dslots, d_dattn, d_slots, d_attn, d_stats, 1, S, H, D));
     around += TIME("gather backward", 3 * S * C * X + 3 * T * C * X,
-                   lighthouse_gather_backward(d_dqkv, d_dslots, d_index, d_slot, d_table, 1, &s));
+                   lighthouse_gather_backward(d_dqkv, d_dslots, d_slot, d_table, 1, &s));
     #undef TIME
     double whole = median_ms(runs, [&] {
         lighthouse_scores(d_scores, d_qkv, 1, &s);
@@ -709,7 +709,7 @@ static void time_case(const Case& c, int runs, int dense_runs) {
         lighthouse_scatter(d_out, d_attn, d_slot, 1, &s);
         lighthouse_scatter_backward(d_dattn, d_dout, d_index, 1, &s);
         sdpa_backward(d_dslots, d_dattn, d_slots, d_attn, d_stats, 1, S, H, D);
-        lighthouse_gather_backward(d_dqkv, d_dslots, d_index, d_slot, d_table, 1, &s);
+        lighthouse_gather_backward(d_dqkv, d_dslots, d_slot, d_table, 1, &s);
     });
     time_line("all but sdpa, summed", 0, around);
     time_line("all, one after the other", 0, whole);

@@ -643,7 +643,7 @@ static Lighthouse lighthouse(const Doubles& qkv, const Doubles& dout, Ints* inde
     lighthouse_scatter(out.data(), attn.data(), slot.data(), B, &s);
     lighthouse_scatter_backward(dattn.data(), dy.data(), index->data(), B, &s);
     sdpa_backward(dslots.data(), dattn.data(), slots.data(), attn.data(), stats.data(), B, s.S, s.H, s.D);
-    lighthouse_gather_backward(dx.data(), dslots.data(), index->data(), slot.data(), rope, B, &s);
+    lighthouse_gather_backward(dx.data(), dslots.data(), slot.data(), rope, B, &s);
     return {wide(scores), wide(slots), wide(attn), wide(out), wide(dattn), wide(dslots), wide(dx)};
 }
 
