@@ -195,51 +195,36 @@ struct LighthouseShape {
 // Fills s and checks the rules of validity. Returns false and a sentence in why, naming the rule that failed.
 static bool lighthouse_shape(LighthouseShape* s, int64_t T, int H, int D, int levels, int pool, int topk, int tile,
                              char* why, size_t why_size) {
+    #define REFUSE(...) do { snprintf(why, why_size, __VA_ARGS__); return false; } while (0)
     memset(s, 0, sizeof(*s));
-    if (levels < 2 || levels > LH_MAX_LEVELS) {
-        snprintf(why, why_size, "levels is %d; it must be 2 to %d", levels, LH_MAX_LEVELS);
-        return false;
-    }
-    if (pool < 2 || (pool & (pool - 1))) {
-        snprintf(why, why_size, "pool is %d; it must be a power of 2, at least 2", pool);
-        return false;
-    }
-    if (tile < 4 || tile % 2 || pool > tile / 2) {
-        snprintf(why, why_size, "tile is %d; it must be even and at least twice pool (%d)", tile, pool);
-        return false;
-    }
-    if (topk < tile || topk % tile) {
-        snprintf(why, why_size, "topk is %d; it must be a positive multiple of tile (%d): try %d", topk, tile,
-                 topk < tile ? tile : topk / tile * tile);
-        return false;
-    }
+    if (levels < 2 || levels > LH_MAX_LEVELS) REFUSE("levels is %d; it must be 2 to %d", levels, LH_MAX_LEVELS);
+    if (pool < 2 || (pool & (pool - 1))) REFUSE("pool is %d; it must be a power of 2, at least 2", pool);
+    if (tile < 4 || tile % 2 || pool > tile / 2)
+        REFUSE("tile is %d; it must be even and at least twice pool (%d)", tile, pool);
+    if (topk < tile || topk % tile)
+        REFUSE("topk is %d; it must be a positive multiple of tile (%d): try %d", topk, tile,
+               topk < tile ? tile : topk / tile * tile);
     int tiles = topk / tile;
     double exact = pow(pool, levels - 1);  // tokens under one coarsest entry
-    if (exact * tiles > 1e15) {
-        snprintf(why, why_size, "pool^(levels-1) * topk/tile = %.3g is more than any length: lower levels or pool",
-                 exact * tiles);
-        return false;
-    }
+    if (exact * tiles > 1e15)
+        REFUSE("pool^(levels-1) * topk/tile = %.3g is more than any length: lower levels or pool", exact * tiles);
     int64_t coarse = (int64_t)exact, unit = coarse * tiles, least = unit * tile;  // T: a multiple of unit, >= least
     if (T % unit) {
         int64_t below = T / unit * unit, above = below + unit > least ? below + unit : least;
         char lengths[64];
-        if (below >= least)
-            snprintf(lengths, sizeof lengths, "lengths are %lld and %lld", (long long)below, (long long)above);
-        else snprintf(lengths, sizeof lengths, "length is %lld", (long long)above);
-        snprintf(why, why_size, "T = %lld is not divisible by pool^(levels-1) * topk/tile = %lld: the nearest %s",
-                 (long long)T, (long long)unit, lengths);
-        return false;
+        if (below >= least) snprintf(lengths, sizeof lengths, "lengths are %ld and %ld", below, above);
+        else snprintf(lengths, sizeof lengths, "length is %ld", above);
+        REFUSE("T = %ld is not divisible by pool^(levels-1) * topk/tile = %ld: the nearest %s", T, unit, lengths);
     }
     if (T < least) {
         int64_t most = T / coarse / tile;  // tiles that have enough entries; they must divide the coarsest entries too
         while (most > 0 && T / coarse % most) most--;
         char fewer[64] = "";
-        if (most > 0) snprintf(fewer, sizeof fewer, "topk to at most %lld, or ", (long long)most * tile);
-        snprintf(why, why_size, "a tile has %lld coarsest entries, fewer than tile = %d: lower %stile, levels or pool",
-                 (long long)(T / unit), tile, fewer);
-        return false;
+        if (most > 0) snprintf(fewer, sizeof fewer, "topk to at most %ld, or ", most * tile);
+        REFUSE("a tile has %ld coarsest entries, fewer than tile = %d: lower %stile, levels or pool", T / unit, tile,
+               fewer);
     }
+    #undef REFUSE
     s->T = T; s->H = H; s->D = D;
     s->levels = levels; s->pool = pool; s->topk = topk; s->tile = tile;
     s->tiles = tiles;
@@ -259,16 +244,16 @@ static bool lighthouse_defaults(LighthouseShape* s, const Config* c, int H, int 
         tile = c->topk ? (c->topk % 128 == 0 ? 128 : c->topk) : 128;
         if (!c->topk) while (tile > want && tile > 2 * c->pool) tile /= 2;
     }
-    if (c->topk) return lighthouse_shape(s, c->seq_len, H, D, c->levels, c->pool, c->topk, tile, why, why_size);
+    auto shape = [&](int64_t topk) {
+        return lighthouse_shape(s, c->seq_len, H, D, c->levels, c->pool, topk, tile, why, why_size);
+    };
+    if (c->topk) return shape(c->topk);
     int64_t nearest = (want + tile / 2) / tile;
     for (int64_t d = 0; d <= nearest; d++) {
-        if (nearest - d >= 1 &&
-            lighthouse_shape(s, c->seq_len, H, D, c->levels, c->pool, (nearest - d) * tile, tile, why, why_size))
-            return true;
-        if (lighthouse_shape(s, c->seq_len, H, D, c->levels, c->pool, (nearest + d) * tile, tile, why, why_size))
-            return true;
+        if (nearest - d >= 1 && shape((nearest - d) * tile)) return true;
+        if (shape((nearest + d) * tile)) return true;
     }
-    return lighthouse_shape(s, c->seq_len, H, D, c->levels, c->pool, tile, tile, why, why_size);
+    return shape(tile);
 }
 
 // ===================================================================================================================
@@ -276,7 +261,7 @@ static bool lighthouse_defaults(LighthouseShape* s, const Config* c, int H, int 
 
 static void stop_all_processes();  // section 3: a failing process must not leave the others waiting
 
-// The compiler checks the arguments against the format, which is argument n.
+// The compiler checks the arguments against the format, which is argument n. An int64_t is a long on 64-bit Linux: %ld.
 #define PRINTF_LIKE(n) __attribute__((format(printf, n, n + 1)))
 
 // Prints one message that says what is wrong, with which value, and what would be right; ends the program.
@@ -320,7 +305,7 @@ static void read_at(int fd, void* buffer, size_t bytes, int64_t offset, const ch
         if (n < 0 && errno == EINTR) continue;
         if (n < 0) fatal("reading %s: %s", path, strerror(errno));
         if (n == 0)
-            fatal("%s ends at byte %lld; %zu more bytes were expected", path, (long long)(offset + done), bytes - done);
+            fatal("%s ends at byte %ld; %zu more bytes were expected", path, offset + done, bytes - done);
         done += n;
     }
 }
@@ -409,8 +394,8 @@ static void device_synchronize() {}
 static size_t device_memory_free() {
     FILE* f = fopen("/proc/meminfo", "r");
     char line[256];
-    long long kib = 0;
-    while (f && fgets(line, sizeof line, f)) if (sscanf(line, "MemAvailable: %lld", &kib) == 1) break;
+    long kib = 0;
+    while (f && fgets(line, sizeof line, f)) if (sscanf(line, "MemAvailable: %ld", &kib) == 1) break;
     if (f) fclose(f);
     return (size_t)kib * 1024;
 }
@@ -531,8 +516,8 @@ static void device_name(char* name, size_t size) {
 // Blocks for work items, per_block each, along grid.x (the one dimension that reaches 2^31 - 1).
 static unsigned grid_for(int64_t work, int64_t per_block) {
     int64_t blocks = (work + per_block - 1) / per_block;
-    opRequire(blocks > 0 && blocks <= INT32_MAX, "a launch over %lld items needs %lld blocks, outside 1 to 2^31 - 1",
-              (long long)work, (long long)blocks);
+    opRequire(blocks > 0 && blocks <= INT32_MAX, "a launch over %ld items needs %ld blocks, outside 1 to 2^31 - 1",
+              work, blocks);
     return (unsigned)blocks;
 }
 #endif
@@ -649,8 +634,7 @@ static void shard_open(Shard* s, const char* path) {
     s->bytes = file_size(fd, path);
     int header[shard_header_ints];
     if (s->bytes < (int64_t)sizeof header)
-        fatal("%s is no token shard: it has %lld bytes, less than the header's %zu", path, (long long)s->bytes,
-              sizeof header);
+        fatal("%s is no token shard: it has %ld bytes, less than the header's %zu", path, s->bytes, sizeof header);
     read_at(fd, header, sizeof header, 0, path);
     bool narrow = header[0] == 20240520 && header[1] == 1, wide = header[0] == 20240801 && header[1] == 7;
     if (!narrow && !wide)
@@ -660,8 +644,8 @@ static void shard_open(Shard* s, const char* path) {
     s->tokens = header[2];
     int64_t expected = (int64_t)sizeof header + s->tokens * s->width;
     if (s->tokens < 0 || s->bytes != expected)
-        fatal("%s: its header says %lld tokens, so %lld bytes, but the file has %lld: it is cut or damaged", path,
-              (long long)s->tokens, (long long)expected, (long long)s->bytes);
+        fatal("%s: its header says %ld tokens, so %ld bytes, but the file has %ld: it is cut or damaged", path,
+              s->tokens, expected, s->bytes);
     s->map = (const char*)mmap(NULL, s->bytes, PROT_READ, MAP_SHARED, fd, 0);
     if (s->map == MAP_FAILED) fatal("cannot map %s: %s", path, strerror(errno));
     close(fd);
@@ -693,16 +677,16 @@ static void loader_open(Loader* d, const char* pattern, int64_t T, int64_t vocab
         if (vocab && largest >= vocab) {
             int64_t t = 0;
             while ((uint32_t)shard_token(s, t) < vocab) t++;
-            fatal("%s: token %lld is id %u, but the vocabulary has %lld ids (0 to %lld): was it made with another "
-                  "tokenizer? --vocab-size sets the vocabulary", s->path, (long long)t, (uint32_t)shard_token(s, t),
-                  (long long)vocab, (long long)vocab - 1);
+            fatal("%s: token %ld is id %u, but the vocabulary has %ld ids (0 to %ld): was it made with another "
+                  "tokenizer? --vocab-size sets the vocabulary", s->path, t, (uint32_t)shard_token(s, t), vocab,
+                  vocab - 1);
         }
         if (largest > d->largest_id) d->largest_id = largest;
     }
     globfree(&found);
     if (d->windows == 0)
-        fatal("%s: %d shard(s) of together %lld tokens hold no window of seq-len + 1 = %lld tokens: lower --seq-len or "
-              "prepare more data", pattern, d->count, (long long)tokens, (long long)T + 1);
+        fatal("%s: %d shard(s) of together %ld tokens hold no window of seq-len + 1 = %ld tokens: lower --seq-len or "
+              "prepare more data", pattern, d->count, tokens, T + 1);
 }
 
 static void loader_close(Loader* d) {
@@ -1142,7 +1126,7 @@ static void encoder_backward(float* dwte /*(Vp,C) +=*/, float* dwpe /*(maxT,C) +
                              int64_t t0, int Vp) {
     opRequireRows("encoder_backward", C);
     int64_t N = B * T;
-    opRequire(N > 0 && N <= INT32_MAX, "encoder_backward: %lld rows, outside 1 to 2^31 - 1", (long long)N);
+    opRequire(N > 0 && N <= INT32_MAX, "encoder_backward: %ld rows, outside 1 to 2^31 - 1", N);
     EncoderScratch s = encoder_scratch((char*)scratch(encoder_backward_scratch_bytes(N, C), "encoder_backward"), N, C);
     const int *key = tokens, *row = NULL;
     int into = 0;
@@ -1221,17 +1205,12 @@ __global__ void __launch_bounds__(256) layernorm_forward_kernel(floatX* out, flo
 static void layernorm_forward(floatX* out, float* mean /*(N)*/, float* rstd /*(N)*/, const floatX* inp /*(N,C)*/,
                               const floatX* weight /*(C)*/, const floatX* bias /*(C)*/, int64_t N, int C) {
     layernorm_require("layernorm_forward", C);
-    auto kernel = layernorm_forward_kernel<LAYERNORM_MAX_C / 256>;
-    switch (ceil_div(C, 256)) {
-        case 1: kernel = layernorm_forward_kernel<1>; break;
-        case 2: kernel = layernorm_forward_kernel<2>; break;
-        case 3: kernel = layernorm_forward_kernel<3>; break;
-        case 4: kernel = layernorm_forward_kernel<4>; break;
-        case 5: kernel = layernorm_forward_kernel<5>; break;
-        case 6: kernel = layernorm_forward_kernel<6>; break;
-        case 7: kernel = layernorm_forward_kernel<7>; break;
-        case 8: kernel = layernorm_forward_kernel<8>; break;
-    }
+    decltype(&layernorm_forward_kernel<1>) kernels[] = {
+        layernorm_forward_kernel<1>, layernorm_forward_kernel<2>, layernorm_forward_kernel<3>,
+        layernorm_forward_kernel<4>, layernorm_forward_kernel<5>, layernorm_forward_kernel<6>,
+        layernorm_forward_kernel<7>, layernorm_forward_kernel<8>};
+    int groups = (C + 255) / 256;
+    auto kernel = groups <= 8 ? kernels[groups - 1] : layernorm_forward_kernel<LAYERNORM_MAX_C / 256>;
     kernel<<<grid_for(N, 8), dim3(32, 8), 0, main_stream>>>(out, mean, rstd, inp, weight, bias, N, C);
     cudaCheck(cudaGetLastError());
 }
@@ -1354,10 +1333,8 @@ static MatmulPlan* matmul_plan(int64_t m, int64_t n, int64_t k, bool trans_a, bo
     int found = 0;
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(cublaslt_handle, p->desc, p->a, p->b, p->d, p->d, preference,
                                                            1, &result, &found);
-    opRequire(status == CUBLAS_STATUS_SUCCESS && found > 0,
-              "cuBLASLt knows no kernel for m = %lld, n = %lld, k = %lld, "
-              "trans %d %d, bias %d: %s",
-              (long long)m, (long long)n, (long long)k, trans_a, trans_b, bias, cublasLtGetStatusString(status));
+    opRequire(status == CUBLAS_STATUS_SUCCESS && found > 0, "cuBLASLt knows no kernel for m = %ld, n = %ld, k = %ld, "
+              "trans %d %d, bias %d: %s", m, n, k, trans_a, trans_b, bias, cublasLtGetStatusString(status));
     cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
     p->algo = result.algo;
     return p;
@@ -1366,15 +1343,14 @@ static MatmulPlan* matmul_plan(int64_t m, int64_t n, int64_t k, bool trans_a, bo
 // D (m,n) = op(A) op(B) + bias (m) + add (m,n), column major. add may be D itself where D is float.
 static void matmul_cublaslt(void* d, const floatX* a, const floatX* b, const floatX* bias, const void* add, int64_t m,
                             int64_t n, int64_t k, bool trans_a, bool trans_b, bool float_out) {
-    opRequire(m > 0 && n > 0 && k > 0 && m % 8 == 0 && (trans_a ? k % 8 == 0 : true),
-              "matmul: rows of %lld and %lld elements, not multiples of 8", (long long)m, (long long)k);
+    opRequire(m > 0 && n > 0 && k > 0 && m % 8 == 0 && (!trans_a || k % 8 == 0),
+              "matmul: rows of %ld and %ld elements, not multiples of 8", m, k);
     opRequire((((uintptr_t)d | (uintptr_t)a | (uintptr_t)b | (uintptr_t)bias | (uintptr_t)add) & 15) == 0,
               "matmul: a tensor does not start at a multiple of 16 bytes (d %p, a %p, b %p, bias %p, add %p)", d,
               (void*)a, (void*)b, (void*)bias, (void*)add);
     MatmulPlan* p = matmul_plan(m, n, k, trans_a, trans_b, bias != NULL, add != NULL, float_out);
-    if (bias) {
+    if (bias)
         cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
-    }
     const float one = 1.0f, beta = add ? 1.0f : 0.0f;
     cublasCheck(cublasLtMatmul(cublaslt_handle, p->desc, &one, a, p->a, b, p->b, &beta, add ? add : d, p->d, d, p->d,
                                &p->algo, cublaslt_workspace, cublaslt_workspace_bytes, main_stream));
@@ -1474,13 +1450,13 @@ __global__ void __launch_bounds__(256) gelu_backward_kernel(floatX* dinp, const 
 }
 
 static void gelu_forward(floatX* out, const floatX* inp, int64_t n) {
-    opRequire(n % 8 == 0, "gelu_forward: %lld elements, not a multiple of 8", (long long)n);
+    opRequire(n % 8 == 0, "gelu_forward: %ld elements, not a multiple of 8", n);
     gelu_forward_kernel<<<grid_for(n, 2048), 256, 0, main_stream>>>(out, inp, n);
     cudaCheck(cudaGetLastError());
 }
 
 static void gelu_backward(floatX* dinp /*may be dout*/, const floatX* dout, const floatX* inp, int64_t n) {
-    opRequire(n % 8 == 0, "gelu_backward: %lld elements, not a multiple of 8", (long long)n);
+    opRequire(n % 8 == 0, "gelu_backward: %ld elements, not a multiple of 8", n);
     gelu_backward_kernel<<<grid_for(n, 2048), 256, 0, main_stream>>>(dinp, dout, inp, n);
     cudaCheck(cudaGetLastError());
 }
@@ -1591,11 +1567,11 @@ static void crossentropy_forward_backward(floatX* logits /*(N,Vp) in, dlogits ou
                                           bool grad) {
     opRequireRows("crossentropy_forward_backward", Vp);
     if (Vp <= 1024) {
-        crossentropy_kernel<16>
-            <<<grid_for(N, 16), 256, 0, main_stream>>>(logits, losses, targets, dloss, N, V, Vp, grad);
+        crossentropy_kernel<16><<<grid_for(N, 16), 256, 0, main_stream>>>(logits, losses, targets, dloss, N, V, Vp,
+                                                                          grad);
     } else {
-        crossentropy_kernel<512><<<grid_for(N, 1), 512, 0, main_stream>>>(logits, losses, targets, dloss, N, V,
-                                                                                  Vp, grad);
+        crossentropy_kernel<512><<<grid_for(N, 1), 512, 0, main_stream>>>(logits, losses, targets, dloss, N, V, Vp,
+                                                                          grad);
     }
     cudaCheck(cudaGetLastError());
 }
@@ -2069,10 +2045,10 @@ static void sdpa_build(SdpaPlan* p) {
     if (!p->plan) {
         char reason[1024] = "";
         cudnnGetLastErrorString(reason, sizeof(reason));
-        opRequire(false, "cuDNN %zu has no engine for the causal attention %s of B = %d, T = %lld, H = %d, D = %d in "
+        opRequire(false, "cuDNN %zu has no engine for the causal attention %s of B = %d, T = %ld, H = %d, D = %d in "
                   "bf16 on this GPU (it needs compute capability 8.0 or newer, D a multiple of 8 up to 256, and the "
                   "graph, heuristic and engines libraries beside libcudnn); its last word: %s", cudnnGetVersion(),
-                  p->backward ? "backward" : "forward", p->B, (long long)p->T, p->H, p->D, reason);
+                  p->backward ? "backward" : "forward", p->B, p->T, p->H, p->D, reason);
     }
     cudnnCheck(cudnnBackendGetAttribute(p->plan, CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, CUDNN_TYPE_INT64, 1, &count,
                                         &p->workspace));
@@ -2090,8 +2066,8 @@ static SdpaPlan* sdpa_plan(bool backward, bool stats, int B, int64_t T, int H, i
         if (p->B == want.B && p->H == want.H && p->heads == H && p->D == D && p->T == T && p->backward == backward &&
             p->stats == stats && p->deterministic == want.deterministic) return p;
     }
-    opRequire(T > 0 && B > 0 && H > 0 && D % 8 == 0, "attention over B = %d, T = %lld, H = %d, D = %d: D must be a "
-              "multiple of 8, the others positive", B, (long long)T, H, D);
+    opRequire(T > 0 && B > 0 && H > 0 && D % 8 == 0, "attention over B = %d, T = %ld, H = %d, D = %d: D must be a "
+              "multiple of 8, the others positive", B, T, H, D);
     opRequire(plans_count < 64, "more than 64 attention shapes in one run: pad sequences to a few lengths");
     sdpa_build(&want);
     plans[plans_count] = want;
@@ -2113,19 +2089,15 @@ static int64_t sdpa_plan_bytes(const SdpaPlan* p) {
 // it: called before training for every shape of the run, so that nothing is compiled or allocated later.
 static int64_t sdpa_prepare(int B, int64_t T, int H, int D, bool need_stats, bool backward) {
     int64_t bytes = sdpa_plan_bytes(sdpa_plan(false, need_stats, B, T, H, D));
-    if (backward) {
-        int64_t more = sdpa_plan_bytes(sdpa_plan(true, true, B, T, H, D));
-        if (more > bytes) bytes = more;
-    }
-    return bytes;
+    return backward ? std::max(bytes, sdpa_plan_bytes(sdpa_plan(true, true, B, T, H, D))) : bytes;
 }
 
 // at[id] is where tensor id lies.
 static void sdpa_run(const SdpaPlan* p, void* (&at)[SDPA_TENSORS]) {
     int64_t bytes = sdpa_plan_bytes(p);
-    opRequire(bytes <= (int64_t)sdpa_workspace_bytes, "attention over B = %d, T = %lld, H = %d, D = %d needs %lld "
-              "bytes of workspace, the plan took %zu: sdpa_prepare() was not asked for this shape", p->B,
-              (long long)p->T, p->H, p->D, (long long)bytes, sdpa_workspace_bytes);
+    opRequire(bytes <= (int64_t)sdpa_workspace_bytes, "attention over B = %d, T = %ld, H = %d, D = %d needs %ld bytes "
+              "of workspace, the plan took %zu: sdpa_prepare() was not asked for this shape", p->B, p->T, p->H, p->D,
+              bytes, sdpa_workspace_bytes);
     float scale = 1.0f / sqrtf((float)p->D), masked = -INFINITY, one = 1.0f;
     at[SDPA_SCALE] = &scale;
     at[SDPA_MASKED] = &masked;
@@ -2139,8 +2111,8 @@ static void sdpa_run(const SdpaPlan* p, void* (&at)[SDPA_TENSORS]) {
         pointers[i] = at[id];
         // cuDNN computes nonsense on misaligned tensors, without an error. A head's statistics may start anywhere.
         int64_t alignment = id == SDPA_STATS || id >= SDPA_SCALE ? 4 : 16;
-        opRequire(at[id] && (uintptr_t)at[id] % alignment == 0, "attention tensor %lld lies at %p, which is not a "
-                  "multiple of %lld", (long long)id, at[id], (long long)alignment);
+        opRequire(at[id] && (uintptr_t)at[id] % alignment == 0, "attention tensor %ld lies at %p, which is not a "
+                  "multiple of %ld", id, at[id], alignment);
     }
     CudnnNode pack;
     cudnnCheck(cudnnBackendCreateDescriptor(CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR, &pack));
@@ -2598,9 +2570,9 @@ static void lighthouse_select(int32_t* index /*(B,H,S) flat entry index in seque
     int64_t most = coarse > below ? coarse : below, words = most / 32 + 1;
     int64_t shared = (264 + 2 * (s->levels - 1) * (s->tile + words)) * sizeof(int32_t);
     int64_t keys = 2 * most * sizeof(uint32_t), entries = s->off[s->levels];
-    opRequire(entries <= INT32_MAX, "%lld entries of all levels: an index has 32 bits", (long long)entries);
-    opRequire(shared <= limit, "a tile of %lld coarsest entries needs %lld bytes of shared memory, the GPU has %d: "
-              "raise topk, levels or pool", (long long)coarse, (long long)shared, limit);
+    opRequire(entries <= INT32_MAX, "%ld entries of all levels: an index has 32 bits", entries);
+    opRequire(shared <= limit, "a tile of %ld coarsest entries needs %ld bytes of shared memory, the GPU has %d: raise "
+              "topk, levels or pool", coarse, shared, limit);
     bool cached = shared + keys <= limit;
     int threads = most >= 1024 ? 1024 : most <= 128 ? 128 : (int)(most + 31) / 32 * 32;
     if (cached) shared += keys;
@@ -2786,7 +2758,7 @@ static void lighthouse_scatter(floatX* out /*(B,T,H,D)*/, const floatX* attn /*(
                                const int32_t* slot /*(B,H,E)*/, int B, const LighthouseShape* s) {
     WITH_TOKEN_CHUNK(s->pool, {
         int64_t groups = (s->T / CHUNK + 1) * s->H * B;
-        opRequire(groups <= UINT32_MAX, "%lld groups of tokens: more than 32 bits count", (long long)groups);
+        opRequire(groups <= UINT32_MAX, "%ld groups of tokens: more than 32 bits count", groups);
         unsigned blocks = grid_for(groups * (s->D / 8), 128);
         WITH_HEAD_SIZE(s->D, lighthouse_scatter_kernel<HEAD, CHUNK><<<blocks, 128, 0, main_stream>>>(
                                  out, attn, slot, B, *s));
@@ -2863,7 +2835,7 @@ static void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const float
                                        const LighthouseShape* s) {
     WITH_TOKEN_CHUNK(s->pool, {
         int64_t groups = s->T / CHUNK * s->H * B;
-        opRequire(groups <= UINT32_MAX, "%lld groups of tokens: more than 32 bits count", (long long)groups);
+        opRequire(groups <= UINT32_MAX, "%ld groups of tokens: more than 32 bits count", groups);
         unsigned blocks = grid_for(groups * (s->D / 8), 64);
         WITH_HEAD_SIZE(s->D, lighthouse_gather_backward_kernel<HEAD, CHUNK><<<blocks, 64, 0, main_stream>>>(
                                  dqkv, dslots, slot, rope, B, *s));
@@ -3459,6 +3431,20 @@ static void model_header(int32_t* h, const Dims* d, int64_t step) {
     h[9] = (int32_t)step;
 }
 
+// Reads and checks a checkpoint's header. Returns NULL or what is wrong, to be freed.
+static char* checkpoint_header(int fd, const char* path, CheckpointHeader* h) {
+    int64_t size = file_size(fd, path);
+    if (size < (int64_t)sizeof *h) return text("%s is cut: %ld bytes, less than a header", path, size);
+    read_at(fd, h, sizeof *h, 0, path);
+    if (h->magic != CHECKPOINT_MAGIC || h->version != CHECKPOINT_VERSION)
+        return text("%s is no checkpoint of this program: magic %d, version %d; expected %d, %d", path, h->magic,
+                    h->version, CHECKPOINT_MAGIC, CHECKPOINT_VERSION);
+    if (h->header_checksum != checksum(h, sizeof *h - 8))
+        return text("%s is damaged: wrong checksum of the header", path);
+    if (size != h->file_bytes) return text("%s is damaged: %ld bytes, its header says %ld", path, size, h->file_bytes);
+    return NULL;
+}
+
 // The state and the chunks' checksums behind a checkpoint's header, to be freed, into *front. Returns NULL or what is
 // wrong.
 static char* checkpoint_front(int fd, const char* path, const CheckpointHeader* h, char** front) {
@@ -3478,7 +3464,7 @@ static char* checkpoint_chunk(int fd, const char* path, const CheckpointHeader* 
     memcpy(&sum, front + h->state_bytes + 8 * i, 8);
     read_at(fd, buffer, *bytes, at, path);
     if (sum == checksum(buffer, *bytes)) return NULL;
-    return text("%s is damaged: wrong checksum of bytes %lld to %lld", path, (long long)at, (long long)(at + *bytes));
+    return text("%s is damaged: wrong checksum of bytes %ld to %ld", path, at, at + *bytes);
 }
 
 // Reads and checks the header of a model file or checkpoint. Returns where the weights begin; *bf16: 2-byte weights.
@@ -3486,18 +3472,12 @@ static int64_t model_file_open(const char* path, int* fd, Dims* d, bool* bf16) {
     *fd = open_to_read(path);
     CheckpointHeader c;
     int32_t h[256];
-    if (file_size(*fd, path) < (int64_t)sizeof h)
-        fatal("%s is no model file: it has %lld bytes, less than a header's 1024", path,
-              (long long)file_size(*fd, path));
+    int64_t size = file_size(*fd, path), offset = sizeof h;
+    if (size < offset) fatal("%s is no model file: it has %ld bytes, less than a header's 1024", path, size);
     read_at(*fd, h, sizeof h, 0, path);
-    int64_t offset = sizeof h;
     if (h[0] == CHECKPOINT_MAGIC) {
-        read_at(*fd, &c, sizeof c, 0, path);
-        if (c.header_checksum != checksum(&c, sizeof c - 8))
-            fatal("%s: the header's checksum is wrong: the file is damaged", path);
-        if (file_size(*fd, path) != c.file_bytes)
-            fatal("%s is damaged: %lld bytes, its header says %lld", path, (long long)file_size(*fd, path),
-                  (long long)c.file_bytes);
+        char* why = checkpoint_header(*fd, path, &c);
+        if (why) fatal("%s", why);
         memcpy(h, c.model, sizeof h);
         offset = c.weights_offset;
     }
@@ -3509,14 +3489,14 @@ static int64_t model_file_open(const char* path, int* fd, Dims* d, bool* bf16) {
     if (d->rope) memcpy(&d->theta, &h[8], sizeof(float));
     if (d->maxT < 1 || d->V < 1 || d->Vp < d->V || d->L < 1 || d->L > MAX_LAYERS || d->NH < 1 || d->C < 1 ||
         d->C % d->NH)
-        fatal("%s: impossible sizes in the header: T %lld, V %d, padded %d, layers %d, heads %d, channels %d", path,
-              (long long)d->maxT, d->V, d->Vp, d->L, d->NH, d->C);
+        fatal("%s: impossible sizes in the header: T %ld, V %d, padded %d, layers %d, heads %d, channels %d", path,
+              d->maxT, d->V, d->Vp, d->L, d->NH, d->C);
     Model m;
     model_layout(&m, *d);
     int64_t expected = offset + m.parameters * (*bf16 ? 2 : 4);
-    if (h[0] == MODEL_MAGIC && offset == sizeof h && file_size(*fd, path) != expected)
-        fatal("%s: %lld bytes, but a model of its header's sizes has %lld: it is cut, or of another program", path,
-              (long long)file_size(*fd, path), (long long)expected);
+    if (offset == sizeof h && size != expected)
+        fatal("%s: %ld bytes, but a model of its header's sizes has %ld: it is cut, or of another program", path, size,
+              expected);
     return offset;
 }
 
@@ -3578,8 +3558,8 @@ static void new_file_write(NewFile* f, const void* data, size_t bytes, int64_t o
     if (write_at(f->fd, data, bytes, offset)) return;
     int why = errno;
     unlink(f->partial);
-    fatal("writing %s at byte %lld: %s. Earlier checkpoints are untouched; make room and resume", f->partial,
-          (long long)offset, strerror(why));
+    fatal("writing %s at byte %ld: %s. Earlier checkpoints are untouched; make room and resume", f->partial, offset,
+          strerror(why));
 }
 
 static void new_file_finish(NewFile* f) {
@@ -3667,35 +3647,26 @@ static char* checkpoint_read(Model* m, const char* path, RunState* state) {
     int fd = open(path, O_RDONLY);
     if (fd < 0) return text("%s: %s", path, strerror(errno));
     CheckpointHeader h;
-    char *front = NULL, *buffer = NULL, *why = NULL;
-    int64_t size = file_size(fd, path);
-    if (size < (int64_t)sizeof h) why = text("%s is cut: %lld bytes, less than a header", path, (long long)size);
-    if (!why) read_at(fd, &h, sizeof h, 0, path);
-    if (!why && (h.magic != CHECKPOINT_MAGIC || h.version != CHECKPOINT_VERSION))
-        why = text("%s is no checkpoint of this program: magic %d, version %d; expected %d, %d", path, h.magic,
-                   h.version, CHECKPOINT_MAGIC, CHECKPOINT_VERSION);
-    if (!why && h.header_checksum != checksum(&h, sizeof h - 8))
-        why = text("%s is damaged: wrong checksum of the header", path);
-    if (!why && size != h.file_bytes)
-        why = text("%s is damaged: %lld bytes, its header says %lld", path, (long long)size, (long long)h.file_bytes);
+    char *front = NULL, *why = checkpoint_header(fd, path, &h);
+    if (why) {
+        close(fd);
+        return why;
+    }
     int32_t want[256];
     model_header(want, &m->dims, h.model[9]);
-    if (!why &&
-        (memcmp(want, h.model, sizeof want) || h.parameters != m->parameters || h.state_bytes != sizeof(RunState)))
+    if (memcmp(want, h.model, sizeof want) || h.parameters != m->parameters || h.state_bytes != sizeof(RunState))
         fatal("%s holds another model: T %d, V %d, layers %d, heads %d, channels %d, %s positions; this run's has T "
-              "%lld, V %d, layers %d, heads %d, channels %d, %s (and the same theta): use the same options, or --model "
+              "%ld, V %d, layers %d, heads %d, channels %d, %s (and the same theta): use the same options, or --model "
               "%s in another out-dir to start from its weights", path, h.model[2], h.model[3], h.model[4], h.model[5],
-              h.model[6], h.model[1] > 100 ? "rope" : "learned", (long long)m->dims.maxT, m->dims.V, m->dims.L,
-              m->dims.NH, m->dims.C, m->dims.rope ? "rope" : "learned", path);
-    if (!why) {
-        buffer = (char*)host_alloc(CHUNK);
-        why = checkpoint_front(fd, path, &h, &front);
-        for (int64_t i = 0, n; !why && i < h.chunks; i++) {
-            why = checkpoint_chunk(fd, path, &h, front, i, buffer, &n);
-            if (!why) checkpoint_body(m, buffer, i * CHUNK, n, true);
-        }
-        if (!why) memcpy(state, front, sizeof(RunState));
+              h.model[6], h.model[1] > 100 ? "rope" : "learned", m->dims.maxT, m->dims.V, m->dims.L, m->dims.NH,
+              m->dims.C, m->dims.rope ? "rope" : "learned", path);
+    char* buffer = (char*)host_alloc(CHUNK);
+    why = checkpoint_front(fd, path, &h, &front);
+    for (int64_t i = 0, n; !why && i < h.chunks; i++) {
+        why = checkpoint_chunk(fd, path, &h, front, i, buffer, &n);
+        if (!why) checkpoint_body(m, buffer, i * CHUNK, n, true);
     }
+    if (!why) memcpy(state, front, sizeof(RunState));
     free(front); free(buffer);
     close(fd);
     return why;
@@ -3712,10 +3683,10 @@ static int64_t* checkpoint_list(const char* dir, int* count) {
     *count = 0;
     DIR* d = opendir(dir);
     for (struct dirent* e; d && (e = readdir(d));) {
-        long long step;
-        if (sscanf(e->d_name, "ckpt_%lld.bin", &step) != 1 || step < 0) continue;
+        int64_t step;
+        if (sscanf(e->d_name, "ckpt_%ld.bin", &step) != 1 || step < 0) continue;
         char name[64];
-        snprintf(name, sizeof name, "ckpt_%08lld.bin", step);
+        snprintf(name, sizeof name, "ckpt_%08ld.bin", step);
         if (strcmp(name, e->d_name)) continue;
         steps = (int64_t*)realloc(steps, (*count + 1) * sizeof(int64_t));
         steps[(*count)++] = step;
@@ -3726,7 +3697,7 @@ static int64_t* checkpoint_list(const char* dir, int* count) {
 }
 
 static char* checkpoint_path(const Config* c, int64_t step) {
-    return text("%s/ckpt_%08lld.bin", c->out_dir, (long long)step);
+    return text("%s/ckpt_%08ld.bin", c->out_dir, step);
 }
 
 // Later steps than the one just written can only be damaged files that the resume passed over: they do not count.
@@ -4007,13 +3978,22 @@ static char* json_string(const char* s) {
     return out;
 }
 
-static char* json_number(double x) { return isfinite(x) ? text("%.9g", x) : text("null"); }
+// Short texts need no freeing: json_number(x).s
+struct ShortText { char s[32]; };
 
-static char* duration(double s) {
-    int64_t n = (int64_t)(s + 0.5);
-    return n >= 86400 ? text("%lldd%02lldh", (long long)(n / 86400), (long long)(n % 86400 / 3600))
-                      : text("%lld:%02lld:%02lld", (long long)(n / 3600), (long long)(n % 3600 / 60),
-                             (long long)(n % 60));
+static ShortText json_number(double x) {
+    ShortText t;
+    if (isfinite(x)) snprintf(t.s, sizeof t.s, "%.9g", x);
+    else snprintf(t.s, sizeof t.s, "null");
+    return t;
+}
+
+static ShortText duration(double seconds) {
+    ShortText t;
+    int64_t n = (int64_t)(seconds + 0.5);
+    if (n >= 86400) snprintf(t.s, sizeof t.s, "%ldd%02ldh", n / 86400, n % 86400 / 3600);
+    else snprintf(t.s, sizeof t.s, "%ld:%02ld:%02ld", n / 3600, n % 3600 / 60, n % 60);
+    return t;
 }
 
 static void progress_bar(const Logs* g, int64_t step, int64_t steps, const char* eta) {
@@ -4134,8 +4114,7 @@ static Dims choose_dims(const Config* c, int64_t largest_id, bool* from_file) {
         if (given("positions") && d.rope != !strcmp(c->positions, "rope"))
             fatal("--positions is %s, but %s has %s positions", c->positions, c->model, d.rope ? "rope" : "learned");
         if (!d.rope && c->seq_len > d.maxT)
-            fatal("--seq-len is %lld, but %s has learned positions up to %lld", (long long)c->seq_len, c->model,
-                  (long long)d.maxT);
+            fatal("--seq-len is %ld, but %s has learned positions up to %ld", c->seq_len, c->model, d.maxT);
         if (d.rope) d.maxT = c->seq_len;
         if (d.rope && given("rope-theta")) d.theta = (float)c->rope_theta;
         return d;
@@ -4146,7 +4125,7 @@ static Dims choose_dims(const Config* c, int64_t largest_id, bool* from_file) {
     d.V = (int)c->vocab_size;
     if (d.V == 0) d.V = largest_id < 257 ? 257 : 50257;
     if (c->vocab_size == 0 && largest_id >= d.V)
-        fatal("the data holds token ids up to %lld, more than GPT-2's 50257: give --vocab-size", (long long)largest_id);
+        fatal("the data holds token ids up to %ld, more than GPT-2's 50257: give --vocab-size", largest_id);
     d.Vp = (d.V + 127) / 128 * 128;
     d.maxT = c->seq_len;
     d.rope = !strcmp(c->positions, "rope");
@@ -4162,8 +4141,8 @@ static int64_t parse_switch_step(const Config* c, int64_t steps) {
     double x = strtod(s, &end);
     bool share = strchr(s, '.') != NULL;
     if (end == s || *end || !(x >= 0) || (share && x > 1) || (!share && (x > steps || x != floor(x))))
-        fatal("--switch-step is \"%s\"; it must be a step from 0 to the run's %lld, or with a point a share such as "
-              "0.625", s, (long long)steps);
+        fatal("--switch-step is \"%s\"; it must be a step from 0 to the run's %ld, or with a point a share such as "
+              "0.625", s, steps);
     return share ? (int64_t)llround(x * steps) : (int64_t)x;
 }
 
@@ -4261,25 +4240,25 @@ static void log_configuration(const Trainer* t, const Plan* plan, const char* de
         const Option* o = &options[i];
         const char* field = (const char*)c + o->offset;
         char* value = o->type == OPT_TEXT ? json_string(*(const char**)field)
-                    : o->type == OPT_REAL ? json_number(*(const double*)field)
-                    : text("%lld", (long long)*(const int64_t*)field);
+                    : o->type == OPT_REAL ? text("%.9g", *(const double*)field)
+                    : text("%ld", *(const int64_t*)field);
         fprintf(f, "%s\"%s\":%s", i ? "," : "", o->name, value);
         free(value);
     }
     fprintf(f, "},\"model\":{\"layers\":%d,\"channels\":%d,\"heads\":%d,\"vocab\":%d,\"padded_vocab\":%d,"
-            "\"parameters\":%lld,\"positions\":\"%s\",\"rope_theta\":%.9g},\"lighthouse\":", d->L, d->C, d->NH, d->V,
-            d->Vp, (long long)m->parameters, d->rope ? "rope" : "learned", d->theta);
+            "\"parameters\":%ld,\"positions\":\"%s\",\"rope_theta\":%.9g},\"lighthouse\":", d->L, d->C, d->NH, d->V,
+            d->Vp, m->parameters, d->rope ? "rope" : "learned", d->theta);
     if (t->switch_step > 0) {
         const LighthouseShape* s = &m->shape;
-        fprintf(f, "{\"levels\":%d,\"pool\":%d,\"topk\":%d,\"tile\":%d,\"slots\":%lld,\"dense_layers\":[", s->levels,
-                s->pool, s->topk, s->tile, (long long)s->S);
+        fprintf(f, "{\"levels\":%d,\"pool\":%d,\"topk\":%d,\"tile\":%d,\"slots\":%ld,\"dense_layers\":[", s->levels,
+                s->pool, s->topk, s->tile, s->S);
         for (int l = 0, n = 0; l < d->L; l++) if (!m->lighthouse_layer[l]) fprintf(f, "%s%d", n++ ? "," : "", l);
         fprintf(f, "]}");
     } else fprintf(f, "null");
     char* device_json = json_string(device);
-    log_line(f, ",\"steps\":%lld,\"switch_step\":%lld,\"tokens_per_step\":%lld,\"processes\":%d,\"device\":%s,"
-             "\"backend\":\"%s\",\"measured_flops\":%.6g}", (long long)t->steps, (long long)t->switch_step,
-             (long long)c->total_batch_size, procs.world, device_json, backend_name, t->device_flops);
+    log_line(f, ",\"steps\":%ld,\"switch_step\":%ld,\"tokens_per_step\":%ld,\"processes\":%d,\"device\":%s,"
+             "\"backend\":\"%s\",\"measured_flops\":%.6g}", t->steps, t->switch_step, c->total_batch_size, procs.world,
+             device_json, backend_name, t->device_flops);
     free(device_json);
     fprintf(f, "{\"event\":\"memory\",\"total_bytes\":%zu,\"parts\":{", plan->total);
     for (int i = 0; i < plan->parts; i++) fprintf(f, "%s\"%s\":%zu", i ? "," : "", plan->name[i], plan->bytes[i]);
@@ -4291,35 +4270,33 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
     const Model* m = &t->model;
     const Dims* d = &m->dims;
     say("device      %s (%s), %d process(es)\n", device, backend_name, procs.world);
-    say("model       %s: %d layers, %d channels, %d heads of %d, %d tokens (padded %d), %s positions, %lld "
-        "parameters\n", c->model, d->L, d->C, d->NH, d->C / d->NH, d->V, d->Vp, d->rope ? "rotary" : "learned",
-        (long long)m->parameters);
-    say("data        %s: %d shard(s), %lld windows of %lld tokens\n", c->train_data, t->train.count,
-        (long long)t->train.windows, (long long)c->seq_len);
-    say("batch       %lld tokens a step: %lld micro-step(s) of %lld x %lld on %d process(es)\n",
-        (long long)c->total_batch_size, (long long)t->accumulation, (long long)c->batch_size, (long long)c->seq_len,
-        procs.world);
+    say("model       %s: %d layers, %d channels, %d heads of %d, %d tokens (padded %d), %s positions, %ld parameters\n",
+        c->model, d->L, d->C, d->NH, d->C / d->NH, d->V, d->Vp, d->rope ? "rotary" : "learned", m->parameters);
+    say("data        %s: %d shard(s), %ld windows of %ld tokens\n", c->train_data, t->train.count, t->train.windows,
+        c->seq_len);
+    say("batch       %ld tokens a step: %ld micro-step(s) of %ld x %ld on %d process(es)\n", c->total_batch_size,
+        t->accumulation, c->batch_size, c->seq_len, procs.world);
     double tokens = (double)t->steps * c->total_batch_size;
-    say("run         %lld steps, %.3g tokens, %.2f epochs; %s to %.3g, %s\n", (long long)t->steps, tokens,
-        tokens / c->seq_len / t->train.windows, "learning rate up", c->learning_rate, c->lr_schedule);
+    say("run         %ld steps, %.3g tokens, %.2f epochs; learning rate up to %.3g, %s\n", t->steps, tokens,
+        tokens / c->seq_len / t->train.windows, c->learning_rate, c->lr_schedule);
     if (t->switch_step > 0) {
         const LighthouseShape* s = &m->shape;
         int lighthouse = 0;
         for (int l = 0; l < d->L; l++) lighthouse += m->lighthouse_layer[l];
         double T = (double)c->seq_len, S = (double)s->S;
-        say("lighthouse  steps 0 to %lld in %d of %d layers: levels %d, pool %d, topk %d, tile %d (%d tiles)\n",
-            (long long)t->switch_step - 1, lighthouse, d->L, s->levels, s->pool, s->topk, s->tile, s->tiles);
-        say("            %lld slots for %lld tokens: %.2f%% of dense attention's operations in such a layer\n",
-            (long long)s->S, (long long)c->seq_len, 100 * S * S / (T * T));
-        say("dense       steps %lld to %lld%s\n", (long long)t->switch_step, (long long)t->steps - 1,
+        say("lighthouse  steps 0 to %ld in %d of %d layers: levels %d, pool %d, topk %d, tile %d (%d tiles)\n",
+            t->switch_step - 1, lighthouse, d->L, s->levels, s->pool, s->topk, s->tile, s->tiles);
+        say("            %ld slots for %ld tokens: %.2f%% of dense attention's operations in such a layer\n", s->S,
+            c->seq_len, 100 * S * S / (T * T));
+        say("dense       steps %ld to %ld%s\n", t->switch_step, t->steps - 1,
             t->switch_step == t->steps ? ": none" : "");
     } else say("attention   dense throughout\n");
     for (int phase = LIGHTHOUSE; phase <= DENSE; phase++)
         if (phase == DENSE || t->switch_step > 0)
             say("operations  %.4g TFLOP a %s step\n",
                 step_flops(m, (Phase)phase, c->seq_len, (double)c->total_batch_size) * 1e-12, phase_name[phase]);
-    say("memory      %.2f GiB of %.2f GiB free, recompute level %lld:", gib(plan->total), gib(device_memory_free()),
-        (long long)c->recompute);
+    say("memory      %.2f GiB of %.2f GiB free, recompute level %ld:", gib(plan->total), gib(device_memory_free()),
+        c->recompute);
     for (int i = 0; i < plan->parts; i++) say("%s %s %.2f", i ? "," : "", plan->name[i], gib(plan->bytes[i]));
     say("\n");
 }
@@ -4345,17 +4322,15 @@ static void setup(Trainer* t, int argc, char** argv) {
     int64_t micro = c->batch_size * c->seq_len * procs.world;
     if (c->total_batch_size == 0) c->total_batch_size = micro;
     if (c->total_batch_size % micro)
-        fatal("--total-batch-size is %lld; it must be a multiple of batch-size x seq-len x processes = %lld: try %lld",
-              (long long)c->total_batch_size, (long long)micro,
-              (long long)(ceil_div(c->total_batch_size, micro) * micro));
+        fatal("--total-batch-size is %ld; it must be a multiple of batch-size x seq-len x processes = %ld: try %ld",
+              c->total_batch_size, micro, ceil_div(c->total_batch_size, micro) * micro);
     t->accumulation = c->total_batch_size / micro;
     t->steps = c->steps >= 0 ? c->steps : t->train.windows * c->seq_len / c->total_batch_size;
     if (t->steps == 0 && c->steps < 0)
-        fatal("one epoch, %lld tokens, is less than one step of %lld: lower --total-batch-size, or give --steps",
-              (long long)(t->train.windows * c->seq_len), (long long)c->total_batch_size);
+        fatal("one epoch, %ld tokens, is less than one step of %ld: lower --total-batch-size, or give --steps",
+              t->train.windows * c->seq_len, c->total_batch_size);
     if (c->warmup_steps > t->steps)
-        fatal("--warmup-steps is %lld, more than the run's %lld steps", (long long)c->warmup_steps,
-              (long long)t->steps);
+        fatal("--warmup-steps is %ld, more than the run's %ld steps", c->warmup_steps, t->steps);
     t->switch_step = parse_switch_step(c, t->steps);
     choose_lighthouse_layers(m, c);
     if (t->switch_step > 0 && !m->has_lighthouse) {
@@ -4365,7 +4340,7 @@ static void setup(Trainer* t, int argc, char** argv) {
     m->has_lighthouse = t->switch_step > 0;
     char why[512];
     if (m->has_lighthouse && !lighthouse_defaults(&m->shape, c, dims.NH, dims.C / dims.NH, why, sizeof why))
-        fatal("Lighthouse attention at seq-len %lld: %s", (long long)c->seq_len, why);
+        fatal("Lighthouse attention at seq-len %ld: %s", c->seq_len, why);
 
     if (c->sample_every) {
         char* path = text("%s", c->tokenizer);
@@ -4384,7 +4359,7 @@ static void setup(Trainer* t, int argc, char** argv) {
         if (encoded < 0) fatal("--prompt \"%s\" has a byte that the tokenizer has no token for", c->prompt);
         if (1 + encoded >= c->seq_len)
             fatal("--prompt has %d tokens and begins after one more, which leaves no room for a new token in seq-len "
-                  "%lld: shorten it", encoded, (long long)c->seq_len);
+                  "%ld: shorten it", encoded, c->seq_len);
     }
 
     device_open(0);
@@ -4428,21 +4403,19 @@ static void setup(Trainer* t, int argc, char** argv) {
         s->windows = t->train.windows; s->seed = c->seed; s->shuffle = c->shuffle;
         s->data = loader_fingerprint(&t->train);
     }
-    #define UNCHANGED(field, now, what) if (s->field != (now)) \
-        fatal("%s was made with %s %lld, now it is %lld: a resumed run continues the same sequence of batches, so " \
-              "restore it, or start a new run from its weights with --model %s", path, what, (long long)s->field, \
-              (long long)(now), path)
-    UNCHANGED(seq_len, c->seq_len, "seq-len");
-    UNCHANGED(total_batch, c->total_batch_size, "total-batch-size");
-    UNCHANGED(windows, t->train.windows, "training data of as many windows:");
-    UNCHANGED(seed, c->seed, "seed");
-    UNCHANGED(shuffle, c->shuffle, "shuffle");
-    #undef UNCHANGED
+    const struct { const char* what; int64_t then, now; } unchanged[] = {
+        {"seq-len", s->seq_len, c->seq_len}, {"total-batch-size", s->total_batch, c->total_batch_size},
+        {"training data of as many windows:", s->windows, t->train.windows},
+        {"seed", s->seed, c->seed}, {"shuffle", s->shuffle, c->shuffle}};
+    for (auto& x : unchanged)
+        if (x.then != x.now)
+            fatal("%s was made with %s %ld, now it is %ld: a resumed run continues the same sequence of batches, so "
+                  "restore it, or start a new run from its weights with --model %s", path, x.what, x.then, x.now, path);
     if (s->data != loader_fingerprint(&t->train))
         fatal("%s was made with other training data than %s: a resumed run continues the same sequence of batches, so "
               "restore it, or start a new run from its weights with --model %s", path, c->train_data, path);
     if (s->step > t->steps)
-        fatal("%s is at step %lld, past the %lld steps asked for", path, (long long)s->step, (long long)t->steps);
+        fatal("%s is at step %ld, past the %ld steps asked for", path, s->step, t->steps);
     t->wall_before = s->wall_s;
     t->device_flops = measure_device(m, c->seq_len);
     say("speed       %.4g TFLOP/s measured in a matrix product of this model: 100%% MFU\n", t->device_flops * 1e-12);
@@ -4450,9 +4423,9 @@ static void setup(Trainer* t, int argc, char** argv) {
     log_configuration(t, &plan, device);
     if (c->resume && !resumed) say("no checkpoint in %s: a new run\n", c->out_dir);
     if (resumed) {
-        say("resuming from %s at step %lld\n", path, (long long)s->step);
+        say("resuming from %s at step %ld\n", path, s->step);
         char* json = json_string(path);
-        log_line(t->logs.jsonl, "{\"event\":\"resume\",\"step\":%lld,\"file\":%s}", (long long)s->step, json);
+        log_line(t->logs.jsonl, "{\"event\":\"resume\",\"step\":%ld,\"file\":%s}", s->step, json);
         free(json);
     }
     free(path);
@@ -4465,17 +4438,16 @@ static double validate(Trainer* t, Phase phase) {
     double dense = evaluate(&t->model, c, &t->val, DENSE);
     double lighthouse = phase == LIGHTHOUSE ? evaluate(&t->model, c, &t->val, LIGHTHOUSE) : NAN;
     progress_clear(&t->logs);
-    char* both = phase == LIGHTHOUSE ? text(" lhtel:%.6f", lighthouse) : text("%s", "");
-    if (phase == LIGHTHOUSE)
-        say("step %lld | validation loss %.4f under dense attention, %.4f under Lighthouse\n", (long long)step, dense,
-            lighthouse);
-    else say("step %lld | validation loss %.4f\n", (long long)step, dense);
-    log_line(t->logs.main, "s:%lld tel:%.6f%s", (long long)step, dense, both);
-    char *dense_json = json_number(dense), *lighthouse_json = json_number(lighthouse);
-    log_line(t->logs.jsonl, "{\"event\":\"eval\",\"step\":%lld,\"loss_dense\":%s,\"loss_lighthouse\":%s,"
-             "\"tokens\":%lld,\"train_s\":%.3f,\"wall_s\":%.3f}", (long long)step, dense_json, lighthouse_json,
-             (long long)(step * t->config.total_batch_size), t->state.train_s, wall_seconds(t));
-    free(both); free(dense_json); free(lighthouse_json);
+    if (phase == LIGHTHOUSE) {
+        say("step %ld | validation loss %.4f under dense attention, %.4f under Lighthouse\n", step, dense, lighthouse);
+        log_line(t->logs.main, "s:%ld tel:%.6f lhtel:%.6f", step, dense, lighthouse);
+    } else {
+        say("step %ld | validation loss %.4f\n", step, dense);
+        log_line(t->logs.main, "s:%ld tel:%.6f", step, dense);
+    }
+    log_line(t->logs.jsonl, "{\"event\":\"eval\",\"step\":%ld,\"loss_dense\":%s,\"loss_lighthouse\":%s,\"tokens\":%ld,"
+             "\"train_s\":%.3f,\"wall_s\":%.3f}", step, json_number(dense).s, json_number(lighthouse).s,
+             step * c->total_batch_size, t->state.train_s, wall_seconds(t));
     return dense;
 }
 
@@ -4490,20 +4462,20 @@ static void save_checkpoint(Trainer* t) {
     }
     barrier();
     progress_clear(&t->logs);
-    say("step %lld | checkpoint %s (%.2f GiB, %.1f s)\n", (long long)t->state.step, path,
-        gib(checkpoint_bytes(&t->model)), seconds() - start);
+    say("step %ld | checkpoint %s (%.2f GiB, %.1f s)\n", t->state.step, path, gib(checkpoint_bytes(&t->model)),
+        seconds() - start);
     char* json = json_string(path);
-    log_line(t->logs.jsonl, "{\"event\":\"checkpoint\",\"step\":%lld,\"file\":%s,\"bytes\":%lld,\"seconds\":%.3f}",
-             (long long)t->state.step, json, (long long)checkpoint_bytes(&t->model), seconds() - start);
+    log_line(t->logs.jsonl, "{\"event\":\"checkpoint\",\"step\":%ld,\"file\":%s,\"bytes\":%ld,\"seconds\":%.3f}",
+             t->state.step, json, checkpoint_bytes(&t->model), seconds() - start);
     free(json); free(path);
 }
 
 static void write_sample(Trainer* t) {
     char* s = sample(&t->model, &t->config, &t->tokenizer, t->state.step);
     progress_clear(&t->logs);
-    say("step %lld | sample: %s\n", (long long)t->state.step, s);
+    say("step %ld | sample: %s\n", t->state.step, s);
     char* json = json_string(s);
-    log_line(t->logs.jsonl, "{\"event\":\"sample\",\"step\":%lld,\"text\":%s}", (long long)t->state.step, json);
+    log_line(t->logs.jsonl, "{\"event\":\"sample\",\"step\":%ld,\"text\":%s}", t->state.step, json);
     free(json); free(s);
 }
 
@@ -4549,9 +4521,8 @@ static void train_step(Trainer* t) {
     double loss_z = detector_score(&s->loss, loss), norm_z = detector_score(&s->norm, norm);
     bool finite = isfinite(loss) && isfinite(norm);
     if (!finite && !(c->skip_loss_z > 0 || c->skip_grad_z > 0))
-        fatal("step %lld: the loss is %g and the gradient norm %g. The checkpoints are as they were; resume from one "
-              "with a lower --learning-rate, or let --skip-grad-z pass over such steps", (long long)s->step + 1, loss,
-              norm);
+        fatal("step %ld: the loss is %g and the gradient norm %g. The checkpoints are as they were; resume from one "
+              "with a lower --learning-rate, or let --skip-grad-z pass over such steps", s->step + 1, loss, norm);
     bool skip = !finite || (c->skip_loss_z > 0 && loss_z > c->skip_loss_z) ||
                 (c->skip_grad_z > 0 && norm_z > c->skip_grad_z);
     double grad_scale = c->grad_clip > 0 && norm > c->grad_clip ? c->grad_clip / norm : 1;
@@ -4565,22 +4536,18 @@ static void train_step(Trainer* t) {
     s->phase_steps[phase]++;
     s->phase_s[phase] += elapsed;
     double mfu = step_flops(m, phase, T, (double)total) / (elapsed * t->device_flops * procs.world);
-    char* eta = duration(seconds_left(t));
+    ShortText eta = duration(seconds_left(t));
     progress_clear(&t->logs);
-    say("step %*lld/%lld | loss %.4f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s | mfu %.1f%% | %s | ETA %s%s\n",
-        (int)snprintf(NULL, 0, "%lld", (long long)t->steps), (long long)s->step, (long long)t->steps, loss, norm, lr,
-        elapsed * 1e3, total / elapsed, 100 * mfu, phase_name[phase], eta, skip ? " | update skipped: outlier" : "");
-    progress_bar(&t->logs, s->step, t->steps, eta);
-    free(eta);
-    log_line(t->logs.main, "s:%lld trl:%.6f lr:%.8f norm:%.6f ms:%.2f tps:%.0f ph:%s", (long long)s->step - 1, loss, lr,
-             norm, elapsed * 1e3, total / elapsed, phase_name[phase]);
-    char *loss_json = json_number(loss), *norm_json = json_number(norm);
-    log_line(t->logs.jsonl, "{\"event\":\"step\",\"step\":%lld,\"loss\":%s,\"lr\":%.9g,\"norm\":%s,\"ms\":%.3f,"
-             "\"tokens_per_second\":%.1f,\"mfu\":%.4f,\"phase\":\"%s\",\"tokens\":%lld,\"train_s\":%.3f,"
-             "\"wall_s\":%.3f,\"skipped\":%s}", (long long)s->step, loss_json, lr, norm_json, elapsed * 1e3,
-             total / elapsed, mfu, phase_name[phase], (long long)(s->step * total), s->train_s, wall_seconds(t),
-             skip ? "true" : "false");
-    free(loss_json); free(norm_json);
+    say("step %*ld/%ld | loss %.4f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s | mfu %.1f%% | %s | ETA %s%s\n",
+        (int)snprintf(NULL, 0, "%ld", t->steps), s->step, t->steps, loss, norm, lr, elapsed * 1e3, total / elapsed,
+        100 * mfu, phase_name[phase], eta.s, skip ? " | update skipped: outlier" : "");
+    progress_bar(&t->logs, s->step, t->steps, eta.s);
+    log_line(t->logs.main, "s:%ld trl:%.6f lr:%.8f norm:%.6f ms:%.2f tps:%.0f ph:%s", s->step - 1, loss, lr, norm,
+             elapsed * 1e3, total / elapsed, phase_name[phase]);
+    log_line(t->logs.jsonl, "{\"event\":\"step\",\"step\":%ld,\"loss\":%s,\"lr\":%.9g,\"norm\":%s,\"ms\":%.3f,"
+             "\"tokens_per_second\":%.1f,\"mfu\":%.4f,\"phase\":\"%s\",\"tokens\":%ld,\"train_s\":%.3f,\"wall_s\":%.3f,"
+             "\"skipped\":%s}", s->step, json_number(loss).s, lr, json_number(norm).s, elapsed * 1e3, total / elapsed,
+             mfu, phase_name[phase], s->step * total, s->train_s, wall_seconds(t), skip ? "true" : "false");
 }
 
 static void finish(Trainer* t, double val_loss) {
@@ -4592,19 +4559,18 @@ static void finish(Trainer* t, double val_loss) {
     char* phases[2];
     for (int p = 0; p < 2; p++) {
         double rate = s->phase_s[p] > 0 ? s->phase_steps[p] * total / s->phase_s[p] : 0;
-        if (s->phase_steps[p]) say("%-12s %8lld %14lld %12.1f %12.0f\n", phase_name[p], (long long)s->phase_steps[p],
-                                   (long long)(s->phase_steps[p] * total), s->phase_s[p], rate);
-        phases[p] = text("{\"steps\":%lld,\"tokens\":%lld,\"seconds\":%.3f,\"tokens_per_second\":%.1f}",
-                         (long long)s->phase_steps[p], (long long)(s->phase_steps[p] * total), s->phase_s[p], rate);
+        int64_t steps = s->phase_steps[p], tokens = steps * total;
+        if (steps) say("%-12s %8ld %14ld %12.1f %12.0f\n", phase_name[p], steps, tokens, s->phase_s[p], rate);
+        phases[p] = text("{\"steps\":%ld,\"tokens\":%ld,\"seconds\":%.3f,\"tokens_per_second\":%.1f}", steps, tokens,
+                         s->phase_s[p], rate);
     }
-    char *wall = duration(wall_seconds(t)), *loss_json = json_number(val_loss);
-    say("wall-clock %s; %.2f GiB of device memory taken; final validation loss %s; the model is in %s\n", wall,
-        gib(device_memory_taken()), loss_json, path);
-    log_line(t->logs.jsonl, "{\"event\":\"total\",\"steps\":%lld,\"tokens\":%lld,\"train_s\":%.3f,\"wall_s\":%.3f,"
-             "\"phases\":{\"lighthouse\":%s,\"dense\":%s},\"final_val_loss\":%s,\"device_bytes\":%zu}",
-             (long long)s->step, (long long)(s->step * total), s->train_s, wall_seconds(t), phases[0], phases[1],
-             loss_json, device_memory_taken());
-    free(path); free(wall); free(loss_json); free(phases[0]); free(phases[1]);
+    say("wall-clock %s; %.2f GiB of device memory taken; final validation loss %s; the model is in %s\n",
+        duration(wall_seconds(t)).s, gib(device_memory_taken()), json_number(val_loss).s, path);
+    log_line(t->logs.jsonl, "{\"event\":\"total\",\"steps\":%ld,\"tokens\":%ld,\"train_s\":%.3f,\"wall_s\":%.3f,"
+             "\"phases\":{\"lighthouse\":%s,\"dense\":%s},\"final_val_loss\":%s,\"device_bytes\":%zu}", s->step,
+             s->step * total, s->train_s, wall_seconds(t), phases[0], phases[1], json_number(val_loss).s,
+             device_memory_taken());
+    free(path); free(phases[0]); free(phases[1]);
 }
 
 #ifndef TRAINER_NO_MAIN  // the tests include this file and have their own
@@ -4633,9 +4599,9 @@ int main(int argc, char** argv) {
         bool at_switch = t->switch_step > 0 && s->step == t->switch_step;
         if (at_switch) {
             progress_clear(&t->logs);
-            say("step %lld | the switch: dense attention in every layer from here on\n", (long long)s->step);
-            log_line(t->logs.jsonl, "{\"event\":\"switch\",\"step\":%lld,\"from\":\"lighthouse\",\"to\":\"dense\","
-                     "\"train_s\":%.3f}", (long long)s->step, s->train_s);
+            say("step %ld | the switch: dense attention in every layer from here on\n", s->step);
+            log_line(t->logs.jsonl, "{\"event\":\"switch\",\"step\":%ld,\"from\":\"lighthouse\",\"to\":\"dense\","
+                     "\"train_s\":%.3f}", s->step, s->train_s);
             memset(&s->loss, 0, sizeof s->loss);  // the loss jumps at the switch; that is no outlier
             memset(&s->norm, 0, sizeof s->norm);
         }
@@ -4647,7 +4613,7 @@ int main(int argc, char** argv) {
         if (signal_number || last || (c->checkpoint_every && s->step % c->checkpoint_every == 0)) save_checkpoint(t);
         if (signal_number && !last) {
             progress_clear(&t->logs);
-            say("stopped by signal at step %lld; --resume 1 goes on from here\n", (long long)s->step);
+            say("stopped by signal at step %ld; --resume 1 goes on from here\n", s->step);
             processes_end();
             return 128 + (stop_signal ? stop_signal : SIGTERM);
         }
