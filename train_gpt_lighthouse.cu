@@ -1759,7 +1759,7 @@ static void adamw_update(floatX* params, float* master /*or NULL: params are fp3
 
 // ---- causal attention
 // In bf16 it is cuDNN's, through the backend C API: the graph of elementary operations that cuDNN's runtime compiler
-// recognizes as flash attention. cuDNN has none for fp32; there plain kernels do it, for tests at small T.
+// recognizes as flash attention. cuDNN has none for fp32; there dev/fp32_attention.cuh does it, for tests at small T.
 
 [[maybe_unused]] static void* sdpa_workspace;  // of the plan, as much as sdpa_prepare() asked for; fp32 needs none
 static size_t sdpa_workspace_bytes;
@@ -1767,7 +1767,7 @@ static size_t sdpa_workspace_bytes;
 // The deterministic backward keeps 2 B H T^2 bytes. Above this many it runs head by head and needs 2 T^2.
 [[maybe_unused]] static int64_t sdpa_deterministic_bytes = (int64_t)8 << 30;
 
-#ifndef FLOATX_FP32  // cuDNN's, in bf16; below, plain kernels in fp32
+#ifndef FLOATX_FP32  // cuDNN's; below, plain kernels of the tests
 static void cudnn_check(cudnnStatus_t status, const char* call, const char* file, int line) {
     if (status == CUDNN_STATUS_SUCCESS) return;
     char reason[1024] = "";
@@ -2158,101 +2158,7 @@ static void sdpa_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dout /*(B,
 
 #else
 
-static int64_t sdpa_prepare(int, int64_t, int, int, bool, bool) { return 0; }
-
-// A warp owns one row and walks the others; a lane holds every 32nd dimension.
-static const int SDPA_MAX_D = 256;
-#define SDPA_EACH_DIM(i, d) for (int i = 0, d = threadIdx.x % 32; i < SDPA_MAX_D / 32; i++, d += 32) if (d < D)
-
-struct SdpaRow {
-    int64_t row, bh, t;   // of (B,H,T); bh counts heads over the batch
-    int64_t base, base3;  // where the head begins in a (B,T,H,D) and in a packed (B,T,3,H,D) tensor
-};
-__device__ __forceinline__ SdpaRow sdpa_row(int64_t T, int H, int D) {
-    int64_t row = (blockIdx.x * (int64_t)blockDim.x + threadIdx.x) / 32, bh = row / T, C = (int64_t)H * D;
-    return {row, bh, row % T, bh / H * T * C + bh % H * D, bh / H * T * 3 * C + bh % H * D};
-}
-
-__global__ void sdpa_forward_kernel(float* out, float* stats, const float* qkv, int B, int64_t T, int H, int D) {
-    auto [row, bh, t, base, base3] = sdpa_row(T, H, D);
-    if (row >= B * H * T) return;
-    int64_t C = (int64_t)H * D;
-    float q[SDPA_MAX_D / 32], o[SDPA_MAX_D / 32] = {}, top = -INFINITY, sum = 0.0f, scale = 1.0f / sqrtf((float)D);
-    SDPA_EACH_DIM(i, d) q[i] = qkv[base3 + t * 3 * C + d] * scale;
-    for (int64_t j = 0; j <= t; j++) {
-        const float* k = qkv + base3 + j * 3 * C + C;
-        float score = 0.0f;
-        SDPA_EACH_DIM(i, d) score += q[i] * k[d];
-        score = warp_sum(score);
-        float new_top = fmaxf(top, score), shrink = expf(top - new_top), weight = expf(score - new_top);
-        top = new_top;
-        sum = sum * shrink + weight;
-        SDPA_EACH_DIM(i, d) o[i] = o[i] * shrink + weight * k[C + d];
-    }
-    SDPA_EACH_DIM(i, d) out[base + t * C + d] = o[i] / sum;
-    if (stats && threadIdx.x % 32 == 0) stats[row] = top + logf(sum);
-}
-
-__global__ void sdpa_backward_dq_kernel(float* dqkv, const float* dout, const float* qkv, const float* out,
-                                        const float* stats, int B, int64_t T, int H, int D) {
-    auto [row, bh, t, base, base3] = sdpa_row(T, H, D);
-    if (row >= B * H * T) return;
-    int64_t C = (int64_t)H * D;
-    float q[SDPA_MAX_D / 32], g[SDPA_MAX_D / 32], dq[SDPA_MAX_D / 32] = {}, dot = 0.0f, scale = 1.0f / sqrtf((float)D);
-    SDPA_EACH_DIM(i, d) {
-        q[i] = qkv[base3 + t * 3 * C + d] * scale;
-        g[i] = dout[base + t * C + d];
-        dot += g[i] * out[base + t * C + d];
-    }
-    dot = warp_sum(dot);
-    for (int64_t j = 0; j <= t; j++) {
-        const float* k = qkv + base3 + j * 3 * C + C;
-        float score = 0.0f, dweight = 0.0f;
-        SDPA_EACH_DIM(i, d) { score += q[i] * k[d]; dweight += g[i] * k[C + d]; }
-        float ds = expf(warp_sum(score) - stats[row]) * (warp_sum(dweight) - dot);
-        SDPA_EACH_DIM(i, d) dq[i] += ds * k[d];
-    }
-    SDPA_EACH_DIM(i, d) dqkv[base3 + t * 3 * C + d] = dq[i] * scale;
-}
-
-__global__ void sdpa_backward_dkv_kernel(float* dqkv, const float* dout, const float* qkv, const float* out,
-                                         const float* stats, int B, int64_t T, int H, int D) {
-    auto [row, bh, t, base, base3] = sdpa_row(T, H, D);
-    if (row >= B * H * T) return;
-    int64_t C = (int64_t)H * D;
-    float k[SDPA_MAX_D / 32], v[SDPA_MAX_D / 32], dk[SDPA_MAX_D / 32] = {}, dv[SDPA_MAX_D / 32] = {};
-    float scale = 1.0f / sqrtf((float)D);
-    SDPA_EACH_DIM(i, d) {
-        k[i] = qkv[base3 + t * 3 * C + C + d] * scale;
-        v[i] = qkv[base3 + t * 3 * C + 2 * C + d];
-    }
-    for (int64_t j = t; j < T; j++) {
-        const float *q = qkv + base3 + j * 3 * C, *g = dout + base + j * C, *o = out + base + j * C;
-        float score = 0.0f, dweight = 0.0f;  // the weight's gradient less the row's sum: g (v - o)
-        SDPA_EACH_DIM(i, d) { score += q[d] * k[i]; dweight += g[d] * (v[i] - o[d]); }
-        float weight = expf(warp_sum(score) - stats[bh * T + j]), ds = weight * warp_sum(dweight);
-        SDPA_EACH_DIM(i, d) { dk[i] += ds * q[d]; dv[i] += weight * g[d]; }
-    }
-    SDPA_EACH_DIM(i, d) {
-        dqkv[base3 + t * 3 * C + C + d] = dk[i] * scale;
-        dqkv[base3 + t * 3 * C + 2 * C + d] = dv[i];
-    }
-}
-
-static void sdpa_forward(floatX* out, float* stats, const floatX* qkv, int B, int64_t T, int H, int D) {
-    opRequire(D <= SDPA_MAX_D, "attention with D = %d: at most %d in fp32", D, SDPA_MAX_D);
-    sdpa_forward_kernel<<<grid_for(B * H * T, 8), 256, 0, main_stream>>>(out, stats, qkv, B, T, H, D);
-    cudaCheck(cudaGetLastError());
-}
-
-static void sdpa_backward(floatX* dqkv, const floatX* dout, const floatX* qkv, const floatX* out, const float* stats,
-                          int B, int64_t T, int H, int D) {
-    opRequire(D <= SDPA_MAX_D, "attention with D = %d: at most %d in fp32", D, SDPA_MAX_D);
-    sdpa_backward_dq_kernel<<<grid_for(B * H * T, 8), 256, 0, main_stream>>>(dqkv, dout, qkv, out, stats, B, T, H, D);
-    cudaCheck(cudaGetLastError());
-    sdpa_backward_dkv_kernel<<<grid_for(B * H * T, 8), 256, 0, main_stream>>>(dqkv, dout, qkv, out, stats, B, T, H, D);
-    cudaCheck(cudaGetLastError());
-}
+#include "dev/fp32_attention.cuh"
 #endif
 
 // ---- what the operations need of a run
@@ -4301,24 +4207,10 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
     say("\n");
 }
 
-static void setup(Trainer* t, int argc, char** argv) {
+// Checks the batch, the steps and Lighthouse's settings, and chooses those that were left open.
+static void setup_run(Trainer* t) {
     Config* c = &t->config;
     Model* m = &t->model;
-    memset(t, 0, sizeof *t);
-    t->started = seconds();
-    parse_options(c, argc, argv);
-
-    loader_open(&t->train, c->train_data, c->seq_len, 0, c->shuffle, c->seed);
-    bool from_file;
-    Dims dims = choose_dims(c, t->train.largest_id, &from_file);
-    if (t->train.largest_id >= dims.V) {  // a model file's vocabulary: open again, to name the shard and the token
-        loader_close(&t->train);
-        loader_open(&t->train, c->train_data, c->seq_len, dims.V, c->shuffle, c->seed);
-    }
-    t->has_val = *c->val_data != 0;
-    if (t->has_val) loader_open(&t->val, c->val_data, c->seq_len, dims.V, false, 0);
-    model_layout(m, dims);
-
     int64_t micro = c->batch_size * c->seq_len * procs.world;
     if (c->total_batch_size == 0) c->total_batch_size = micro;
     if (c->total_batch_size % micro)
@@ -4339,41 +4231,32 @@ static void setup(Trainer* t, int argc, char** argv) {
     }
     m->has_lighthouse = t->switch_step > 0;
     char why[512];
-    if (m->has_lighthouse && !lighthouse_defaults(&m->shape, c, dims.NH, dims.C / dims.NH, why, sizeof why))
+    if (m->has_lighthouse && !lighthouse_defaults(&m->shape, c, m->dims.NH, m->dims.C / m->dims.NH, why, sizeof why))
         fatal("Lighthouse attention at seq-len %ld: %s", c->seq_len, why);
+}
 
-    if (c->sample_every) {
-        char* path = text("%s", c->tokenizer);
-        if (!*path) {  // beside the training data
-            const char* slash = strrchr(c->train_data, '/');
-            free(path);
-            path = text("%.*stokenizer.bin", slash ? (int)(slash + 1 - c->train_data) : 0, c->train_data);
-        }
-        if (!tokenizer_open(&t->tokenizer, path, dims.V))
-            fatal("cannot read the tokenizer %s: %s. --tokenizer names it; --sample-every 0 does without", path,
-                  strerror(errno));
+static void setup_tokenizer(Trainer* t) {
+    const Config* c = &t->config;
+    char* path = text("%s", c->tokenizer);
+    if (!*path) {  // beside the training data
+        const char* slash = strrchr(c->train_data, '/');
         free(path);
-        int room = (int)strlen(c->prompt) + 1, *ids = (int*)host_alloc(room * sizeof(int));
-        int encoded = tokenizer_encode(&t->tokenizer, c->prompt, ids, room);
-        free(ids);
-        if (encoded < 0) fatal("--prompt \"%s\" has a byte that the tokenizer has no token for", c->prompt);
-        if (1 + encoded >= c->seq_len)
-            fatal("--prompt has %d tokens and begins after one more, which leaves no room for a new token in seq-len "
-                  "%ld: shorten it", encoded, c->seq_len);
+        path = text("%.*stokenizer.bin", slash ? (int)(slash + 1 - c->train_data) : 0, c->train_data);
     }
+    if (!tokenizer_open(&t->tokenizer, path, t->model.dims.V))
+        fatal("cannot read the tokenizer %s: %s. --tokenizer names it; --sample-every 0 does without", path,
+              strerror(errno));
+    free(path);
+    int room = (int)strlen(c->prompt) + 1, *ids = (int*)host_alloc(room * sizeof(int));
+    int encoded = tokenizer_encode(&t->tokenizer, c->prompt, ids, room);
+    free(ids);
+    if (encoded < 0) fatal("--prompt \"%s\" has a byte that the tokenizer has no token for", c->prompt);
+    if (1 + encoded >= c->seq_len)
+        fatal("--prompt has %d tokens and begins after one more, which leaves no room for a new token in seq-len "
+              "%ld: shorten it", encoded, c->seq_len);
+}
 
-    device_open(0);
-    operations_open(dims.C, dims.NH, c->deterministic);
-    int64_t sample_T = sample_length(c);
-    Plan plan = choose_plan(m, c, sample_T);
-    char device[256];
-    device_name(device, sizeof device);
-    print_configuration(t, &plan, device);
-    if (c->dry_run) {
-        processes_end();
-        exit(0);
-    }
-
+static void setup_directory(const Config* c, const Model* m) {
     make_directories(c->out_dir);
     int earlier;
     free(checkpoint_list(c->out_dir, &earlier));
@@ -4386,12 +4269,15 @@ static void setup(Trainer* t, int argc, char** argv) {
         fatal("%s has %.2f GiB free; a checkpoint and the model take %.2f GiB", c->out_dir,
               gib((double)disk.f_bavail * disk.f_frsize), gib(need));
     barrier();  // every process has looked before rank 0 writes
+}
 
-    model_allocate(m, c, &plan);
-    char* path = NULL;
-    bool resumed = c->resume && checkpoint_resume(m, c, &t->state, &path);
+// The newest checkpoint's state, or a new one. Returns the checkpoint's path, to be freed, or NULL.
+static char* setup_state(Trainer* t, bool from_file) {
+    const Config* c = &t->config;
+    Model* m = &t->model;
     RunState* s = &t->state;
-    if (!resumed) {
+    char* path = NULL;
+    if (!c->resume || !checkpoint_resume(m, c, s, &path)) {
         if (from_file) model_load(m, c->model);
         else {
             float* host = (float*)host_alloc(m->parameters * sizeof(float));
@@ -4416,16 +4302,54 @@ static void setup(Trainer* t, int argc, char** argv) {
               "restore it, or start a new run from its weights with --model %s", path, c->train_data, path);
     if (s->step > t->steps)
         fatal("%s is at step %ld, past the %ld steps asked for", path, s->step, t->steps);
-    t->wall_before = s->wall_s;
+    return path;
+}
+
+static void setup(Trainer* t, int argc, char** argv) {
+    Config* c = &t->config;
+    Model* m = &t->model;
+    memset(t, 0, sizeof *t);
+    t->started = seconds();
+    parse_options(c, argc, argv);
+
+    loader_open(&t->train, c->train_data, c->seq_len, 0, c->shuffle, c->seed);
+    bool from_file;
+    Dims dims = choose_dims(c, t->train.largest_id, &from_file);
+    if (t->train.largest_id >= dims.V) {  // a model file's vocabulary: open again, to name the shard and the token
+        loader_close(&t->train);
+        loader_open(&t->train, c->train_data, c->seq_len, dims.V, c->shuffle, c->seed);
+    }
+    t->has_val = *c->val_data != 0;
+    if (t->has_val) loader_open(&t->val, c->val_data, c->seq_len, dims.V, false, 0);
+    model_layout(m, dims);
+    setup_run(t);
+    if (c->sample_every) setup_tokenizer(t);
+
+    device_open(0);
+    operations_open(dims.C, dims.NH, c->deterministic);
+    int64_t sample_T = sample_length(c);
+    Plan plan = choose_plan(m, c, sample_T);
+    char device[256];
+    device_name(device, sizeof device);
+    print_configuration(t, &plan, device);
+    if (c->dry_run) {
+        processes_end();
+        exit(0);
+    }
+
+    setup_directory(c, m);
+    model_allocate(m, c, &plan);
+    char* path = setup_state(t, from_file);
+    t->wall_before = t->state.wall_s;
     t->device_flops = measure_device(m, c->seq_len);
     say("speed       %.4g TFLOP/s measured in a matrix product of this model: 100%% MFU\n", t->device_flops * 1e-12);
     t->logs = logs_open(c);
     log_configuration(t, &plan, device);
-    if (c->resume && !resumed) say("no checkpoint in %s: a new run\n", c->out_dir);
-    if (resumed) {
-        say("resuming from %s at step %ld\n", path, s->step);
+    if (c->resume && !path) say("no checkpoint in %s: a new run\n", c->out_dir);
+    if (path) {
+        say("resuming from %s at step %ld\n", path, t->state.step);
         char* json = json_string(path);
-        log_line(t->logs.jsonl, "{\"event\":\"resume\",\"step\":%ld,\"file\":%s}", s->step, json);
+        log_line(t->logs.jsonl, "{\"event\":\"resume\",\"step\":%ld,\"file\":%s}", t->state.step, json);
         free(json);
     }
     free(path);
