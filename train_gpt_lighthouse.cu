@@ -210,7 +210,7 @@ static bool lighthouse_shape(LighthouseShape* s, int64_t T, int H, int D, int le
         REFUSE("pool^(levels-1) * topk/tile = %.3g is more than any length: lower levels or pool", exact * tiles);
     int64_t coarse = (int64_t)exact, unit = coarse * tiles, least = unit * tile;  // T: a multiple of unit, >= least
     if (T % unit) {
-        int64_t below = T / unit * unit, above = below + unit > least ? below + unit : least;
+        int64_t below = T / unit * unit, above = std::max(below + unit, least);
         char lengths[64];
         if (below >= least) snprintf(lengths, sizeof lengths, "lengths are %ld and %ld", below, above);
         else snprintf(lengths, sizeof lengths, "length is %ld", above);
@@ -510,7 +510,7 @@ static void device_name(char* name, size_t size) {
     cudaCheck(cudaGetDevice(&device));
     cudaCheck(cudaGetDeviceProperties(&properties, device));
     cudaCheck(cudaRuntimeGetVersion(&runtime));
-    snprintf(name, size, "%s, CUDA %d.%d", properties.name, runtime / 1000, runtime % 1000 / 10);
+    snprintf(name, size, "%.200s, CUDA %d.%d", properties.name, runtime / 1000, runtime % 1000 / 10);
 }
 
 // Blocks for work items, per_block each, along grid.x (the one dimension that reaches 2^31 - 1).
@@ -569,7 +569,7 @@ static void stop_all_processes() { if (procs.world > 1 && mpi_running()) MPI_Abo
 // Sums over the processes, in place, in rank order on every process. Counts may exceed 2^31.
 static void all_sum(float* x, int64_t n) {
     for (int64_t i = 0; procs.world > 1 && i < n; i += 1 << 26) {
-        int count = n - i < (1 << 26) ? (int)(n - i) : 1 << 26;
+        int count = (int)std::min<int64_t>(n - i, 1 << 26);
         MPI_Allreduce(MPI_IN_PLACE, x + i, count, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
     }
 }
@@ -731,7 +731,7 @@ static void loader_sequence(const Loader* d, int64_t i, int* inputs, int* target
 // Tells other data of the same size apart: a checksum of the first tokens of windows from everywhere. It does not
 // depend on how the tokens are cut into shards.
 static uint64_t loader_fingerprint(const Loader* d) {
-    const int64_t samples = 1024, length = d->T < 64 ? d->T : 64;
+    const int64_t samples = 1024, length = std::min<int64_t>(d->T, 64);
     int* tokens = (int*)host_alloc(samples * length * sizeof(int));
     for (int64_t i = 0; i < samples; i++) {
         int64_t w = (int64_t)((double)i / samples * d->windows);
@@ -2473,7 +2473,7 @@ static void lighthouse_select(int32_t* index /*(B,H,S) flat entry index in seque
         cudaCheck(cudaFuncSetAttribute(lighthouse_select_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit));
     }
     int64_t coarse = s->n[s->levels - 1] / s->tiles, below = s->levels > 2 ? (int64_t)s->tile * s->pool : 0;
-    int64_t most = coarse > below ? coarse : below, words = most / 32 + 1;
+    int64_t most = std::max(coarse, below), words = most / 32 + 1;
     int64_t shared = (264 + 2 * (s->levels - 1) * (s->tile + words)) * sizeof(int32_t);
     int64_t keys = 2 * most * sizeof(uint32_t), entries = s->off[s->levels];
     opRequire(entries <= INT32_MAX, "%ld entries of all levels: an index has 32 bits", entries);
@@ -2920,8 +2920,7 @@ static Phase attention_kind(const Model* m, int l, Phase phase) {
 // Rows of the logits made at a time: about 512 MiB, never the whole sequence's.
 static int64_t head_rows(const Model* m, int64_t rows) {
     int64_t chunk = (512ll << 20) / ((int64_t)m->dims.Vp * sizeof(floatX)) / 128 * 128;
-    if (chunk < 128) chunk = 128;
-    return rows < chunk ? rows : chunk;
+    return std::min(rows, std::max<int64_t>(chunk, 128));
 }
 
 // Places the activations of a pass in the arena. A tensor that the recompute level keeps gets its own place in every
@@ -3093,7 +3092,7 @@ static double model_head(Model* m, const int* host_targets, Run r, float dloss) 
     int64_t N = r.B * r.T, chunk = head_rows(m, N);
     copy_to_device(m->targets, host_targets, N * sizeof(int));
     for (int64_t i = 0; i < N; i += chunk) {
-        int64_t rows = N - i < chunk ? N - i : chunk;
+        int64_t rows = std::min(N - i, chunk);
         floatX* x = a->lnf + i * d->C;
         matmul_forward(a->logits, x, weight(m, WTE, 0), NULL, NULL, rows, d->C, d->Vp);
         crossentropy_forward_backward(a->logits, a->losses + i, m->targets + i, dloss, rows, d->V, d->Vp, r.train);
@@ -3276,7 +3275,7 @@ static double detector_score(Detector* d, double x) {
         for (int i = 0; i < DETECTOR_WINDOW; i++) mean += d->values[i] / DETECTOR_WINDOW;
         for (int i = 0; i < DETECTOR_WINDOW; i++)
             var += (d->values[i] - mean) * (d->values[i] - mean) / DETECTOR_WINDOW;
-        z = (x - mean) / sqrt(var > 1e-24 ? var : 1e-24);
+        z = (x - mean) / sqrt(std::max(var, 1e-24));
     }
     if (isfinite(x)) d->values[d->seen++ % DETECTOR_WINDOW] = x;
     return z;
@@ -3365,7 +3364,7 @@ static char* checkpoint_front(int fd, const char* path, const CheckpointHeader* 
 static char* checkpoint_chunk(int fd, const char* path, const CheckpointHeader* h, const char* front, int64_t i,
                               char* buffer, int64_t* bytes) {
     int64_t body = h->file_bytes - h->weights_offset, at = h->weights_offset + i * CHUNK;
-    *bytes = body - i * CHUNK < CHUNK ? body - i * CHUNK : CHUNK;
+    *bytes = std::min(body - i * CHUNK, CHUNK);
     uint64_t sum;
     memcpy(&sum, front + h->state_bytes + 8 * i, 8);
     read_at(fd, buffer, *bytes, at, path);
@@ -3431,7 +3430,7 @@ static void model_load(Model* m, const char* path) {
         int64_t bytes, all = n * sizeof(float);
         for (int64_t i = 0; !why && i * CHUNK < all; i++) {
             why = checkpoint_chunk(fd, path, &h, front, i, buffer, &bytes);
-            memcpy((char*)host + i * CHUNK, buffer, all - i * CHUNK < bytes ? all - i * CHUNK : bytes);
+            memcpy((char*)host + i * CHUNK, buffer, std::min(all - i * CHUNK, bytes));
         }
         if (why) fatal("%s", why);
         free(front); free(buffer);
@@ -3490,7 +3489,7 @@ static void model_write(const Model* m, const char* path, int64_t step) {
     char* buffer = (char*)host_alloc(CHUNK);
     int64_t bytes = m->parameters * sizeof(float);
     for (int64_t i = 0; i < bytes; i += CHUNK) {
-        int64_t n = bytes - i < CHUNK ? bytes - i : CHUNK;
+        int64_t n = std::min(bytes - i, CHUNK);
         copy_to_host(buffer, (char*)m->master + i, n);
         new_file_write(&f, buffer, n, sizeof header + i);
     }
@@ -3503,7 +3502,7 @@ static void checkpoint_body(const Model* m, char* host, int64_t i, int64_t n, bo
     int64_t section = m->parameters * sizeof(float);
     char* arrays[3] = {(char*)m->master, (char*)m->m, (char*)m->v};
     while (n > 0) {
-        int64_t at = i % section, part = section - at < n ? section - at : n;
+        int64_t at = i % section, part = std::min(section - at, n);
         char* device = arrays[i / section] + at;
         if (write_to_device) copy_to_device(device, host, part);
         else copy_to_host(host, device, part);
@@ -3533,7 +3532,7 @@ static void checkpoint_write(const Model* m, const char* path, const RunState* s
     char* buffer = (char*)host_alloc(CHUNK);
     NewFile f = new_file(path);
     for (int64_t i = 0; i < h.chunks; i++) {
-        int64_t n = body - i * CHUNK < CHUNK ? body - i * CHUNK : CHUNK;
+        int64_t n = std::min(body - i * CHUNK, CHUNK);
         checkpoint_body(m, buffer, i * CHUNK, n, false);
         uint64_t sum = checksum(buffer, n);
         memcpy(front + sizeof(RunState) + 8 * i, &sum, 8);
@@ -3661,8 +3660,7 @@ static bool checkpoint_resume(Model* m, const Config* c, RunState* state, char**
 static double evaluate(Model* m, const Config* c, const Loader* data, Phase phase) {
     Run r = {(int)c->batch_size, c->seq_len, phase, false, 0};
     int64_t T = c->seq_len, B = r.B;
-    int64_t sequences = c->val_batches * B * procs.world;
-    if (sequences > data->windows) sequences = data->windows;
+    int64_t sequences = std::min(c->val_batches * B * procs.world, data->windows);
     int *inputs = m->host_tokens, *targets = m->host_tokens + B * T;
     double sum = 0;
     for (int64_t i = 0; i < sequences; i += B * procs.world) {
@@ -3767,8 +3765,7 @@ static int tokenizer_encode(const Tokenizer* k, const char* s, int* out, int roo
 // Length of the window that samples are drawn in: the prompt and the new tokens, to the next multiple of 64, at most T.
 static int64_t sample_length(const Config* c) {
     if (c->sample_every == 0) return 0;
-    int64_t want = ceil_div(1 + (int64_t)strlen(c->prompt) + c->sample_tokens, 64) * 64;
-    return want < c->seq_len ? want : c->seq_len;
+    return std::min(ceil_div(1 + (int64_t)strlen(c->prompt) + c->sample_tokens, 64) * 64, c->seq_len);
 }
 
 // Continues the prompt with dense attention, one whole forward pass a token. Returns the text, to be freed.
@@ -3781,7 +3778,7 @@ static char* sample(Model* m, const Config* c, const Tokenizer* k, int64_t step)
     float* sorted = (float*)host_alloc(V * sizeof(float));
     for (int64_t t = 0; t < T; t++) tokens[t] = k->end_of_text;
     int encoded = tokenizer_encode(k, c->prompt, tokens + 1, (int)T - 1);
-    int64_t length = 1 + encoded, end = length + c->sample_tokens < T ? length + c->sample_tokens : T;
+    int64_t length = 1 + encoded, end = std::min(length + c->sample_tokens, T);
     char* out = text("%s", c->prompt);
     size_t out_length = strlen(out);
     for (; length < end; length++) {
@@ -3845,7 +3842,7 @@ static Logs logs_open(const Config* c) {
     char *main_path = text("%s/main.log", c->out_dir), *json_path = text("%s/log.jsonl", c->out_dir);
     g.main = log_open(main_path);
     g.jsonl = log_open(json_path);
-    g.terminal = isatty(STDOUT_FILENO) && isatty(STDERR_FILENO);  // under mpirun the first always is
+    g.terminal = isatty(STDOUT_FILENO) && isatty(STDERR_FILENO);  // under mpirun the first one always is
     free(main_path); free(json_path);
     return g;
 }
@@ -4080,9 +4077,8 @@ static void choose_lighthouse_layers(Model* m, const Config* c) {
 // themselves serve as random input: zeros would run faster than real data.
 static double measure_device(Model* m, int64_t T) {
     int C = m->dims.C;
-    int64_t N = (int64_t)m->dims.L * 4 * C, room = activations_bytes(m, {1, T, DENSE, false, 0});  // at least
-    if (N > 8192) N = 8192;
-    if (N > room / (int64_t)(4 * C * sizeof(floatX))) N = room / (4 * C * sizeof(floatX));
+    int64_t room = activations_bytes(m, {1, T, DENSE, false, 0});  // the arena is no smaller
+    int64_t N = std::min({(int64_t)m->dims.L * 4 * C, (int64_t)8192, room / (int64_t)(4 * C * sizeof(floatX))});
     double best = INFINITY, began = seconds();
     for (int i = 0; i < 4 || seconds() - began < 0.2; i++) {  // the first is a warm-up
         device_synchronize();
