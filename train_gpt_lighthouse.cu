@@ -2162,6 +2162,7 @@ static void sdpa_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dout /*(B,
 #endif
 
 // ---- what the operations need of a run
+// Refuses what the kernels do not do.
 static void operations_open(int C, int NH, bool deterministic) {
     int D = C / NH;
     if (procs.world > 1)
@@ -2230,8 +2231,8 @@ __device__ __forceinline__ void add_pack(float (&sum)[8], const Pack8<floatX>& x
 }
 
 // ---- scores
-// The norms of q and k, and above level 0 the maximum over the tokens covered. A block takes SCORE_TOKENS
-// tokens of all heads, so that it reads whole rows, and makes the levels whose entries fit into them.
+// The norms of q and k, and above level 0 the maximum over the tokens covered. A block takes SCORE_TOKENS tokens of all
+// heads, so that it reads whole rows, and makes the levels whose entries fit into them.
 static const int SCORE_TOKENS = 64;
 
 template <int D>
@@ -2314,10 +2315,10 @@ static void lighthouse_scores(float* scores /*(2,B,H,E): a then b*/, const float
 }
 
 // ---- selection
-// A block does one tile of one head, level after level. There are few blocks, so what counts is the time
-// from barrier to barrier: the m/2 best are found by their threshold, four passes of a histogram over one byte of the
-// score's bits each, never by a sort. Which candidates are picked is kept as bits, 32 to a word, with the number of
-// picked ones before each word; counted in these, every entry finds its place in the sequence.
+// A block does one tile of one head, level after level. There are few blocks, so what counts is the time from barrier
+// to barrier: the m/2 best are found by their threshold, four passes of a histogram over one byte of the score's bits
+// each, never by a sort. Which candidates are picked is kept as bits, 32 to a word, with the number of picked ones
+// before each word; counted in these, every entry finds its place in the sequence.
 
 // A norm's bits order like the norm. NaN counts as infinity. 0 is left for candidates that cannot be picked any more.
 __device__ __forceinline__ uint32_t score_key(float score) {
@@ -2613,9 +2614,8 @@ static void lighthouse_scatter_backward(floatX* dattn /*(B,S,H,D)*/, const float
 }
 
 // ---- scatter, and the backward of gather: kernels that make tokens
-// A group takes CHUNK tokens of one head that share their entries of every level
-// above 0, sums those entries' slots once, and adds to each token its own level-0 slot. Neighbouring groups take the
-// other heads.
+// A group takes CHUNK tokens of one head that share their entries of every level above 0, sums those entries' slots
+// once, and adds to each token its own level-0 slot. Neighbouring groups take the other heads.
 #define WITH_TOKEN_CHUNK(pool, ...) \
     if ((pool) == 2) { constexpr int CHUNK = 2; __VA_ARGS__; } \
     else if ((pool) == 4) { constexpr int CHUNK = 4; __VA_ARGS__; } \
