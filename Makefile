@@ -74,7 +74,7 @@ test:
 	scripts/setup test
 	$(MAKE) all $(CPU_TESTS)
 	dev/run_tests
-	if nvidia-smi -L > /dev/null 2>&1; then $(MAKE) test-gpu; fi
+	@if nvidia-smi -L > /dev/null 2>&1; then $(MAKE) test-gpu; fi
 
 # Every kernel against its CPU twin, the model against PyTorch, GPU runs against CPU runs. Needs a GPU.
 test-gpu: all $(GPU_TESTS)
