@@ -48,6 +48,8 @@ GPU_COMPILE = $(NVCC) -std=c++17 -O3 -lineinfo $(GENCODE) -Xcompiler "-O3 $(OPEN
 GPU_LINK = -lcublasLt -lcudnn
 $(GPU_TRAINERS): %: %.cu build/config.mk
 	$(GPU_COMPILE) $< -o $@ $(GPU_LINK)
+build/bench_gpu: dev/bench_gpu.cu build/config.mk
+	$(GPU_COMPILE) $< -o $@ $(GPU_LINK)
 build/test_gpu_model: dev/test_model.cu build/config.mk
 	$(GPU_COMPILE) $< -o $@ $(GPU_LINK)
 build/test_gpu_model_fp32: dev/test_model.cu build/config.mk

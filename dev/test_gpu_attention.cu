@@ -7,6 +7,7 @@
 //   build/test_gpu_attention ops sdpa       only these of: ops sdpa vectors million times
 //   build/test_gpu_attention quick          the Lighthouse kernels at small shapes, for compute-sanitizer
 //   build/test_gpu_attention kernels        the times without those of attention over all tokens
+//   build/test_gpu_attention times json     the times; each shape's also as a line of JSON, for scripts/bench
 //   build/test_gpu_attention once           one run of each kernel, for a profiler
 // With -DFLOATX_FP32 the kernels work in fp32 and must agree to fp32 rounding; there sdpa is the plain fp32 kernel.
 //
@@ -638,6 +639,8 @@ static void test_sdpa_samples(int64_t T, int H, int D, bool deterministic) {
 }
 
 // ---- times --------------------------------------------------------------------------------------------------------
+static double fastest_ms, slowest_ms;  // of the runs of the last median
+
 template <typename Op> static double median_ms(int runs, Op op) {
     cudaEvent_t begin, end;
     cudaCheck(cudaEventCreate(&begin));
@@ -653,6 +656,8 @@ template <typename Op> static double median_ms(int runs, Op op) {
         if (run >= 0) ms.push_back(x);
     }
     std::sort(ms.begin(), ms.end());
+    fastest_ms = ms.front();
+    slowest_ms = ms.back();
     return ms[ms.size() / 2];
 }
 
@@ -669,7 +674,9 @@ static double time_line(const char* what, double bytes, double ms) {
     return ms;
 }
 
-static void time_case(const Case& c, int runs, int dense_runs) {
+static void time_case(const Case& c, int runs, int dense_runs, bool json = false) {
+    static Case dense_case;  // dense attention depends on these of its sizes only: B, T, H, D
+    static double dense_forward, dense_backward;
     LighthouseShape s = case_shape(c);
     const int64_t T = c.T, H = c.H, D = c.D, C = H * D, S = s.S, E = s.off[s.levels];
     const double X = sizeof(floatX);
@@ -711,17 +718,21 @@ static void time_case(const Case& c, int runs, int dense_runs) {
         sdpa_backward(d_dslots, d_dattn, d_slots, d_attn, d_stats, 1, S, H, D);
         lighthouse_gather_backward(d_dqkv, d_dslots, d_slot, d_table, 1, &s);
     });
+    double whole_fastest = fastest_ms, whole_slowest = slowest_ms;
     time_line("all but sdpa, summed", 0, around);
     time_line("all, one after the other", 0, whole);
     if (dense_runs > 0) {
-        prepare_sdpa(1, T, H, D, true, true);
-        double dense_forward = median_ms(dense_runs, [&] { sdpa_forward(d_out, d_stats, d_qkv, 1, T, H, D); });
-        double dense_backward = median_ms(dense_runs, [&] {
-            sdpa_backward(d_dqkv, d_dout, d_qkv, d_out, d_stats, 1, T, H, D);
-        });
+        if (memcmp(&c, &dense_case, offsetof(Case, levels))) {
+            dense_case = c;
+            prepare_sdpa(1, T, H, D, true, true);
+            dense_forward = median_ms(dense_runs, [&] { sdpa_forward(d_out, d_stats, d_qkv, 1, T, H, D); });
+            dense_backward = median_ms(dense_runs, [&] {
+                sdpa_backward(d_dqkv, d_dout, d_qkv, d_out, d_stats, 1, T, H, D);
+            });
+        }
         time_line("sdpa forward, T tokens", 0, dense_forward);
         time_line("sdpa backward, T tokens", 0, dense_backward);
-        if (dense_runs > 1) {
+        if (dense_runs > 1 && !json) {
             sdpa_deterministic = true;
             for (int64_t N : {S, T}) {
                 prepare_sdpa(1, N, H, D, true, true);
@@ -736,6 +747,15 @@ static void time_case(const Case& c, int runs, int dense_runs) {
         }
         printf("     over tokens / over slots: forward %.1f, backward %.1f; dense / all of Lighthouse: %.1f\n",
                dense_forward / forward, dense_backward / backward, (dense_forward + dense_backward) / whole);
+    }
+    if (json) {
+        double bytes = (10 * T + 8 * S) * C * X      // each tensor once per kernel that reads or writes it;
+                       + 28.0 * H * E + 20.0 * H * S;  // scores and slots of the entries, the index
+        printf("{\"T\":%ld,\"H\":%ld,\"D\":%ld,\"levels\":%d,\"pool\":%d,\"topk\":%d,\"S\":%ld,\"copy_GBps\":%.1f,"
+               "\"around_ms\":%.4f,\"around_bytes\":%.0f,\"slots_ms\":%.4f,\"ms\":[%.4f,%.4f,%.4f],\"dense_ms\":%s}\n",
+               T, H, D, c.levels, c.pool, c.topk, S, copy_gbs, around, bytes, forward + backward, whole_fastest, whole,
+               whole_slowest, dense_runs ? json_number(dense_forward + dense_backward).s : "null");
+        fflush(stdout);
     }
     free_device_arrays();
 }
@@ -790,7 +810,7 @@ int main(int argc, char** argv) {
         if (IS_BF16) test_sdpa_samples(32768, 4, 128, true);
     }
     if ((wanted("times") || wanted("kernels")) && large && IS_BF16) {
-        bool dense = wanted("times");
+        bool dense = wanted("times"), json = argc > 1 && wanted("json");
         size_t bytes = (size_t)2 << 30;
         char *a = device_array<char>(bytes), *b = device_array<char>(bytes);
         copy_gbs = 2 * bytes / 1e6 / median_ms(10, [&] {
@@ -801,9 +821,10 @@ int main(int argc, char** argv) {
 #ifndef FLOATX_FP32
         printf("     cuDNN %zu\n", cudnnGetVersion());
 #endif
-        time_case({1, 98304, 8, 128, 3, 4, 1536, 128}, 15, dense ? 3 : 0);
-        time_case({1, 98304, 12, 64, 3, 4, 1536, 128}, 15, 0);
-        time_case({1, 524288, 8, 128, 4, 4, 4096, 128}, 15, dense ? 1 : 0);
+        time_case({1, 98304, 8, 128, 3, 4, 1536, 128}, 15, dense ? 3 : 0, json);
+        if (!json) time_case({1, 98304, 12, 64, 3, 4, 1536, 128}, 15, 0);
+        time_case({1, 524288, 8, 128, 4, 4, 4096, 128}, 15, dense ? 1 : 0, json);
+        time_case({1, 524288, 8, 128, 3, 4, 8192, 128}, 15, dense ? 1 : 0, json);  // the sparsity of the paper's table
     }
     if (argc > 1 && wanted("once")) time_case({1, 98304, 8, 128, 3, 4, 1536, 128}, 1, 0);
     printf("%d passed, %d failed\n", passed, failed);
