@@ -1,6 +1,7 @@
-// Measures the floor of a training step for scripts/bench: the same step with everything but its matrix products and
-// its attention left out, pass after pass until the card is as warm as in training, and the rate of a copy on the
-// device, at which the rest could move its bytes. Prints one line of JSON.
+// Measures the floor of a training step for scripts/bench: the step's matrix products and its attention, each alone on
+// a rested card; the same ones after another as in a step, pass after pass until the card is as warm as in training,
+// when its power limit lowers the clock; and the rate of a copy on the device, at which the rest could move its bytes.
+// Prints one line of JSON.
 //
 //   make build/bench_gpu
 //   build/bench_gpu B=1 T=98304 L=30 C=1024 NH=8 Vp=512 S=18432 dense=4    dense: the layers whose attention is over T
@@ -198,6 +199,13 @@ int main(int argc, char** argv) {
     h.inp = x.head_inp; h.dout = x.head_dout; h.weights = x.wte;
     add_products(&step, "head", h, chunk, C, s.Vp, chunks, 1, false);
 
+    double alone = 0;
+    for (Launch& t : step) {
+        usleep(100000);
+        std::vector<double> ms = times_of({&t.op, &t.op, &t.op});
+        alone += t.times * *std::min_element(ms.begin(), ms.end());
+    }
+
     // A pass does layer after layer, as a step does: the card's clock follows the power of the mixture.
     std::vector<const std::function<void()>*> launches;
     std::vector<size_t> which;
@@ -228,8 +236,8 @@ int main(int argc, char** argv) {
     });
     char device[256];
     device_name(device, sizeof device);
-    printf("{\"device\":\"%s\",\"cudnn\":%zu,\"copy_GBps\":%.1f,\"pass_ms\":%.4f,\"passes\":%zu,\"parts\":{", device,
-           cudnnGetVersion(), 2 * copied / copy / 1e6, warm(passes), passes.size());
+    printf("{\"device\":\"%s\",\"cudnn\":%zu,\"copy_GBps\":%.1f,\"alone_ms\":%.4f,\"loop_ms\":%.4f,\"passes\":%zu,"
+           "\"parts\":{", device, cudnnGetVersion(), 2 * copied / copy / 1e6, alone, warm(passes), passes.size());
     for (size_t i = 0; i < step.size(); ) {
         double ms = 0;
         size_t first = i;
