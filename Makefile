@@ -21,7 +21,7 @@ endif
 include build/config.mk
 endif
 
-.PHONY: all cpu help quickstart test test-gpu sanitize test_golden deps deps-test clean found
+.PHONY: all cpu help quickstart test test-mpi test-gpu sanitize test_golden deps deps-test clean found
 all: cpu $(if $(NVCC),$(GPU_TRAINERS))
 cpu: found $(CPU_TRAINERS)
 
@@ -78,6 +78,10 @@ test:
 	dev/run_tests
 	@if nvidia-smi -L > /dev/null 2>&1; then $(MAKE) test-gpu; fi
 
+# Several ranks against one, on the CPU backend with mpirun; part of make test.
+test-mpi: cpu
+	dev/run_tests mpi
+
 # Every kernel against its CPU twin, the model against PyTorch, GPU runs against CPU runs. Needs a GPU.
 test-gpu: all $(GPU_TESTS)
 	dev/run_gpu_tests
@@ -95,6 +99,7 @@ help:
 	@echo "make cpu           build only train_gpt_lighthouse_cpu and train_gpt_dense_cpu"
 	@echo "make quickstart    install what is missing, prepare text, train with Lighthouse and dense, compare, plot"
 	@echo "make test          build and run every test (installs what the tests need)"
+	@echo "make test-mpi      the tests of several processes: mpirun on the CPU backend, 1 to 4 ranks"
 	@echo "make test-gpu      every kernel against its CPU twin and GPU runs against CPU runs, on a machine with a GPU"
 	@echo "make sanitize      the GPU tests under compute-sanitizer: memcheck, racecheck, initcheck, synccheck"
 	@echo "make test_golden   Lighthouse attention against the official release's vectors in dev/vectors"
