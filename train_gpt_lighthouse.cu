@@ -29,6 +29,7 @@ Build with make; every program has --help.
 #include <fcntl.h>
 #include <glob.h>
 #include <math.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -44,6 +45,7 @@ Build with make; every program has --help.
 #include <time.h>
 #include <unistd.h>
 #include <algorithm>
+#include <initializer_list>
 #ifdef USE_MPI
 #include <mpi.h>
 #endif
@@ -58,6 +60,7 @@ static const bool lighthouse_built = false;
 static const bool lighthouse_built = true;
 #define PROGRAM "lighthouse"
 #endif
+#define VERSION "2"  // of what the processes of a run must share: options, collectives, files
 
 struct Config {
     // data
@@ -85,7 +88,9 @@ struct Config {
     const char *prompt, *tokenizer;
     double temperature;
     // memory
-    int64_t recompute, deterministic, dry_run;
+    int64_t recompute, deterministic, dry_run, plan_ranks;
+    // processes
+    int64_t cp, hang_timeout, rank_logs;
 };
 
 enum OptionType { OPT_INT, OPT_REAL, OPT_TEXT, OPT_FLAG };
@@ -171,6 +176,13 @@ static const Option options[] = {
     {"deterministic", "", OPT_INT, AT(deterministic), "0", 0, 1,
      "1: dense attention's backward gives the same bits every run"},
     {"dry-run", "", OPT_FLAG, AT(dry_run), "0", 0, 1, "print the configuration and the memory plan, and stop"},
+    {"plan-ranks", "", OPT_INT, AT(plan_ranks), "0", 0, 1048576,
+     "with --dry-run: plan for this many processes; 0: as many as were started"},
+    {"cp", "", OPT_INT, AT(cp), "1", 1, 1024,
+     "[processes] context parallelism: processes that share each sequence, seq-len/cp consecutive tokens on each"},
+    {"hang-timeout", "", OPT_INT, AT(hang_timeout), "600", 0, 1e6,
+     "seconds to wait for another process before the job ends with its name; 0: no limit"},
+    {"rank-logs", "", OPT_INT, AT(rank_logs), "0", 0, 1, "1: every process writes rank_<r>.log in out-dir"},
 };
 static const int option_count = sizeof(options) / sizeof(options[0]);
 static bool option_given[sizeof(options) / sizeof(options[0])];  // on the command line
@@ -259,20 +271,34 @@ static bool lighthouse_defaults(LighthouseShape* s, const Config* c, int H, int 
 // ===================================================================================================================
 // 2. Errors and checks, files, time, randomness; the device and its memory, which on the CPU backend are the host's.
 
-static void stop_all_processes();  // section 3: a failing process must not leave the others waiting
+// Section 3. A failing process must not leave the others waiting. A hanging one must not either: whatever depends on
+// others is waited for by looking again and again, with a call of wait_a_moment between two looks, which has a limit.
+struct Wait {
+    int64_t looks;
+    double began;  // seconds(), once it takes longer
+};
+static void stop_all_processes();
+static void wait_a_moment(Wait* w);
+static bool waits_for_others;   // there are other processes
+static char process_name[32];   // "rank 3: " before errors, or empty if there is but one process
+static FILE* rank_log;          // this process's own log, or NULL
 
 // The compiler checks the arguments against the format, which is argument n. An int64_t is a long on 64-bit Linux: %ld.
 #define PRINTF_LIKE(n) __attribute__((format(printf, n, n + 1)))
 
 // Prints one message that says what is wrong, with which value, and what would be right; ends the program.
 PRINTF_LIKE(1) __attribute__((noreturn)) static void fatal(const char* format, ...) {
-    va_list args;
-    va_start(args, format);
-    fflush(stdout);
-    fprintf(stderr, "error: ");
-    vfprintf(stderr, format, args);
-    fprintf(stderr, "\n");
-    va_end(args);
+    for (FILE* f : {stderr, rank_log}) {
+        if (!f) continue;
+        va_list args;
+        va_start(args, format);
+        fflush(stdout);
+        fprintf(f, "error: %s", process_name);
+        vfprintf(f, format, args);
+        fprintf(f, "\n");
+        fflush(f);
+        va_end(args);
+    }
     stop_all_processes();
     exit(1);
 }
@@ -474,7 +500,11 @@ static void* scratch(size_t bytes, const char* op) {
     return op_scratch;
 }
 
-static void device_open(int device) {
+// Takes the local_rank-th GPU. A launcher that shows each process one GPU only has chosen already.
+static void device_open(int local_rank) {
+    int devices, device;
+    cudaCheck(cudaGetDeviceCount(&devices));
+    device = local_rank % devices;
     cudaCheck(cudaSetDevice(device));
     cudaCheck(cudaDeviceGetAttribute(&device_sms, cudaDevAttrMultiProcessorCount, device));
     cudaCheck(cudaStreamCreateWithFlags(&main_stream, cudaStreamNonBlocking));
@@ -482,7 +512,15 @@ static void device_open(int device) {
     cudaCheck(cudaMemGetInfo(&device_free_at_start, &total));
     cublasCheck(cublasLtCreate(&cublaslt_handle));
 }
-static void device_synchronize() { cudaCheck(cudaStreamSynchronize(main_stream)); }
+static void device_synchronize() {
+    if (!waits_for_others) {
+        cudaCheck(cudaStreamSynchronize(main_stream));
+        return;
+    }
+    Wait w = {0, 0};
+    for (cudaError_t state; (state = cudaStreamQuery(main_stream)) != cudaSuccess; wait_a_moment(&w))
+        if (state != cudaErrorNotReady) cudaCheck(state);
+}
 static void* device_alloc(size_t bytes) {  // zeroed
     void* p;
     cudaCheck(cudaMalloc(&p, bytes ? bytes : 1));
@@ -535,69 +573,401 @@ static void* take(Arena* a, size_t bytes) {
 #define TAKE(arena, type, count) ((type*)take(arena, (size_t)(count) * sizeof(type)))
 
 // ===================================================================================================================
-// 3. Processes: one per device. MPI starts them and carries the collectives of the CPU backend.
+// 3. Processes: one per device, world = dp x cp of them. The cp ranks of a group hold consecutive slices of the same
+// sequences (context parallel), the dp groups hold different sequences (data parallel); rank = dp_rank * cp + cp_rank.
+// mpirun or srun starts them. MPI carries what is small and on the host; what is large and on the device is carried by
+// NCCL between GPUs and by MPI on the CPU backend, in the same few calls. Every sum adds the ranks in a fixed order.
 
 struct Processes {
     int rank, world;
+    int cp, cp_rank, dp, dp_rank;
+    int local_rank, local_world;  // on this machine
+    bool connected;               // by MPI, be it to no other process; otherwise no collective does anything
 };
-static Processes procs = {0, 1};
+static Processes procs = {0, 1, 1, 0, 1, 0, 0, 1, false};
+enum Group { WORLD_GROUP, CP_GROUP };
+static double hang_timeout = 600;  // seconds that a process waits for others, 0: no limit
+static int64_t step_begun;         // the step that this process is in, for that message; 0: the start
 
-// How many processes the launcher says that it started.
+// How many processes the launcher says that it started: mpirun's first, since srun may in turn have started mpirun.
 static int processes_started() {
-    const char* names[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"};
-    for (int i = 0; i < 3; i++) if (getenv(names[i]) && atoi(getenv(names[i])) != 1) return atoi(getenv(names[i]));
+    const char* names[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"};
+    for (const char* name : names) if (getenv(name)) return atoi(getenv(name));
     return 1;
 }
 
+// Splits the world into dp groups of cp ranks.
+static void processes_split(int64_t cp) {
+    if (procs.world % cp)
+        fatal("--cp is %ld; it must divide the number of processes, %d", cp, procs.world);
+    procs.cp = (int)cp;
+    procs.cp_rank = procs.rank % procs.cp;
+    procs.dp = procs.world / procs.cp;
+    procs.dp_rank = procs.rank / procs.cp;
+}
+
 #ifdef USE_MPI  // with MPI; below, without
-static bool mpi_running() {
-    int initialized = 0;
-    MPI_Initialized(&initialized);
-    return initialized;
-}
+static MPI_Comm cp_comm = MPI_COMM_NULL, local_comm = MPI_COMM_NULL, hang_comm = MPI_COMM_NULL;
 
-static void processes_start(int* argc, char*** argv) {
-    // A single process needs no MPI, and starts faster without.
-    if (processes_started() <= 1 && !getenv("OMPI_COMM_WORLD_SIZE")) return;
-    MPI_Init(argc, argv);
-    MPI_Comm_rank(MPI_COMM_WORLD, &procs.rank);
-    MPI_Comm_size(MPI_COMM_WORLD, &procs.world);
-}
-static void processes_end() { if (mpi_running()) MPI_Finalize(); }
-static void stop_all_processes() { if (procs.world > 1 && mpi_running()) MPI_Abort(MPI_COMM_WORLD, 1); }
+static void stop_all_processes() { if (procs.world > 1) MPI_Abort(MPI_COMM_WORLD, 1); }
 
-// Sums over the processes, in place, in rank order on every process. Counts may exceed 2^31.
-static void all_sum(float* x, int64_t n) {
-    for (int64_t i = 0; procs.world > 1 && i < n; i += 1 << 26) {
-        int count = (int)std::min<int64_t>(n - i, 1 << 26);
-        MPI_Allreduce(MPI_IN_PLACE, x + i, count, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
+// ---- waiting, with a limit
+// MPI's own waits have no end, so every wait here looks whether it is over, again and again. A process that has waited
+// for hang_timeout seconds asks all others whether they wait too, as whoever waits looks for such questions. Those that
+// do not answer are the ones that hang: they are named, and the job ends.
+
+struct ProcessName {
+    char host[56];
+    int64_t pid;
+};
+static ProcessName* process_names;  // (world)
+static const double ANSWER_S = 3;   // an answer takes as long as the other's pause between two looks: milliseconds
+
+enum { QUESTION = 1, ANSWER = 2 };
+
+// Answers questions. Notes in waits[rank] who waits, and returns the lowest rank that asked, or world.
+static int answer_questions(bool* waits) {
+    int lowest = procs.world, found;
+    for (;;) {
+        MPI_Status s;
+        MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, hang_comm, &found, &s);
+        if (!found) return lowest;
+        MPI_Recv(NULL, 0, MPI_BYTE, s.MPI_SOURCE, s.MPI_TAG, hang_comm, MPI_STATUS_IGNORE);
+        if (waits) waits[s.MPI_SOURCE] = true;
+        if (s.MPI_TAG == ANSWER) continue;
+        lowest = std::min(lowest, s.MPI_SOURCE);
+        MPI_Request sent;
+        MPI_Isend(NULL, 0, MPI_BYTE, s.MPI_SOURCE, ANSWER, hang_comm, &sent);
+        MPI_Request_free(&sent);
     }
 }
-static double all_sum(double x) {
-    if (procs.world > 1) MPI_Allreduce(MPI_IN_PLACE, &x, 1, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
-    return x;
+
+__attribute__((noreturn)) static void name_who_hangs() {
+    bool* waits = (bool*)host_alloc(procs.world);
+    for (int i = 0; i < procs.world; i++) {
+        waits[i] = i == procs.rank;
+        if (waits[i]) continue;
+        MPI_Request sent;
+        MPI_Isend(NULL, 0, MPI_BYTE, i, QUESTION, hang_comm, &sent);
+        MPI_Request_free(&sent);
+    }
+    int asking = procs.world;
+    for (double began = seconds(); seconds() - began < ANSWER_S; usleep(1000))
+        asking = std::min(asking, answer_questions(waits));
+    if (asking < procs.rank) sleep(2 * (int)ANSWER_S);  // the lowest that asks speaks; it ends this process too
+    char *who = text("%s", ""), *place = step_begun ? text("step %ld", step_begun) : text("the start");
+    int named = 0;
+    for (int i = 0; i < procs.world; i++) {
+        if (waits[i] || named++ >= 16) continue;  // 16 say enough
+        char* more = text("%s%srank %d (pid %ld on %s)", who, *who ? ", " : "", i, process_names[i].pid,
+                          process_names[i].host);
+        free(who);
+        who = more;
+    }
+    if (named)
+        fatal("no sign of %s for the %g s of --hang-timeout, in %s: the job ends here. No checkpoint is damaged; "
+              "--resume 1 goes on from the newest", who, hang_timeout, place);
+    fatal("all %d processes wait for each other since the %g s of --hang-timeout, in %s: a device or the network "
+          "between them hangs. No checkpoint is damaged; --resume 1 goes on from the newest", procs.world,
+          hang_timeout, place);
 }
-static void barrier() { if (procs.world > 1) MPI_Barrier(MPI_COMM_WORLD); }
+
+// Between two looks at something that other processes bring about: at first no pause, then longer ones, which leave
+// the processor to whoever is awaited.
+static void wait_a_moment(Wait* w) {
+    if (++w->looks < 100) return;
+    if (w->looks < 1000) {
+        sched_yield();
+        return;
+    }
+    usleep(w->looks < 10000 ? 50 : 500);
+    if (w->began == 0) w->began = seconds();
+    answer_questions(NULL);
+    if (hang_timeout > 0 && seconds() - w->began > hang_timeout) name_who_hangs();
+}
+
+static void wait_for(MPI_Request* requests, int n) {
+    Wait w = {0, 0};
+    for (int done = 0;;) {
+        MPI_Testall(n, requests, &done, MPI_STATUSES_IGNORE);
+        if (done) return;
+        wait_a_moment(&w);
+    }
+}
+
+// ---- small things on the host
+
+static MPI_Comm group_comm(Group g) { return g == CP_GROUP ? cp_comm : MPI_COMM_WORLD; }
+
+// The bytes of rank `root` of the group, to all of the group.
+static void broadcast(void* data, int64_t bytes, Group g, int root) {
+    for (int64_t i = 0; procs.connected && i < bytes; i += 1 << 30) {
+        MPI_Request r;
+        MPI_Ibcast((char*)data + i, (int)std::min<int64_t>(bytes - i, 1 << 30), MPI_BYTE, root, group_comm(g), &r);
+        wait_for(&r, 1);
+    }
+}
+
+// Everybody's `bytes` bytes, in rank order, to every process: all (world, bytes).
+static void gather_to_all(void* all, const void* mine, int bytes) {
+    memcpy(all, mine, bytes);
+    if (!procs.connected) return;
+    MPI_Request r;
+    MPI_Iallgather(mine, bytes, MPI_BYTE, all, bytes, MPI_BYTE, MPI_COMM_WORLD, &r);
+    wait_for(&r, 1);
+}
+
+// Sums of x (n) over all processes, in place, in rank order, so the same bits everywhere. For few numbers.
+template <typename Number> static void all_sum(Number* x, int64_t n) {
+    if (!procs.connected) return;
+    Number* all = (Number*)host_alloc(procs.world * n * sizeof(Number));
+    gather_to_all(all, x, (int)(n * sizeof(Number)));
+    for (int64_t i = 0; i < n; i++) {
+        x[i] = 0;
+        for (int rank = 0; rank < procs.world; rank++) x[i] += all[rank * n + i];
+    }
+    free(all);
+}
+
+static void barrier() {
+    if (!procs.connected) return;
+    MPI_Request r;
+    MPI_Ibarrier(MPI_COMM_WORLD, &r);
+    wait_for(&r, 1);
+}
+
+// ---- start and end
+
+static void processes_start(int* argc, char*** argv) {
+    // A single process needs no MPI, and starts faster without; under mpirun -n 1 it is a group of one.
+    if (processes_started() <= 1 && !getenv("OMPI_COMM_WORLD_SIZE")) return;
+    int level;
+    MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &level);
+    MPI_Comm_rank(MPI_COMM_WORLD, &procs.rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &procs.world);
+    if (processes_started() > 1 && procs.world == 1)
+        fatal("started as %d processes that MPI does not connect: start them with the mpirun of the MPI that this "
+              "program was built with, or with srun --mpi=pmix", processes_started());
+    MPI_Comm_dup(MPI_COMM_WORLD, &hang_comm);
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, procs.rank, MPI_INFO_NULL, &local_comm);
+    MPI_Comm_rank(local_comm, &procs.local_rank);
+    MPI_Comm_size(local_comm, &procs.local_world);
+    procs.connected = true;
+    if (procs.world > 1) snprintf(process_name, sizeof process_name, "rank %d: ", procs.rank);
+    waits_for_others = procs.world > 1;
+    ProcessName mine;
+    memset(&mine, 0, sizeof mine);
+    gethostname(mine.host, sizeof mine.host - 1);
+    mine.pid = getpid();
+    process_names = (ProcessName*)host_alloc(procs.world * sizeof mine);
+    gather_to_all(process_names, &mine, sizeof mine);
+}
+
+static void processes_end() {
+    if (!procs.connected) return;
+    barrier();  // MPI_Finalize waits without a limit
+    MPI_Finalize();
+}
+
+#ifdef USE_NCCL  // on GPUs; below, on the CPU backend
+#include <nccl.h>
+
+static void nccl_check(ncclResult_t result, const char* call, const char* file, int line) {
+    if (result == ncclSuccess) return;
+    fatal("%s:%d: %s failed: %s: %s; NCCL_DEBUG=INFO says more", file, line, call, ncclGetErrorString(result),
+          ncclGetLastError(NULL));
+}
+#define ncclCheck(call) nccl_check((call), #call, __FILE__, __LINE__)
+
+// The collectives of gradients and parameters run beside the backward pass, on their own stream and communicator; those
+// inside the model run on main_stream, in order with the kernels.
+static ncclComm_t nccl_world, nccl_cp;
+static cudaStream_t collective_stream;
+static cudaEvent_t collective_event;
+
+static ncclComm_t nccl_open(MPI_Comm comm) {
+    int rank, size;
+    MPI_Comm_rank(comm, &rank);
+    MPI_Comm_size(comm, &size);
+    ncclUniqueId id;
+    if (rank == 0) ncclCheck(ncclGetUniqueId(&id));
+    MPI_Request r;
+    MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, comm, &r);
+    wait_for(&r, 1);
+    ncclComm_t nccl;
+    ncclCheck(ncclCommInitRank(&nccl, size, id, rank));
+    return nccl;
+}
+
+// Refuses two processes on one device: NCCL would fail on them, with a message that names no cause.
+static void check_devices() {
+    int device;
+    cudaDeviceProp properties;
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaGetDeviceProperties(&properties, device));
+    cudaUUID_t* uuids = (cudaUUID_t*)host_alloc(procs.local_world * sizeof(cudaUUID_t));
+    MPI_Request r;
+    MPI_Iallgather(&properties.uuid, sizeof(cudaUUID_t), MPI_BYTE, uuids, sizeof(cudaUUID_t), MPI_BYTE, local_comm, &r);
+    wait_for(&r, 1);
+    int devices = 0;
+    for (int i = 0; i < procs.local_world; i++) {
+        bool first = true;
+        for (int j = 0; j < i; j++) first &= memcmp(&uuids[i], &uuids[j], sizeof(cudaUUID_t)) != 0;
+        devices += first;
+    }
+    if (devices < procs.local_world)
+        fatal("%d processes on %s share %d GPU(s): every process needs its own, so start at most as many on a machine "
+              "as it has GPUs (mpirun -n, --map-by ppr:N:node; CUDA_VISIBLE_DEVICES may hide some)",
+              procs.local_world, process_names[procs.rank].host, devices);
+    free(uuids);
+}
+
+// Starts x (n) being summed over all processes, rank r's piece r of n / world for itself: x + r n / world holds the sum
+// after collectives_join(), the rest of x nothing of use. x is on the device; n is a multiple of world.
+static void reduce_scatter_start(float* x, int64_t n) {
+    if (!procs.connected) return;
+    cudaCheck(cudaEventRecord(collective_event, main_stream));
+    cudaCheck(cudaStreamWaitEvent(collective_stream, collective_event));
+    int64_t piece = n / procs.world;
+    ncclCheck(ncclReduceScatter(x, x + procs.rank * piece, piece, ncclFloat32, ncclSum, nccl_world, collective_stream));
+}
+
+// Starts the pieces of x being gathered: rank r's piece r of bytes / world is sent to all. x is on the device.
+static void all_gather_start(void* x, int64_t bytes) {
+    if (!procs.connected) return;
+    cudaCheck(cudaEventRecord(collective_event, main_stream));
+    cudaCheck(cudaStreamWaitEvent(collective_stream, collective_event));
+    int64_t piece = bytes / procs.world;
+    ncclCheck(ncclAllGather((char*)x + procs.rank * piece, x, piece, ncclInt8, nccl_world, collective_stream));
+}
+
+// What follows on main_stream runs after the collectives started so far.
+static void collectives_join() {
+    if (!procs.connected) return;
+    cudaCheck(cudaEventRecord(collective_event, collective_stream));
+    cudaCheck(cudaStreamWaitEvent(main_stream, collective_event));
+}
+
+// Piece p of send goes to cp rank p, piece p of recv comes from it: recv, send (cp, bytes_per_peer) on the device, not
+// the same memory. On main_stream.
+static void all_to_all(void* recv, const void* send, int64_t bytes_per_peer) {
+    ncclCheck(ncclGroupStart());
+    for (int p = 0; p < procs.cp; p++) {
+        ncclCheck(ncclSend((const char*)send + p * bytes_per_peer, bytes_per_peer, ncclInt8, p, nccl_cp, main_stream));
+        ncclCheck(ncclRecv((char*)recv + p * bytes_per_peer, bytes_per_peer, ncclInt8, p, nccl_cp, main_stream));
+    }
+    ncclCheck(ncclGroupEnd());
+}
+
+// Connects the device's collectives; device_open comes before. NCCL takes its buffers at the first call of each kind,
+// so every kind is called here once, before the memory plan asks what is free.
+static void collectives_open() {
+    if (!procs.connected) return;
+    MPI_Comm_split(MPI_COMM_WORLD, procs.dp_rank, procs.cp_rank, &cp_comm);
+    check_devices();
+    cudaCheck(cudaStreamCreateWithFlags(&collective_stream, cudaStreamNonBlocking));
+    cudaCheck(cudaEventCreateWithFlags(&collective_event, cudaEventDisableTiming));
+    nccl_world = nccl_open(MPI_COMM_WORLD);
+    if (procs.cp > 1) nccl_cp = nccl_open(cp_comm);
+    int64_t piece = 1 << 20;
+    char* x = (char*)device_alloc(2 * procs.world * piece);
+    reduce_scatter_start((float*)x, procs.world * piece / sizeof(float));
+    all_gather_start(x, procs.world * piece);
+    collectives_join();
+    if (procs.cp > 1) all_to_all(x + procs.world * piece, x, piece);
+    device_synchronize();
+    cudaCheck(cudaFree(x));
+}
+#else
+// Sends piece p of send to process p of the group and receives its piece into piece p of recv; pieces begin
+// send_stride and recv_stride bytes apart. A process's own piece is copied, where it is not in place already.
+static void exchange(Group g, char* recv, int64_t recv_stride, const char* send, int64_t send_stride, int64_t bytes) {
+    int size = g == CP_GROUP ? procs.cp : procs.world, rank = g == CP_GROUP ? procs.cp_rank : procs.rank;
+    MPI_Request* requests = (MPI_Request*)host_alloc(2 * size * sizeof(MPI_Request));
+    for (int64_t i = 0; i < bytes; i += 1 << 30) {  // MPI counts in int
+        int part = (int)std::min<int64_t>(bytes - i, 1 << 30), n = 0;
+        for (int p = 0; p < size; p++)
+            if (p != rank) MPI_Irecv(recv + p * recv_stride + i, part, MPI_BYTE, p, 0, group_comm(g), &requests[n++]);
+        for (int p = 0; p < size; p++)
+            if (p != rank) MPI_Isend(send + p * send_stride + i, part, MPI_BYTE, p, 0, group_comm(g), &requests[n++]);
+        wait_for(requests, n);
+    }
+    free(requests);
+    if (recv + rank * recv_stride != send + rank * send_stride)
+        memcpy(recv + rank * recv_stride, send + rank * send_stride, bytes);
+}
+
+// Sums x (n) over all processes, rank r's piece r of n / world for itself: x + r n / world then holds the sum, the rest
+// of x nothing of use. n is a multiple of world. Here a collective is complete when its start returns.
+static void reduce_scatter_start(float* x, int64_t n) {
+    if (procs.world == 1) return;
+    int64_t piece = n / procs.world, chunk = std::min<int64_t>(piece, ceil_div(4 << 20, procs.world));
+    float *mine = x + procs.rank * piece, *all = (float*)host_alloc(procs.world * chunk * sizeof(float));
+    for (int64_t i = 0; i < piece; i += chunk) {
+        int64_t part = std::min(piece - i, chunk);
+        exchange(WORLD_GROUP, (char*)all, part * sizeof(float), (char*)(x + i), piece * sizeof(float),
+                 part * sizeof(float));
+        for (int64_t j = 0; j < part; j++) {
+            float sum = 0;
+            for (int rank = 0; rank < procs.world; rank++) sum += all[rank * part + j];
+            mine[i + j] = sum;
+        }
+    }
+    free(all);
+}
+
+// Gathers the pieces of x: rank r's piece r of bytes / world is sent to all.
+static void all_gather_start(void* x, int64_t bytes) {
+    int64_t piece = bytes / procs.world;
+    if (procs.world > 1) exchange(WORLD_GROUP, (char*)x, piece, (char*)x + procs.rank * piece, 0, piece);
+}
+
+static void collectives_join() {}
+
+// Piece p of send goes to cp rank p, piece p of recv comes from it: recv, send (cp, bytes_per_peer), not the same
+// memory.
+static void all_to_all(void* recv, const void* send, int64_t bytes_per_peer) {
+    exchange(CP_GROUP, (char*)recv, bytes_per_peer, (const char*)send, bytes_per_peer, bytes_per_peer);
+}
+
+static void collectives_open() {
+    if (procs.connected) MPI_Comm_split(MPI_COMM_WORLD, procs.dp_rank, procs.cp_rank, &cp_comm);
+}
+#endif
 #else
 static void processes_start(int*, char***) {
-    if (processes_started() > 1 && !getenv("SLURM_NTASKS"))
-        fatal("started as %d processes, but this program was built without MPI: install libopenmpi-dev and run make "
-              "again", processes_started());
+    if (processes_started() > 1)
+        fatal("started as %d processes, but this program was built for one: install libopenmpi-dev and openmpi-bin, "
+              "for GPUs libnccl-dev too, and run make again", processes_started());
 }
 static void processes_end() {}
 static void stop_all_processes() {}
-static void all_sum(float*, int64_t) {}
-static double all_sum(double x) { return x; }
+static void wait_a_moment(Wait*) {}
+static void broadcast(void*, int64_t, Group, int) {}
+static void gather_to_all(void* all, const void* mine, int bytes) { memcpy(all, mine, bytes); }
+template <typename Number> static void all_sum(Number*, int64_t) {}
 static void barrier() {}
+static void reduce_scatter_start(float*, int64_t) {}
+static void all_gather_start(void*, int64_t) {}
+static void collectives_join() {}
+static void all_to_all(void*, const void*, int64_t) {}  // not called: cp is 1
+static void collectives_open() {}
 #endif
 
+static double all_sum(double x) {
+    all_sum(&x, 1);
+    return x;
+}
+
 PRINTF_LIKE(1) static void say(const char* format, ...) {  // rank 0 speaks for all
-    if (procs.rank) return;
-    va_list args;
-    va_start(args, format);
-    vprintf(format, args);
-    va_end(args);
-    fflush(stdout);
+    for (FILE* f : {procs.rank ? NULL : stdout, rank_log}) {
+        if (!f) continue;
+        va_list args;
+        va_start(args, format);
+        vfprintf(f, format, args);
+        va_end(args);
+        fflush(f);
+    }
 }
 
 // ===================================================================================================================
@@ -2165,9 +2535,6 @@ static void sdpa_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dout /*(B,
 // Refuses what the kernels do not do.
 static void operations_open(int C, int NH, bool deterministic) {
     int D = C / NH;
-    if (procs.world > 1)
-        fatal("%d processes were started; on GPUs this version trains in one: the _cpu program takes several",
-              procs.world);
     if (D != 64 && D != 128)
         fatal("--channels %d with --heads %d makes heads of %d channels; on the GPU they have 64 or 128", C, NH, D);
     sdpa_deterministic = deterministic;
@@ -3655,18 +4022,18 @@ static bool checkpoint_resume(Model* m, const Config* c, RunState* state, char**
 // ===================================================================================================================
 // 10. Evaluation and sampling; logs and progress.
 
-// Mean loss over the validation data, each process taking every world-th sequence. A batch that is not full has its
-// rest filled with targets of -1, which do not count.
+// Mean loss over the validation data, each data-parallel rank taking every dp-th sequence. A batch that is not full has
+// its rest filled with targets of -1, which do not count.
 static double evaluate(Model* m, const Config* c, const Loader* data, Phase phase) {
     Run r = {(int)c->batch_size, c->seq_len, phase, false, 0};
     int64_t T = c->seq_len, B = r.B;
-    int64_t sequences = std::min(c->val_batches * B * procs.world, data->windows);
+    int64_t sequences = std::min(c->val_batches * B * procs.dp, data->windows);
     int *inputs = m->host_tokens, *targets = m->host_tokens + B * T;
     double sum = 0;
-    for (int64_t i = 0; i < sequences; i += B * procs.world) {
+    for (int64_t i = 0; i < sequences; i += B * procs.dp) {
         int64_t valid = 0;
         for (int64_t b = 0; b < B; b++) {
-            int64_t sequence = i + b * procs.world + procs.rank;
+            int64_t sequence = i + b * procs.dp + procs.dp_rank;
             loader_sequence(data, sequence % data->windows, inputs + b * T, targets + b * T);
             if (sequence < sequences) valid++;
             else for (int64_t t = 0; t < T; t++) targets[b * T + t] = -1;
@@ -3952,6 +4319,13 @@ static void set_option(Config* c, const Option* o, const char* value) {
     else *(int64_t*)field = (int64_t)x;
 }
 
+// An option's value as it would be typed; to be freed.
+static char* option_text(const Config* c, const Option* o) {
+    const char* field = (const char*)c + o->offset;
+    return o->type == OPT_TEXT ? text("%s", *(const char**)field)
+         : o->type == OPT_REAL ? text("%.9g", *(const double*)field) : text("%ld", *(const int64_t*)field);
+}
+
 static void parse_options(Config* c, int argc, char** argv) {
     for (int i = 0; i < option_count; i++) set_option(c, &options[i], options[i].fallback);
     if (!lighthouse_built) {
@@ -4141,9 +4515,7 @@ static void log_configuration(const Trainer* t, const Plan* plan, const char* de
     for (int i = 0; i < option_count; i++) {
         const Option* o = &options[i];
         const char* field = (const char*)c + o->offset;
-        char* value = o->type == OPT_TEXT ? json_string(*(const char**)field)
-                    : o->type == OPT_REAL ? text("%.9g", *(const double*)field)
-                    : text("%ld", *(const int64_t*)field);
+        char* value = o->type == OPT_TEXT ? json_string(*(const char**)field) : option_text(c, o);
         fprintf(f, "%s\"%s\":%s", i ? "," : "", o->name, value);
         free(value);
     }
@@ -4207,10 +4579,11 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
 static void setup_run(Trainer* t) {
     Config* c = &t->config;
     Model* m = &t->model;
-    int64_t micro = c->batch_size * c->seq_len * procs.world;
+    int64_t micro = c->batch_size * c->seq_len * procs.dp;
     if (c->total_batch_size == 0) c->total_batch_size = micro;
     if (c->total_batch_size % micro)
-        fatal("--total-batch-size is %ld; it must be a multiple of batch-size x seq-len x processes = %ld: try %ld",
+        fatal("--total-batch-size is %ld; it must be a multiple of batch-size x seq-len x processes / cp = %ld: try "
+              "%ld",
               c->total_batch_size, micro, ceil_div(c->total_batch_size, micro) * micro);
     t->accumulation = c->total_batch_size / micro;
     t->steps = c->steps >= 0 ? c->steps : t->train.windows * c->seq_len / c->total_batch_size;
@@ -4229,6 +4602,41 @@ static void setup_run(Trainer* t) {
     char why[512];
     if (m->has_lighthouse && !lighthouse_defaults(&m->shape, c, m->dims.NH, m->dims.C / m->dims.NH, why, sizeof why))
         fatal("Lighthouse attention at seq-len %ld: %s", c->seq_len, why);
+}
+
+// All processes must be built and started alike: rank 0's options are compared with this process's.
+static void compare_options(const Config* c) {
+    char* value[1 + sizeof(options) / sizeof(options[0])];
+    value[0] = text("%s %s, version " VERSION " for %s with %zu-byte parameters", "train_gpt", PROGRAM, backend_name,
+                    sizeof(floatX));
+    for (int i = 0; i < option_count; i++) value[i + 1] = option_text(c, &options[i]);
+    for (int i = 0; i <= option_count; i++) {
+        int64_t length = strlen(value[i]) + 1;
+        broadcast(&length, sizeof length, WORLD_GROUP, 0);
+        char* first = (char*)host_alloc(length);  // rank 0's
+        memcpy(first, value[i], std::min<int64_t>(length, strlen(value[i]) + 1));
+        broadcast(first, length, WORLD_GROUP, 0);
+        if (strcmp(first, value[i]))
+            fatal("%s%s is \"%s\" here but \"%s\" on rank 0: start all processes with the same program and options",
+                  i ? "--" : "the program", i ? options[i - 1].name : "", value[i], first);
+        free(first); free(value[i]);
+    }
+}
+
+static void setup_processes(const Config* c) {
+    hang_timeout = c->hang_timeout;
+    if (c->plan_ranks) {
+        if (!c->dry_run) fatal("--plan-ranks is %ld; it goes with --dry-run: mpirun starts processes", c->plan_ranks);
+        if (procs.world > 1) fatal("--plan-ranks is %ld; start one process to plan for others", c->plan_ranks);
+        procs.world = (int)c->plan_ranks;
+    }
+    compare_options(c);
+    processes_split(c->cp);
+    if (!c->rank_logs) return;
+    make_directories(c->out_dir);
+    char* path = text("%s/rank_%d.log", c->out_dir, procs.rank);
+    rank_log = log_open(path);
+    free(path);
 }
 
 static void setup_tokenizer(Trainer* t) {
@@ -4307,6 +4715,7 @@ static void setup(Trainer* t, int argc, char** argv) {
     memset(t, 0, sizeof *t);
     t->started = seconds();
     parse_options(c, argc, argv);
+    setup_processes(c);
 
     loader_open(&t->train, c->train_data, c->seq_len, 0, c->shuffle, c->seed);
     bool from_file;
@@ -4321,7 +4730,8 @@ static void setup(Trainer* t, int argc, char** argv) {
     setup_run(t);
     if (c->sample_every) setup_tokenizer(t);
 
-    device_open(0);
+    device_open(procs.local_rank);
+    collectives_open();
     operations_open(dims.C, dims.NH, c->deterministic);
     int64_t sample_T = sample_length(c);
     Plan plan = choose_plan(m, c, sample_T);
@@ -4420,6 +4830,7 @@ static void train_step(Trainer* t) {
     Model* m = &t->model;
     RunState* s = &t->state;
     double start = seconds();
+    step_begun = s->step + 1;
     Phase phase = phase_at(t, s->step);
     int64_t T = c->seq_len, B = c->batch_size, total = c->total_batch_size;
     Run r = {(int)B, T, phase, true, (int)c->recompute};
@@ -4429,7 +4840,7 @@ static void train_step(Trainer* t) {
     double sum = 0;
     for (int64_t micro = 0; micro < t->accumulation; micro++) {
         for (int64_t b = 0; b < B; b++)
-            loader_sequence(&t->train, s->sequences + (micro * procs.world + procs.rank) * B + b, inputs + b * T,
+            loader_sequence(&t->train, s->sequences + (micro * procs.dp + procs.dp_rank) * B + b, inputs + b * T,
                             targets + b * T);
         sum += model_micro_step(m, inputs, targets, r, 1.0f / total);
     }
