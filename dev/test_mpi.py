@@ -272,8 +272,8 @@ def test_a_hanging_rank_is_named(lab, rank):
     job.wait_for_step(3)
     signal_rank(job, rank, signal.SIGSTOP)
     code, output = job.end(20)
-    named = re.findall(r"error: .*?rank (\d+)", output)
-    assert code != 0 and named and set(named) == {str(rank)}, output
+    named = set(re.findall(r"no sign of (.*?) for the 5 s", output))
+    assert code != 0 and len(named) == 1 and re.fullmatch(rf"rank {rank} \(pid \d+ on [^,]+\)", *named), output
 
 
 def test_waiting_within_the_limit_is_no_hang(lab, reference):

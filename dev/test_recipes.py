@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ["run_lh30_98k", "run_mpi_98k", "run_multinode_98k", "slurm_98k.sbatch"]
 LAUNCHER = r'''#!/bin/sh
-{ printf '%s\n' "$0" "$@"; env | grep "^NCCL_"; } > "$CALLS/$(basename "$0")"
+printf '%s\n' "$@" > "$CALLS/$(basename "$0")"
+env | grep "^NCCL_" > "$CALLS/variables"
 [ -z "$START" ] || {
     while [ "$1" != "$TRAINER" ]; do shift; done
     exec "$@"
@@ -40,9 +41,7 @@ class Recipes:
 
     def called(self, launcher):
         """The words that it was started with, and those of the trainer; the variables that it saw."""
-        lines = (self.calls / launcher).read_text().splitlines()
-        variables = [line for line in lines if line.startswith("NCCL_")]
-        words = [line for line in lines[1:] if line not in variables]
+        words, variables = ((self.calls / name).read_text().splitlines() for name in (launcher, "variables"))
         at = words.index("./train_gpt_lighthouse") if "./train_gpt_lighthouse" in words else len(words)
         return " ".join(words[:at]), words[at + 1:], variables
 
