@@ -39,18 +39,23 @@ CPU_LINK = $(BLAS_LIBS) $(MPI_LIBS) -lm
 
 %_cpu: %.cu build/config.mk
 	$(CPU_COMPILE) -x c++ $< -o $@ $(CPU_LINK)
+build/%_cpu: dev/%.cu build/config.mk
+	$(CPU_COMPILE) -x c++ $< -o $@ $(CPU_LINK)
 build/%: dev/%.cu build/config.mk
 	$(CPU_COMPILE) -x c++ $< -o $@ $(CPU_LINK)
 build/%: dev/%.cpp build/config.mk
 	$(CPU_COMPILE) $< -o $@ $(CPU_LINK)
 
-# The trainers take several processes where NCCL and MPI are both there; the tests and benches of the kernels take one.
+# The trainers and bench_nccl take several processes where NCCL and MPI are both there; the tests and benches of the kernels
+# take one.
 GPU_COMPILE = $(NVCC) -std=c++17 -O3 -lineinfo $(GENCODE) -Xcompiler "-O3 $(OPENMP)" -MMD -MP -MF build/$(@F).d -MT $@
 GPU_LINK = -lcublasLt -lcudnn
 $(GPU_TRAINERS): %: %.cu build/config.mk
 	$(GPU_COMPILE) $(NCCL_FLAGS) $< -o $@ $(GPU_LINK) $(NCCL_LIBS)
 build/bench_gpu: dev/bench_gpu.cu build/config.mk
 	$(GPU_COMPILE) $< -o $@ $(GPU_LINK)
+build/bench_nccl: dev/bench_nccl.cu build/config.mk
+	$(GPU_COMPILE) $(NCCL_FLAGS) $< -o $@ $(GPU_LINK) $(NCCL_LIBS)
 build/test_gpu_model: dev/test_model.cu build/config.mk
 	$(GPU_COMPILE) $< -o $@ $(GPU_LINK)
 build/test_gpu_model_fp32: dev/test_model.cu build/config.mk
