@@ -288,17 +288,13 @@ static FILE* rank_log;          // this process's own log, or NULL
 
 // Prints one message that says what is wrong, with which value, and what would be right; ends the program.
 PRINTF_LIKE(1) __attribute__((noreturn)) static void fatal(const char* format, ...) {
-    for (FILE* f : {stderr, rank_log}) {
-        if (!f) continue;
-        va_list args;
-        va_start(args, format);
-        fflush(stdout);
-        fprintf(f, "error: %s", process_name);
-        vfprintf(f, format, args);
-        fprintf(f, "\n");
-        fflush(f);
-        va_end(args);
-    }
+    va_list args;
+    va_start(args, format);
+    char* what;
+    if (vasprintf(&what, format, args) < 0) what = (char*)"out of host memory";
+    va_end(args);
+    fflush(stdout);
+    for (FILE* f : {stderr, rank_log}) if (f) fprintf(f, "error: %s%s\n", process_name, what);
     stop_all_processes();
     exit(1);
 }
@@ -528,11 +524,14 @@ static void* device_alloc(size_t bytes) {  // zeroed
     return p;
 }
 static void device_zero(void* p, size_t bytes) { cudaCheck(cudaMemsetAsync(p, 0, bytes, main_stream)); }
+// A copy may wait inside the library, and without a limit, for what the stream does before: so that is waited for first.
 static void copy_to_device(void* device, const void* host, size_t bytes) {
+    if (waits_for_others) device_synchronize();
     cudaCheck(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, main_stream));
     device_synchronize();  // the caller may change its copy at once
 }
 static void copy_to_host(void* host, const void* device, size_t bytes) {
+    if (waits_for_others) device_synchronize();
     cudaCheck(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, main_stream));
     device_synchronize();
 }
@@ -654,7 +653,8 @@ __attribute__((noreturn)) static void name_who_hangs() {
     int asking = procs.world;
     for (double began = seconds(); seconds() - began < ANSWER_S; usleep(1000))
         asking = std::min(asking, answer_questions(waits));
-    if (asking < procs.rank) sleep(2 * (int)ANSWER_S);  // the lowest that asks speaks; it ends this process too
+    if (asking < procs.rank)  // the lowest that asks speaks; it ends this process too
+        for (double began = seconds(); seconds() - began < 2 * ANSWER_S;) usleep(100000);
     char *who = text("%s", ""), *place = step_begun ? text("step %ld", step_begun) : text("the start");
     int named = 0;
     for (int i = 0; i < procs.world; i++) {
@@ -863,6 +863,7 @@ static void all_to_all(void* recv, const void* send, int64_t bytes_per_peer) {
 // so every kind is called here once, before the memory plan asks what is free.
 static void collectives_open() {
     if (!procs.connected) return;
+    barrier();  // NCCL waits for the others without a limit
     MPI_Comm_split(MPI_COMM_WORLD, procs.dp_rank, procs.cp_rank, &cp_comm);
     check_devices();
     cudaCheck(cudaStreamCreateWithFlags(&collective_stream, cudaStreamNonBlocking));
@@ -3212,6 +3213,7 @@ struct Run {
     Phase phase;
     bool train;     // activations are kept, gradients are made
     int recompute;  // 0..4, see the option
+    bool last;      // of the step's micro-steps: gradients are complete, and summed over the processes
 };
 
 struct Activations {
@@ -3226,16 +3228,25 @@ struct Activations {
     floatX* dwide;             // (B, T, 4C) gradient of fch, then of qkv
 };
 
+// Parameters lie in memory group by group: group 0 is the embeddings and the final LayerNorm, group 1 + l is layer l. A
+// group is what is reduced, updated and gathered at once, as soon as its part of the backward pass is done; its
+// matrices come first, since weight decay falls on them only. It is cut into world equal slices: rank r holds master
+// weights and moments of slice r of every group (ZeRO stage 1), and updates that. Files are in llm.c's order, tensor by
+// tensor, without padding, whatever the number of processes.
 struct Model {
     Dims dims;
-    int64_t size[TENSORS], offset[TENSORS];  // elements
-    int64_t parameters;
+    int64_t size[TENSORS], file_offset[TENSORS];  // elements, all layers
+    int64_t parameters;                           // elements of a file
+    int64_t within[TENSORS];                      // where a tensor begins in its group
+    int64_t group_size[2], group_matrices[2];     // of group 0 and of a layer's: elements, and those before its vectors
+    int64_t padded, owned;                        // elements of all groups; of this process's slices
     bool lighthouse_layer[MAX_LAYERS];       // in the Lighthouse phase; in the dense phase no layer is
     bool has_lighthouse;                     // at least one layer is, for part of the run
     LighthouseShape shape;
-    floatX* params;            // (parameters) what the operations read
-    float* master;             // (parameters) fp32; on the CPU the same memory as params
-    float *grads, *m, *v;      // (parameters) gradient, first and second moment
+    floatX* params;            // (padded) what the operations read
+    float* grads;              // (padded)
+    float* master;             // (owned) fp32; NULL if params are fp32 themselves
+    float *m, *v;              // (owned) first and second moment
     float* rope;               // (1024 + T/1024, D/2, 2) or NULL
     int *tokens, *targets;     // (B, T)
     Arena arena;               // the activations
@@ -3243,12 +3254,23 @@ struct Model {
     int* host_tokens;          // (2, B, T) a batch on its way to the device
 };
 
-// Where layer l of tensor t begins among the parameters.
+// One layer of a stacked tensor, all of another.
+static int64_t layer_size(const Model* m, int t) { return tensor_is_stacked(t) ? m->size[t] / m->dims.L : m->size[t]; }
+static int64_t group_size(const Model* m, int g) { return m->group_size[g > 0]; }
+static int64_t group_begin(const Model* m, int g) {
+    return g == 0 ? 0 : m->group_size[0] + (g - 1) * m->group_size[1];
+}
+// Where layer l of tensor t begins in params and grads.
 static int64_t layer_offset(const Model* m, int t, int l) {
-    return m->offset[t] + (tensor_is_stacked(t) ? l * (m->size[t] / m->dims.L) : 0);
+    return group_begin(m, tensor_is_stacked(t) ? 1 + l : 0) + m->within[t];
 }
 static floatX* weight(const Model* m, int t, int l) { return m->params + layer_offset(m, t, l); }
 static float* gradient(const Model* m, int t, int l) { return m->grads + layer_offset(m, t, l); }
+
+// This process's slice of group g: its elements, where it begins in params and grads, and where in master, m and v.
+static int64_t slice_size(const Model* m, int g) { return group_size(m, g) / procs.world; }
+static int64_t slice_begin(const Model* m, int g) { return group_begin(m, g) + procs.rank * slice_size(m, g); }
+static int64_t slice_owned(const Model* m, int g) { return group_begin(m, g) / procs.world; }
 
 static void model_layout(Model* m, Dims d) {
     m->dims = d;
@@ -3261,22 +3283,98 @@ static void model_layout(Model* m, Dims d) {
     m->parameters = 0;
     for (int t = 0; t < TENSORS; t++) {
         m->size[t] = size[t];
-        m->offset[t] = m->parameters;
+        m->file_offset[t] = m->parameters;
         m->parameters += size[t];
     }
+    const int64_t align = 128;  // elements: 256 bytes in bf16, what loads of 16 bytes and the libraries like best
+    for (int kind = 0; kind < 2; kind++) {
+        int64_t end = 0;
+        for (int matrices = 1; matrices >= 0; matrices--) {
+            for (int t = 0; t < TENSORS; t++) {
+                if (tensor_is_stacked(t) != (kind == 1) || tensor_is_matrix(t) != (matrices == 1)) continue;
+                m->within[t] = end;
+                end += ceil_div(layer_size(m, t), align) * align;
+            }
+            if (matrices) m->group_matrices[kind] = end;
+        }
+        m->group_size[kind] = ceil_div(end, align * procs.world) * align * procs.world;
+    }
+    m->padded = group_begin(m, 1 + d.L);
+    m->owned = m->padded / procs.world;
+}
+
+// A run of elements that are neighbours in memory and in the files, inside one tensor of one layer and one slice.
+struct Piece {
+    int tensor;
+    int64_t count;
+    int64_t file;    // where it begins in a file
+    int64_t memory;  // in params and grads
+    int64_t owned;   // in master, m and v
+};
+
+// The pieces that make up this process's slices, to be freed.
+static Piece* own_pieces(const Model* m, int* count) {
+    Piece* pieces = (Piece*)host_alloc(TENSORS * m->dims.L * sizeof(Piece));
+    *count = 0;
+    for (int t = 0; t < TENSORS; t++)
+        for (int l = 0; l < (tensor_is_stacked(t) ? m->dims.L : 1); l++) {
+            int g = tensor_is_stacked(t) ? 1 + l : 0;
+            int64_t begin = layer_offset(m, t, l), slice = slice_begin(m, g);
+            int64_t first = std::max(begin, slice);
+            int64_t last = std::min(begin + layer_size(m, t), slice + slice_size(m, g));
+            if (first < last)
+                pieces[(*count)++] = {t, last - first, m->file_offset[t] + l * layer_size(m, t) + first - begin, first,
+                                      slice_owned(m, g) + first - slice};
+        }
+    return pieces;
+}
+
+// The weights that this process updates, in fp32.
+static float* own_master(const Model* m, const Piece* p) {
+    return m->master ? m->master + p->owned : (float*)m->params + p->memory;
+}
+
+// Sets n weights of a piece, from its i-th on.
+static void set_weights(Model* m, const Piece* p, int64_t i, const float* host, int64_t n) {
+    copy_to_device(own_master(m, p) + i, host, n * sizeof(float));
+    if (!m->master) return;
+    floatX* rounded = (floatX*)host_alloc(n * sizeof(floatX));
+    #pragma omp parallel for
+    for (int64_t j = 0; j < n; j++) rounded[j] = (floatX)host[j];
+    copy_to_device(m->params + p->memory + i, rounded, n * sizeof(floatX));
+    free(rounded);
+}
+
+// Every process's slice of the parameters, to all.
+static void gather_params(Model* m, int g) {
+    all_gather_start(m->params + group_begin(m, g), group_size(m, g) * sizeof(floatX));
+}
+static void gather_all_params(Model* m) {
+    for (int g = 0; g <= m->dims.L; g++) gather_params(m, g);
+    collectives_join();
 }
 
 // GPT-2's: 0.02, projections into the residual stream smaller by 1/sqrt(2L). Every element is a function of the seed
-// and its place, so any number of processes makes the same model.
-static void model_initialize(Model* m, float* host, uint64_t seed) {
-    for (int t = 0; t < TENSORS; t++) {
+// and its place in the file, so any number of processes makes the same model.
+static void model_initialize(Model* m, uint64_t seed) {
+    const int64_t room = 4 << 20;
+    float* host = (float*)host_alloc(room * sizeof(float));
+    int pieces;
+    Piece* piece = own_pieces(m, &pieces);
+    for (Piece* p = piece; p < piece + pieces; p++) {
+        int t = p->tensor;
         float scale = t == ATTPROJW || t == FCPROJW ? 0.02f / sqrtf(2.0f * m->dims.L) : 0.02f;
         bool ones = t == LN1W || t == LN2W || t == LNFW;
-        float* w = host + m->offset[t];
-        #pragma omp parallel for
-        for (int64_t i = 0; i < m->size[t]; i++)
-            w[i] = tensor_is_matrix(t) ? scale * (float)gaussian(seed, m->offset[t] + i) : ones ? 1.0f : 0.0f;
+        for (int64_t i = 0; i < p->count; i += room) {
+            int64_t n = std::min(p->count - i, room);
+            #pragma omp parallel for
+            for (int64_t j = 0; j < n; j++)
+                host[j] = tensor_is_matrix(t) ? scale * (float)gaussian(seed, p->file + i + j) : ones ? 1.0f : 0.0f;
+            set_weights(m, p, i, host, n);
+        }
     }
+    free(piece); free(host);
+    gather_all_params(m);
 }
 
 // The one place that says which attention a layer uses.
@@ -3470,6 +3568,12 @@ static double model_head(Model* m, const int* host_targets, Run r, float dloss) 
     return sum_losses(a->losses, N);
 }
 
+// Starts the sum of group g's gradients over the processes; each gets it for its slice.
+static void reduce_gradients(Model* m, int g) {
+    reduce_scatter_start(m->grads + group_begin(m, g), group_size(m, g));
+}
+
+// In the last micro-step every group's gradients are on their way to the other processes while the pass goes on.
 static void model_backward(Model* m, Run r) {
     const Dims* d = &m->dims;
     Activations* a = &m->acts;
@@ -3477,9 +3581,13 @@ static void model_backward(Model* m, Run r) {
     device_zero(a->dres, N * d->C * sizeof(floatX));
     layernorm_backward(a->dres, gradient(m, LNFW, 0), gradient(m, LNFB, 0), a->dbtc, a->x_final, weight(m, LNFW, 0),
                        a->lnf_mean, a->lnf_rstd, N, d->C);
-    for (int l = d->L - 1; l >= 0; l--) block_backward(m, l, r);
+    for (int l = d->L - 1; l >= 0; l--) {
+        block_backward(m, l, r);
+        if (r.last) reduce_gradients(m, 1 + l);
+    }
     encoder_backward(gradient(m, WTE, 0), d->rope ? NULL : gradient(m, WPE, 0), a->dres, m->tokens, r.B, r.T, d->C, 0,
                      d->Vp);
+    if (r.last) reduce_gradients(m, 0);
 }
 
 // One micro-step: adds the gradients of sum(loss) * dloss to grads and returns sum(loss).
@@ -3552,12 +3660,11 @@ static size_t rope_table_bytes(int64_t T, int D) {
 static Plan memory_plan(const Model* m, const Config* c, int64_t sample_T, int recompute, int B) {
     Plan p;
     memset(&p, 0, sizeof p);
-    int64_t n = m->parameters;
     int D = m->dims.C / m->dims.NH;
-    plan_add(&p, "parameters", n * sizeof(floatX));
-    if (sizeof(floatX) != sizeof(float)) plan_add(&p, "fp32 masters", n * sizeof(float));
-    plan_add(&p, "gradients", n * sizeof(float));
-    plan_add(&p, "AdamW moments", 2 * n * sizeof(float));
+    plan_add(&p, "parameters", m->padded * sizeof(floatX));
+    if (sizeof(floatX) != sizeof(float)) plan_add(&p, "fp32 masters", m->owned * sizeof(float));
+    plan_add(&p, "gradients", m->padded * sizeof(float));
+    plan_add(&p, "AdamW moments", 2 * m->owned * sizeof(float));
     if (m->dims.rope) plan_add(&p, "rotary table", rope_table_bytes(c->seq_len, D));
     plan_add(&p, "tokens", 2 * (size_t)B * c->seq_len * sizeof(int));
     Passes passes = run_passes(m, c, sample_T, recompute, B);
@@ -3586,12 +3693,11 @@ static size_t plan_part(const Plan* p, const char* name) {
 }
 
 static void model_allocate(Model* m, const Config* c, const Plan* p) {
-    int64_t n = m->parameters;
-    m->params = (floatX*)device_alloc(n * sizeof(floatX));
-    m->master = sizeof(floatX) == sizeof(float) ? (float*)m->params : (float*)device_alloc(n * sizeof(float));
-    m->grads = (float*)device_alloc(n * sizeof(float));
-    m->m = (float*)device_alloc(n * sizeof(float));
-    m->v = (float*)device_alloc(n * sizeof(float));
+    m->params = (floatX*)device_alloc(m->padded * sizeof(floatX));
+    m->grads = (float*)device_alloc(m->padded * sizeof(float));
+    m->master = sizeof(floatX) == sizeof(float) ? NULL : (float*)device_alloc(m->owned * sizeof(float));
+    m->m = (float*)device_alloc(m->owned * sizeof(float));
+    m->v = (float*)device_alloc(m->owned * sizeof(float));
     size_t batch = (size_t)c->batch_size * c->seq_len;
     m->tokens = (int*)device_alloc(batch * sizeof(int));
     m->targets = (int*)device_alloc(batch * sizeof(int));
@@ -3648,15 +3754,33 @@ static double detector_score(Detector* d, double x) {
     return z;
 }
 
-// One AdamW update; `update` counts from 1. Weight decay falls on the matrices only.
+// The gradient's norm, from every process's slices.
+static double gradient_norm(const Model* m) {
+    double sum = 0;
+    if (procs.world == 1) sum = sum_squares(m->grads, m->padded);
+    else for (int g = 0; g <= m->dims.L; g++) sum += sum_squares(m->grads + slice_begin(m, g), slice_size(m, g));
+    return sqrt(all_sum(sum));
+}
+
+// One AdamW update of this process's slices, whose weights then go to all; `update` counts from 1. Weight decay falls on
+// the matrices only.
 static void model_update(Model* m, const Config* c, double lr, double grad_scale, int64_t update) {
-    for (int t = 0; t < TENSORS; t++) {
-        int64_t i = m->offset[t];
-        if (m->size[t] == 0) continue;
-        adamw_update(m->params + i, sizeof(floatX) == sizeof(float) ? NULL : m->master + i, m->m + i, m->v + i,
-                     m->grads + i, m->size[t], lr, c->beta1, c->beta2, 1 - pow(c->beta1, update),
-                     1 - pow(c->beta2, update), c->adam_eps, tensor_is_matrix(t) ? c->weight_decay : 0, grad_scale);
+    for (int g = 0; g <= m->dims.L; g++) {
+        int64_t begin = slice_begin(m, g), owned = slice_owned(m, g), n = slice_size(m, g);
+        int64_t vectors = group_begin(m, g) + m->group_matrices[g > 0];  // where they begin
+        int64_t matrices = std::min(std::max<int64_t>(vectors - begin, 0), n);
+        const struct { int64_t at, n; double decay; } parts[] = {{0, matrices, c->weight_decay},
+                                                                 {matrices, n - matrices, 0}};
+        for (auto& p : parts) {
+            if (p.n == 0) continue;
+            float* master = m->master ? m->master + owned + p.at : NULL;
+            adamw_update(m->params + begin + p.at, master, m->m + owned + p.at, m->v + owned + p.at,
+                         m->grads + begin + p.at, p.n, lr, c->beta1, c->beta2, 1 - pow(c->beta1, update),
+                         1 - pow(c->beta2, update), c->adam_eps, p.decay, grad_scale);
+        }
+        gather_params(m, g);
     }
+    collectives_join();
 }
 
 // ===================================================================================================================
@@ -3664,11 +3788,13 @@ static void model_update(Model* m, const Config* c, double lr, double grad_scale
 // - a model file, llm.c's: 256 int32 header, then the tensors in the order of enum Tensor. Versions 3 (fp32) and 5
 //   (bf16); RoPE models have 103 and 105, no WPE, and the bits of theta in header[8]. header[9] is the step.
 // - a checkpoint, the state of a run: header (4096 bytes) | RunState | checksum of each 16 MiB of the body | body. The
-//   body is the fp32 weights, first and second moments, by parameter offset and not by process, so any number of
-//   processes reads it.
+//   body is the fp32 weights, first and second moments, each in the order of a model file.
+// All processes write their slices into one file, and read them from it, at once. A place in the body is a parameter's,
+// not a process's, and a checksum is a sum over elements, so the same state makes the same file on any number of
+// processes, and any number of processes reads it.
 // Files are written beside, fsynced and renamed, so a file with its final name is whole unless the disk failed.
 
-static const int CHECKPOINT_MAGIC = 20260511, CHECKPOINT_VERSION = 1, MODEL_MAGIC = 20240326;
+static const int CHECKPOINT_MAGIC = 20260511, CHECKPOINT_VERSION = 2, MODEL_MAGIC = 20240326;
 static const int64_t CHUNK = 16 << 20;
 
 struct RunState {
@@ -3727,16 +3853,30 @@ static char* checkpoint_front(int fd, const char* path, const CheckpointHeader* 
     return text("%s is damaged: wrong checksum of the run's state", path);
 }
 
-// Reads and checks chunk i of a checkpoint's body. Returns NULL or what is wrong.
-static char* checkpoint_chunk(int fd, const char* path, const CheckpointHeader* h, const char* front, int64_t i,
-                              char* buffer, int64_t* bytes) {
-    int64_t body = h->file_bytes - h->weights_offset, at = h->weights_offset + i * CHUNK;
-    *bytes = std::min(body - i * CHUNK, CHUNK);
-    uint64_t sum;
-    memcpy(&sum, front + h->state_bytes + 8 * i, 8);
-    read_at(fd, buffer, *bytes, at, path);
-    if (sum == checksum(buffer, *bytes)) return NULL;
-    return text("%s is damaged: wrong checksum of bytes %ld to %ld", path, at, at + *bytes);
+// Adds 4-byte words of a checkpoint's body, from its byte `at` on, to the sums of their chunks. Any change of one word
+// changes its term, since mix64 is a bijection, and so the sum.
+static void add_to_sums(uint64_t* sums, const void* data, int64_t at, int64_t bytes) {
+    for (int64_t done = 0; done < bytes;) {
+        int64_t chunk = (at + done) / CHUNK, part = std::min(bytes - done, (chunk + 1) * CHUNK - (at + done));
+        const uint32_t* words = (const uint32_t*)((const char*)data + done);
+        uint64_t place = (at + done) % CHUNK / 4, sum = 0;
+        #pragma omp parallel for reduction(+ : sum)
+        for (int64_t i = 0; i < part / 4; i++) sum += mix64(words[i] | (place + i) << 32);
+        sums[chunk] += sum;
+        done += part;
+    }
+}
+
+// Compares the sums of a body that all processes have read part of with the file's. Returns NULL or what is wrong.
+static char* check_sums(uint64_t* sums, int64_t chunks, const char* path, const CheckpointHeader* h,
+                        const char* front) {
+    all_sum(sums, chunks);
+    for (int64_t i = 0; i < chunks; i++) {
+        if (!memcmp(&sums[i], front + h->state_bytes + 8 * i, 8)) continue;
+        int64_t at = h->weights_offset + i * CHUNK;
+        return text("%s is damaged: wrong checksum of bytes %ld to %ld", path, at, std::min(at + CHUNK, h->file_bytes));
+    }
+    return NULL;
 }
 
 // Reads and checks the header of a model file or checkpoint. Returns where the weights begin; *bf16: 2-byte weights.
@@ -3772,14 +3912,32 @@ static int64_t model_file_open(const char* path, int* fd, Dims* d, bool* bf16) {
     return offset;
 }
 
-static void params_from_host(Model* m, const float* host) {
-    copy_to_device(m->master, host, m->parameters * sizeof(float));
-    if ((void*)m->master == (void*)m->params) return;
-    floatX* rounded = (floatX*)host_alloc(m->parameters * sizeof(floatX));
-    #pragma omp parallel for
-    for (int64_t i = 0; i < m->parameters; i++) rounded[i] = (floatX)host[i];
-    copy_to_device(m->params, rounded, m->parameters * sizeof(floatX));
-    free(rounded);
+// The three parts of a checkpoint's body; a model file has the first only.
+enum Section { WEIGHTS, FIRST_MOMENT, SECOND_MOMENT, SECTIONS };
+
+static float* own_section(const Model* m, int section, const Piece* p) {
+    return section == WEIGHTS ? own_master(m, p) : (section == FIRST_MOMENT ? m->m : m->v) + p->owned;
+}
+
+// Reads this process's pieces of a section. body: where the weights begin in the file. Adds what it read to sums, unless
+// NULL. With bf16 the file's weights have 2 bytes, the upper half of a float.
+static void section_read(Model* m, int section, int fd, const char* path, int64_t body, uint64_t* sums, bool bf16) {
+    float* host = (float*)host_alloc(CHUNK);
+    int pieces;
+    Piece* piece = own_pieces(m, &pieces);
+    for (Piece* p = piece; p < piece + pieces; p++)
+        for (int64_t i = 0, room = CHUNK / sizeof(float); i < p->count; i += room) {
+            int64_t n = std::min(p->count - i, room), at = section * m->parameters + p->file + i;
+            read_at(fd, host, n * (bf16 ? 2 : 4), body + at * (bf16 ? 2 : 4), path);
+            for (int64_t j = bf16 ? n - 1 : -1; j >= 0; j--) {  // widen from the end, in place
+                uint32_t bits = (uint32_t)((uint16_t*)host)[j] << 16;
+                memcpy(&host[j], &bits, 4);
+            }
+            if (sums) add_to_sums(sums, host, at * sizeof(float), n * sizeof(float));
+            if (section == WEIGHTS) set_weights(m, p, i, host, n);
+            else copy_to_device(own_section(m, section, p) + i, host, n * sizeof(float));
+        }
+    free(piece); free(host);
 }
 
 // The weights of a model file or checkpoint whose sizes are the model's.
@@ -3787,64 +3945,91 @@ static void model_load(Model* m, const char* path) {
     int fd;
     Dims d;
     bool bf16;
-    int64_t offset = model_file_open(path, &fd, &d, &bf16), n = m->parameters;
-    float* host = (float*)host_alloc(n * sizeof(float));
+    int64_t body = model_file_open(path, &fd, &d, &bf16), bytes = m->parameters * sizeof(float);
     CheckpointHeader h;
     read_at(fd, &h.magic, sizeof h.magic, 0, path);
     if (h.magic == CHECKPOINT_MAGIC) {
         read_at(fd, &h, sizeof h, 0, path);
-        char *front, *buffer = (char*)host_alloc(CHUNK), *why = checkpoint_front(fd, path, &h, &front);
-        int64_t bytes, all = n * sizeof(float);
-        for (int64_t i = 0; !why && i * CHUNK < all; i++) {
-            why = checkpoint_chunk(fd, path, &h, front, i, buffer, &bytes);
-            memcpy((char*)host + i * CHUNK, buffer, std::min(all - i * CHUNK, bytes));
-        }
+        char *front, *rest = (char*)host_alloc(CHUNK), *why = checkpoint_front(fd, path, &h, &front);
         if (why) fatal("%s", why);
-        free(front); free(buffer);
-    } else read_at(fd, host, n * (bf16 ? 2 : 4), offset, path);
-    if (bf16) {  // widen from the end, in place: a bf16 is the upper half of a float
-        for (int64_t i = n - 1; i >= 0; i--) {
-            uint32_t bits = (uint32_t)((uint16_t*)host)[i] << 16;
-            memcpy(&host[i], &bits, 4);
+        int64_t chunks = ceil_div(bytes, CHUNK), after = std::min(chunks * CHUNK, h.file_bytes - body) - bytes;
+        uint64_t* sums = (uint64_t*)host_alloc(chunks * sizeof(uint64_t));
+        memset(sums, 0, chunks * sizeof(uint64_t));
+        section_read(m, WEIGHTS, fd, path, body, sums, false);
+        if (procs.rank == 0) {  // the last chunk goes on behind the weights
+            read_at(fd, rest, after, body + bytes, path);
+            add_to_sums(sums, rest, bytes, after);
         }
-    }
+        why = check_sums(sums, chunks, path, &h, front);
+        if (why) fatal("%s", why);
+        free(front); free(rest); free(sums);
+    } else section_read(m, WEIGHTS, fd, path, body, NULL, bf16);
     close(fd);
-    params_from_host(m, host);
-    free(host);
+    gather_all_params(m);
 }
 
-// A file on its way to its final name.
+// A file on its way to its final name, which all processes write to.
 struct NewFile {
     char *path, *partial;
     int fd;
+    int error;         // errno of this process's first failure, or 0
+    int64_t error_at;  // the byte that it could not write
 };
 
 static NewFile new_file(const char* path) {
-    NewFile f = {text("%s", path), text("%s.partial", path), -1};
-    f.fd = open(f.partial, O_RDWR | O_CREAT | O_TRUNC, 0666);
+    NewFile f = {text("%s", path), text("%s.partial", path), -1, 0, 0};
+    if (procs.rank == 0) f.fd = open(f.partial, O_RDWR | O_CREAT | O_TRUNC, 0666);
+    barrier();  // rank 0 makes it
+    if (procs.rank > 0) f.fd = open(f.partial, O_RDWR);
     if (f.fd < 0) fatal("cannot write %s: %s", f.partial, strerror(errno));
     return f;
 }
 
+// A failure is kept until all processes can hear of it.
 static void new_file_write(NewFile* f, const void* data, size_t bytes, int64_t offset) {
-    if (write_at(f->fd, data, bytes, offset)) return;
-    int why = errno;
-    unlink(f->partial);
-    fatal("writing %s at byte %ld: %s. Earlier checkpoints are untouched; make room and resume", f->partial, offset,
-          strerror(why));
+    if (f->error || write_at(f->fd, data, bytes, offset)) return;
+    f->error = errno;
+    f->error_at = offset;
 }
 
+// Gives the file its name once every process's part is on the disk. If a part is not, the run ends.
 static void new_file_finish(NewFile* f) {
-    if (fsync(f->fd) || close(f->fd) || rename(f->partial, f->path)) {
+    if (!f->error && fsync(f->fd)) f->error = errno;
+    close(f->fd);
+    if (all_sum((double)(f->error != 0)) > 0) {
+        if (procs.rank == 0) unlink(f->partial);
+        barrier();
+        if (f->error)
+            fatal("writing %s at byte %ld: %s. Earlier checkpoints are untouched; make room and resume", f->partial,
+                  f->error_at, strerror(f->error));
+        barrier();  // the process that failed says why and ends the job
+    }
+    if (procs.rank == 0 && rename(f->partial, f->path)) {
         int why = errno;
         unlink(f->partial);
         fatal("finishing %s: %s. Earlier checkpoints are untouched", f->path, strerror(why));
     }
     char* slash = strrchr(f->path, '/');
     char* dir = slash ? text("%.*s", (int)(slash - f->path), f->path) : text(".");
-    int fd = open(*dir ? dir : "/", O_RDONLY);
+    int fd = procs.rank == 0 ? open(*dir ? dir : "/", O_RDONLY) : -1;
     if (fd >= 0) { fsync(fd); close(fd); }
     free(dir); free(f->path); free(f->partial);
+    barrier();  // it has its name
+}
+
+// Writes this process's pieces of a section; arguments as for section_read.
+static void section_write(const Model* m, int section, NewFile* f, int64_t body, uint64_t* sums) {
+    float* host = (float*)host_alloc(CHUNK);
+    int pieces;
+    Piece* piece = own_pieces(m, &pieces);
+    for (Piece* p = piece; p < piece + pieces; p++)
+        for (int64_t i = 0, room = CHUNK / sizeof(float); i < p->count; i += room) {
+            int64_t n = std::min(p->count - i, room), at = section * m->parameters + p->file + i;
+            copy_to_host(host, own_section(m, section, p) + i, n * sizeof(float));
+            if (sums) add_to_sums(sums, host, at * sizeof(float), n * sizeof(float));
+            new_file_write(f, host, n * sizeof(float), body + at * sizeof(float));
+        }
+    free(piece); free(host);
 }
 
 // The plain dense model file: what llm.c and scripts/export_hf read.
@@ -3852,38 +4037,18 @@ static void model_write(const Model* m, const char* path, int64_t step) {
     int32_t header[256];
     model_header(header, &m->dims, step);
     NewFile f = new_file(path);
-    new_file_write(&f, header, sizeof header, 0);
-    char* buffer = (char*)host_alloc(CHUNK);
-    int64_t bytes = m->parameters * sizeof(float);
-    for (int64_t i = 0; i < bytes; i += CHUNK) {
-        int64_t n = std::min(bytes - i, CHUNK);
-        copy_to_host(buffer, (char*)m->master + i, n);
-        new_file_write(&f, buffer, n, sizeof header + i);
-    }
-    free(buffer);
+    if (procs.rank == 0) new_file_write(&f, header, sizeof header, 0);
+    section_write(m, WEIGHTS, &f, sizeof header, NULL);
     new_file_finish(&f);
 }
 
-// The body's bytes [i, i + n) lie in one of three arrays; a chunk may span two.
-static void checkpoint_body(const Model* m, char* host, int64_t i, int64_t n, bool write_to_device) {
-    int64_t section = m->parameters * sizeof(float);
-    char* arrays[3] = {(char*)m->master, (char*)m->m, (char*)m->v};
-    while (n > 0) {
-        int64_t at = i % section, part = std::min(section - at, n);
-        char* device = arrays[i / section] + at;
-        if (write_to_device) copy_to_device(device, host, part);
-        else copy_to_host(host, device, part);
-        i += part; n -= part; host += part;
-    }
-}
-
 static int64_t checkpoint_bytes(const Model* m) {
-    int64_t body = 3 * m->parameters * sizeof(float);
+    int64_t body = SECTIONS * m->parameters * sizeof(float);
     return ceil_div(sizeof(CheckpointHeader) + sizeof(RunState) + ceil_div(body, CHUNK) * 8, 4096) * 4096 + body;
 }
 
 static void checkpoint_write(const Model* m, const char* path, const RunState* state) {
-    int64_t body = 3 * m->parameters * sizeof(float);
+    int64_t body = SECTIONS * m->parameters * sizeof(float);
     CheckpointHeader h;
     memset(&h, 0, sizeof h);
     h.magic = CHECKPOINT_MAGIC; h.version = CHECKPOINT_VERSION;
@@ -3895,52 +4060,54 @@ static void checkpoint_write(const Model* m, const char* path, const RunState* s
     h.chunks = ceil_div(body, CHUNK);
     size_t front_bytes = sizeof(RunState) + h.chunks * 8;
     char* front = (char*)host_alloc(front_bytes);
+    memset(front, 0, front_bytes);
     memcpy(front, state, sizeof(RunState));
-    char* buffer = (char*)host_alloc(CHUNK);
+    uint64_t* sums = (uint64_t*)(front + sizeof(RunState));
     NewFile f = new_file(path);
-    for (int64_t i = 0; i < h.chunks; i++) {
-        int64_t n = std::min(body - i * CHUNK, CHUNK);
-        checkpoint_body(m, buffer, i * CHUNK, n, false);
-        uint64_t sum = checksum(buffer, n);
-        memcpy(front + sizeof(RunState) + 8 * i, &sum, 8);
-        new_file_write(&f, buffer, n, h.weights_offset + i * CHUNK);
-    }
+    for (int section = 0; section < SECTIONS; section++) section_write(m, section, &f, h.weights_offset, sums);
+    all_sum(sums, h.chunks);
     h.state_checksum = checksum(front, front_bytes);
     h.header_checksum = checksum(&h, sizeof h - 8);
-    new_file_write(&f, front, front_bytes, sizeof h);
-    new_file_write(&f, &h, sizeof h, 0);
+    if (procs.rank == 0) {
+        new_file_write(&f, front, front_bytes, sizeof h);
+        new_file_write(&f, &h, sizeof h, 0);
+    }
     new_file_finish(&f);
-    free(front); free(buffer);
+    free(front);
 }
 
 // Reads a checkpoint into the model and the state. Returns NULL, or a sentence on why the file cannot be used, with
-// nothing of the state changed; the weights may then be partly overwritten.
+// nothing of the state changed; the weights may then be partly overwritten. All processes return alike.
 static char* checkpoint_read(Model* m, const char* path, RunState* state) {
-    int fd = open(path, O_RDONLY);
-    if (fd < 0) return text("%s: %s", path, strerror(errno));
     CheckpointHeader h;
-    char *front = NULL, *why = checkpoint_header(fd, path, &h);
-    if (why) {
-        close(fd);
-        return why;
+    char *front = NULL, *why = NULL;
+    int fd = open(path, O_RDONLY);
+    if (fd < 0) why = text("%s: %s", path, strerror(errno));
+    if (!why) why = checkpoint_header(fd, path, &h);
+    if (!why) {
+        int32_t want[256];
+        model_header(want, &m->dims, h.model[9]);
+        if (memcmp(want, h.model, sizeof want) || h.parameters != m->parameters || h.state_bytes != sizeof(RunState))
+            fatal("%s holds another model: T %d, V %d, layers %d, heads %d, channels %d, %s positions; this run's has "
+                  "T %ld, V %d, layers %d, heads %d, channels %d, %s (and the same theta): use the same options, or "
+                  "--model %s in another out-dir to start from its weights", path, h.model[2], h.model[3], h.model[4],
+                  h.model[5], h.model[6], h.model[1] > 100 ? "rope" : "learned", m->dims.maxT, m->dims.V, m->dims.L,
+                  m->dims.NH, m->dims.C, m->dims.rope ? "rope" : "learned", path);
+        why = checkpoint_front(fd, path, &h, &front);
     }
-    int32_t want[256];
-    model_header(want, &m->dims, h.model[9]);
-    if (memcmp(want, h.model, sizeof want) || h.parameters != m->parameters || h.state_bytes != sizeof(RunState))
-        fatal("%s holds another model: T %d, V %d, layers %d, heads %d, channels %d, %s positions; this run's has T "
-              "%ld, V %d, layers %d, heads %d, channels %d, %s (and the same theta): use the same options, or --model "
-              "%s in another out-dir to start from its weights", path, h.model[2], h.model[3], h.model[4], h.model[5],
-              h.model[6], h.model[1] > 100 ? "rope" : "learned", m->dims.maxT, m->dims.V, m->dims.L, m->dims.NH,
-              m->dims.C, m->dims.rope ? "rope" : "learned", path);
-    char* buffer = (char*)host_alloc(CHUNK);
-    why = checkpoint_front(fd, path, &h, &front);
-    for (int64_t i = 0, n; !why && i < h.chunks; i++) {
-        why = checkpoint_chunk(fd, path, &h, front, i, buffer, &n);
-        if (!why) checkpoint_body(m, buffer, i * CHUNK, n, true);
+    if (all_sum((double)(why != NULL)) > 0) {
+        if (!why) why = text("%s cannot be used by all processes", path);
+    } else {
+        uint64_t* sums = (uint64_t*)host_alloc(h.chunks * sizeof(uint64_t));
+        memset(sums, 0, h.chunks * sizeof(uint64_t));
+        for (int section = 0; section < SECTIONS; section++)
+            section_read(m, section, fd, path, h.weights_offset, sums, false);
+        why = check_sums(sums, h.chunks, path, &h, front);
+        free(sums);
     }
     if (!why) memcpy(state, front, sizeof(RunState));
-    free(front); free(buffer);
-    close(fd);
+    free(front);
+    if (fd >= 0) close(fd);
     return why;
 }
 
@@ -3995,11 +4162,13 @@ static void checkpoint_prune(const Config* c, int64_t written) {
     if (d) closedir(d);
 }
 
-// The newest whole checkpoint of out-dir, into the model and the state. Names and passes over damaged ones. Rank 0
-// reads the directory last to write to it, so all processes see the same files.
+// The newest whole checkpoint of out-dir, into the model and the state. Names and passes over damaged ones.
 static bool checkpoint_resume(Model* m, const Config* c, RunState* state, char** path) {
     int count;
     int64_t* steps = checkpoint_list(c->out_dir, &count);
+    broadcast(&count, sizeof count, WORLD_GROUP, 0);  // what rank 0 sees of the directory counts for all
+    steps = (int64_t*)realloc(steps, count * sizeof(int64_t));
+    broadcast(steps, count * sizeof(int64_t), WORLD_GROUP, 0);
     bool found = false;
     for (int i = 0; i < count && !found; i++) {
         *path = checkpoint_path(c, steps[i]);
@@ -4010,12 +4179,7 @@ static bool checkpoint_resume(Model* m, const Config* c, RunState* state, char**
     }
     free(steps);
     if (count > 0 && !found) fatal("%s: none of the %d checkpoints is whole", c->out_dir, count);
-    if (found && sizeof(floatX) != sizeof(float)) {
-        float* host = (float*)host_alloc(m->parameters * sizeof(float));
-        copy_to_host(host, m->master, m->parameters * sizeof(float));
-        params_from_host(m, host);
-        free(host);
-    }
+    if (found) gather_all_params(m);
     return found;
 }
 
@@ -4470,7 +4634,7 @@ static double gib(double bytes) { return bytes / (1024.0 * 1024 * 1024); }
 // Chooses the recompute level if it is left to us and refuses what does not fit, with what would.
 static Plan choose_plan(Model* m, Config* c, int64_t sample_T) {
     size_t room = device_memory_free();
-    if (!strcmp(backend_name, "cpu")) room /= procs.world;
+    if (!strcmp(backend_name, "cpu")) room /= procs.local_world;
     Plan p;
     int B = (int)c->batch_size, first = c->recompute < 0 ? 0 : (int)c->recompute, last = c->recompute < 0 ? 4 : first;
     for (int level = first; level <= last; level++) {
@@ -4530,9 +4694,9 @@ static void log_configuration(const Trainer* t, const Plan* plan, const char* de
         fprintf(f, "]}");
     } else fprintf(f, "null");
     char* device_json = json_string(device);
-    log_line(f, ",\"steps\":%ld,\"switch_step\":%ld,\"tokens_per_step\":%ld,\"processes\":%d,\"device\":%s,"
-             "\"backend\":\"%s\",\"measured_flops\":%.6g}", t->steps, t->switch_step, c->total_batch_size, procs.world,
-             device_json, backend_name, t->device_flops);
+    log_line(f, ",\"steps\":%ld,\"switch_step\":%ld,\"tokens_per_step\":%ld,\"processes\":%d,\"cp\":%d,"
+             "\"device\":%s,\"backend\":\"%s\",\"measured_flops\":%.6g}", t->steps, t->switch_step, c->total_batch_size, procs.world,
+             procs.cp, device_json, backend_name, t->device_flops);
     free(device_json);
     fprintf(f, "{\"event\":\"memory\",\"total_bytes\":%zu,\"parts\":{", plan->total);
     for (int i = 0; i < plan->parts; i++) fprintf(f, "%s\"%s\":%zu", i ? "," : "", plan->name[i], plan->bytes[i]);
@@ -4543,13 +4707,15 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
     const Config* c = &t->config;
     const Model* m = &t->model;
     const Dims* d = &m->dims;
-    say("device      %s (%s), %d process(es)\n", device, backend_name, procs.world);
+    say("device      %s (%s), %d process(es)", device, backend_name, procs.world);
+    if (procs.cp > 1) say(": %d data-parallel groups of %d that share each sequence", procs.dp, procs.cp);
+    say("\n");
     say("model       %s: %d layers, %d channels, %d heads of %d, %d tokens (padded %d), %s positions, %ld parameters\n",
         c->model, d->L, d->C, d->NH, d->C / d->NH, d->V, d->Vp, d->rope ? "rotary" : "learned", m->parameters);
     say("data        %s: %d shard(s), %ld windows of %ld tokens\n", c->train_data, t->train.count, t->train.windows,
         c->seq_len);
-    say("batch       %ld tokens a step: %ld micro-step(s) of %ld x %ld on %d process(es)\n", c->total_batch_size,
-        t->accumulation, c->batch_size, c->seq_len, procs.world);
+    say("batch       %ld tokens a step: %ld micro-step(s) of %ld x %ld on %d %s\n", c->total_batch_size,
+        t->accumulation, c->batch_size, c->seq_len, procs.dp, procs.cp > 1 ? "group(s)" : "process(es)");
     double tokens = (double)t->steps * c->total_batch_size;
     say("run         %ld steps, %.3g tokens, %.2f epochs; learning rate up to %.3g, %s\n", t->steps, tokens,
         tokens / c->seq_len / t->train.windows, c->learning_rate, c->lr_schedule);
@@ -4569,8 +4735,8 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
         if (phase == DENSE || t->switch_step > 0)
             say("operations  %.4g TFLOP a %s step\n",
                 step_flops(m, (Phase)phase, c->seq_len, (double)c->total_batch_size) * 1e-12, phase_name[phase]);
-    say("memory      %.2f GiB of %.2f GiB free, recompute level %ld:", gib(plan->total), gib(device_memory_free()),
-        c->recompute);
+    say("memory      %.2f GiB%s of %.2f GiB free, recompute level %ld:", gib(plan->total),
+        procs.world > 1 ? " per process" : "", gib(device_memory_free()), c->recompute);
     for (int i = 0; i < plan->parts; i++) say("%s %s %.2f", i ? "," : "", plan->name[i], gib(plan->bytes[i]));
     say("\n");
 }
@@ -4621,6 +4787,7 @@ static void compare_options(const Config* c) {
                   i ? "--" : "the program", i ? options[i - 1].name : "", value[i], first);
         free(first); free(value[i]);
     }
+    barrier();  // nobody goes on, perhaps into an error that hides this one
 }
 
 static void setup_processes(const Config* c) {
@@ -4683,12 +4850,7 @@ static char* setup_state(Trainer* t, bool from_file) {
     char* path = NULL;
     if (!c->resume || !checkpoint_resume(m, c, s, &path)) {
         if (from_file) model_load(m, c->model);
-        else {
-            float* host = (float*)host_alloc(m->parameters * sizeof(float));
-            model_initialize(m, host, c->seed);
-            params_from_host(m, host);
-            free(host);
-        }
+        else model_initialize(m, c->seed);
         s->seq_len = c->seq_len; s->total_batch = c->total_batch_size;
         s->windows = t->train.windows; s->seed = c->seed; s->shuffle = c->shuffle;
         s->data = loader_fingerprint(&t->train);
@@ -4786,11 +4948,8 @@ static void save_checkpoint(Trainer* t) {
     double start = seconds();
     t->state.wall_s = wall_seconds(t);
     char* path = checkpoint_path(c, t->state.step);
-    if (procs.rank == 0) {
-        checkpoint_write(&t->model, path, &t->state);
-        checkpoint_prune(c, t->state.step);
-    }
-    barrier();
+    checkpoint_write(&t->model, path, &t->state);
+    if (procs.rank == 0) checkpoint_prune(c, t->state.step);
     progress_clear(&t->logs);
     say("step %ld | checkpoint %s (%.2f GiB, %.1f s)\n", t->state.step, path, gib(checkpoint_bytes(&t->model)),
         seconds() - start);
@@ -4836,17 +4995,17 @@ static void train_step(Trainer* t) {
     Run r = {(int)B, T, phase, true, (int)c->recompute};
     int *inputs = m->host_tokens, *targets = m->host_tokens + B * T;
 
-    device_zero(m->grads, m->parameters * sizeof(float));
+    device_zero(m->grads, m->padded * sizeof(float));
     double sum = 0;
     for (int64_t micro = 0; micro < t->accumulation; micro++) {
         for (int64_t b = 0; b < B; b++)
             loader_sequence(&t->train, s->sequences + (micro * procs.dp + procs.dp_rank) * B + b, inputs + b * T,
                             targets + b * T);
+        r.last = micro == t->accumulation - 1;
         sum += model_micro_step(m, inputs, targets, r, 1.0f / total);
     }
-    double loss = all_sum(sum) / total;
-    all_sum(m->grads, m->parameters);
-    double norm = sqrt(sum_squares(m->grads, m->parameters));
+    collectives_join();
+    double loss = all_sum(sum) / total, norm = gradient_norm(m);
     double lr = learning_rate(c, s->step, t->steps);
 
     double loss_z = detector_score(&s->loss, loss), norm_z = detector_score(&s->norm, norm);
@@ -4885,7 +5044,7 @@ static void finish(Trainer* t, double val_loss) {
     const RunState* s = &t->state;
     int64_t total = t->config.total_batch_size;
     char* path = text("%s/model.bin", t->config.out_dir);
-    if (procs.rank == 0) model_write(&t->model, path, s->step);
+    model_write(&t->model, path, s->step);
     say("\n%-12s %8s %14s %12s %12s\n", "phase", "steps", "tokens", "seconds", "tok/s");
     char* phases[2];
     for (int p = 0; p < 2; p++) {

@@ -43,6 +43,21 @@ static double relative_error(const float* a, const float* b, int64_t n) {
     return norm > 0 ? sqrt(difference / norm) : sqrt(difference);
 }
 
+// Weights in a file's order, to the model.
+static void set_all_weights(Model* m, const float* weights) {
+    int pieces;
+    Piece* piece = own_pieces(m, &pieces);
+    for (Piece* p = piece; p < piece + pieces; p++) set_weights(m, p, 0, weights + p->file, p->count);
+    free(piece);
+}
+
+// Gradients from the model, in a file's order.
+static void get_all_gradients(const Model* m, float* grads) {
+    for (int t = 0; t < TENSORS; t++)
+        for (int l = 0; l < (tensor_is_stacked(t) ? m->dims.L : 1); l++)
+            copy_to_host(grads + m->file_offset[t] + l * layer_size(m, t), gradient(m, t, l), layer_size(m, t) * 4);
+}
+
 static void test_file(const char* path) {
     int fd = open_to_read(path);
     int h[64];
@@ -79,7 +94,7 @@ static void test_file(const char* path) {
     for (int phase = LIGHTHOUSE; phase <= DENSE; phase++, at += n * 4) read_at(fd, grads[phase] = (float*)host_alloc(n * 4), n * 4, at, path);
     if (at != file_size(fd, path)) fatal("%s: %lld bytes, %lld were expected", path, (long long)file_size(fd, path), (long long)at);
     close(fd);
-    params_from_host(m, weights);
+    set_all_weights(m, weights);
 
     for (int phase = LIGHTHOUSE; phase <= DENSE; phase++) {
         const char* kind = phase_name[phase];
@@ -96,14 +111,14 @@ static void test_file(const char* path) {
         for (int level = 0; level <= 4; level++) {
             Run r = {(int)B, T, (Phase)phase, true, level};
             poison(m->arena.base, plan_part(&plan, "activations"));
-            device_zero(m->grads, n * 4);
+            device_zero(m->grads, m->padded * 4);
             loss = model_micro_step(m, batch, batch + N, r, 1.0f / N) / N;
-            copy_to_host(mine, m->grads, n * 4);
+            get_all_gradients(m, mine);
             if (level == 0) {
                 double worst = 0;
                 for (int t = 0; t < TENSORS; t++) {
                     if (m->size[t] == 0) continue;
-                    double e = relative_error(mine + m->offset[t], grads[phase] + m->offset[t], m->size[t]);
+                    double e = relative_error(mine + m->file_offset[t], grads[phase] + m->file_offset[t], m->size[t]);
                     if (!(e <= worst)) worst = e;
                     if (!(e < BOUND) && compare) printf("     gradient of %s differs by %.1e\n", tensor_name[t], e);
                 }

@@ -116,7 +116,7 @@ def checkpoint(path, config, tensors, offset=8192, **changes):
     """As the trainer's: header, optimizer state before and after the fp32 weights."""
     body = b"".join(x.tobytes() for x in tensors.values())
     head = bytearray(4096)
-    struct.pack_into("<2i", head, 0, changes.get("magic", 20260511), changes.get("version", 1))
+    struct.pack_into("<2i", head, 0, changes.get("magic", 20260511), changes.get("version", 2))
     head[1024:2048] = changes.get("model", model_file.pack_header(config))
     struct.pack_into("<2q", head, 2048, changes.get("at", offset), changes.get("count", len(body) // 4))
     raw = bytes(head).ljust(offset, b"\xaa") + body + b"\xbb" * 1000
