@@ -524,7 +524,7 @@ static void* device_alloc(size_t bytes) {  // zeroed
     return p;
 }
 static void device_zero(void* p, size_t bytes) { cudaCheck(cudaMemsetAsync(p, 0, bytes, main_stream)); }
-// A copy may wait inside the library, and without a limit, for what the stream does before: so that is waited for first.
+// A copy may wait inside the library, without a limit, for what the stream does before it: so wait for that first.
 static void copy_to_device(void* device, const void* host, size_t bytes) {
     if (waits_for_others) device_synchronize();
     cudaCheck(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, main_stream));
@@ -608,7 +608,7 @@ static void processes_split(int64_t cp) {
 #ifdef USE_MPI  // with MPI; below, without
 static MPI_Comm cp_comm = MPI_COMM_NULL, local_comm = MPI_COMM_NULL, hang_comm = MPI_COMM_NULL;
 
-static void stop_all_processes() { if (procs.world > 1) MPI_Abort(MPI_COMM_WORLD, 1); }
+static void stop_all_processes() { if (waits_for_others) MPI_Abort(MPI_COMM_WORLD, 1); }
 
 // ---- waiting, with a limit
 // MPI's own waits have no end, so every wait here looks whether it is over, again and again. A process that has waited
@@ -623,18 +623,18 @@ static ProcessName* process_names;  // (world)
 static const double ANSWER_S = 3;   // an answer takes as long as the other's pause between two looks: milliseconds
 
 enum { QUESTION = 1, ANSWER = 2 };
+static bool lower_rank_asked;
 
-// Answers questions. Notes in waits[rank] who waits, and returns the lowest rank that asked, or world.
-static int answer_questions(bool* waits) {
-    int lowest = procs.world, found;
-    for (;;) {
+// Answers questions. Notes in waits[rank], unless NULL, who waits.
+static void answer_questions(bool* waits) {
+    for (int found;;) {
         MPI_Status s;
         MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, hang_comm, &found, &s);
-        if (!found) return lowest;
+        if (!found) return;
         MPI_Recv(NULL, 0, MPI_BYTE, s.MPI_SOURCE, s.MPI_TAG, hang_comm, MPI_STATUS_IGNORE);
         if (waits) waits[s.MPI_SOURCE] = true;
         if (s.MPI_TAG == ANSWER) continue;
-        lowest = std::min(lowest, s.MPI_SOURCE);
+        lower_rank_asked |= s.MPI_SOURCE < procs.rank;
         MPI_Request sent;
         MPI_Isend(NULL, 0, MPI_BYTE, s.MPI_SOURCE, ANSWER, hang_comm, &sent);
         MPI_Request_free(&sent);
@@ -650,11 +650,9 @@ __attribute__((noreturn)) static void name_who_hangs() {
         MPI_Isend(NULL, 0, MPI_BYTE, i, QUESTION, hang_comm, &sent);
         MPI_Request_free(&sent);
     }
-    int asking = procs.world;
-    for (double began = seconds(); seconds() - began < ANSWER_S; usleep(1000))
-        asking = std::min(asking, answer_questions(waits));
-    if (asking < procs.rank)  // the lowest that asks speaks; it ends this process too
-        for (double began = seconds(); seconds() - began < 2 * ANSWER_S;) usleep(100000);
+    for (double began = seconds(); seconds() - began < ANSWER_S; usleep(1000)) answer_questions(waits);
+    if (lower_rank_asked)  // the lowest that asks speaks, and ends this process too
+        for (double began = seconds(); seconds() - began < 3 * ANSWER_S;) usleep(100000);
     char *who = text("%s", ""), *place = step_begun ? text("step %ld", step_begun) : text("the start");
     int named = 0;
     for (int i = 0; i < procs.world; i++) {
@@ -3762,8 +3760,8 @@ static double gradient_norm(const Model* m) {
     return sqrt(all_sum(sum));
 }
 
-// One AdamW update of this process's slices, whose weights then go to all; `update` counts from 1. Weight decay falls on
-// the matrices only.
+// One AdamW update of this process's slices, whose weights then go to all; `update` counts from 1. Weight decay falls
+// on the matrices only.
 static void model_update(Model* m, const Config* c, double lr, double grad_scale, int64_t update) {
     for (int g = 0; g <= m->dims.L; g++) {
         int64_t begin = slice_begin(m, g), owned = slice_owned(m, g), n = slice_size(m, g);
@@ -3919,8 +3917,8 @@ static float* own_section(const Model* m, int section, const Piece* p) {
     return section == WEIGHTS ? own_master(m, p) : (section == FIRST_MOMENT ? m->m : m->v) + p->owned;
 }
 
-// Reads this process's pieces of a section. body: where the weights begin in the file. Adds what it read to sums, unless
-// NULL. With bf16 the file's weights have 2 bytes, the upper half of a float.
+// Reads this process's pieces of a section. body: where the weights begin in the file. Adds what it read to sums,
+// unless NULL. With bf16 the file's weights have 2 bytes, the upper half of a float.
 static void section_read(Model* m, int section, int fd, const char* path, int64_t body, uint64_t* sums, bool bf16) {
     float* host = (float*)host_alloc(CHUNK);
     int pieces;
@@ -4695,8 +4693,8 @@ static void log_configuration(const Trainer* t, const Plan* plan, const char* de
     } else fprintf(f, "null");
     char* device_json = json_string(device);
     log_line(f, ",\"steps\":%ld,\"switch_step\":%ld,\"tokens_per_step\":%ld,\"processes\":%d,\"cp\":%d,"
-             "\"device\":%s,\"backend\":\"%s\",\"measured_flops\":%.6g}", t->steps, t->switch_step, c->total_batch_size, procs.world,
-             procs.cp, device_json, backend_name, t->device_flops);
+             "\"device\":%s,\"backend\":\"%s\",\"measured_flops\":%.6g}", t->steps, t->switch_step,
+             c->total_batch_size, procs.world, procs.cp, device_json, backend_name, t->device_flops);
     free(device_json);
     fprintf(f, "{\"event\":\"memory\",\"total_bytes\":%zu,\"parts\":{", plan->total);
     for (int i = 0; i < plan->parts; i++) fprintf(f, "%s\"%s\":%zu", i ? "," : "", plan->name[i], plan->bytes[i]);
