@@ -4771,8 +4771,7 @@ static void setup_run(Trainer* t) {
 // All processes must be built and started alike: rank 0's options are compared with this process's.
 static void compare_options(const Config* c) {
     char* value[1 + sizeof(options) / sizeof(options[0])];
-    value[0] = text("%s %s, version " VERSION " for %s with %zu-byte parameters", "train_gpt", PROGRAM, backend_name,
-                    sizeof(floatX));
+    value[0] = text("train_gpt_" PROGRAM " " VERSION " (%s, %zu-byte weights)", backend_name, sizeof(floatX));
     for (int i = 0; i < option_count; i++) value[i + 1] = option_text(c, &options[i]);
     for (int i = 0; i <= option_count; i++) {
         int64_t length = strlen(value[i]) + 1;
@@ -4797,7 +4796,7 @@ static void setup_processes(const Config* c) {
     }
     compare_options(c);
     processes_split(c->cp);
-    if (!c->rank_logs) return;
+    if (!c->rank_logs || c->dry_run) return;
     make_directories(c->out_dir);
     char* path = text("%s/rank_%d.log", c->out_dir, procs.rank);
     rank_log = log_open(path);
