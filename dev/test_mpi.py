@@ -355,7 +355,7 @@ def test_rank_logs(lab):
 def memory_of(output):
     """{part: GiB} as --dry-run prints the plan."""
     line, = (line for line in output.splitlines() if line.startswith("memory "))
-    return {name: float(size) for name, size in re.findall(r"([A-Za-z0-9 ]+) ([0-9.]+)(?:,|$)", line.split(":", 1)[1])}
+    return {name: float(size) for name, size in re.findall(r" ([A-Za-z0-9 ]+) ([0-9.]+)(?:,|$)", line.split(":", 1)[1])}
 
 
 def test_plan_for_ranks_that_are_not_there(lab):

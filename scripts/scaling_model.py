@@ -38,13 +38,14 @@ def collectives(shape, phase, world, cp, element=2):
                           "calls": calls, "ranks": world})
     if cp > 1:
         micro_steps = shape["tokens"] // (shape["B"] * shape["T"] * (world // cp))
-        rows = element * shape["B"] * shape["T"] // cp * shape["channels"]  # one (B, T/cp, C)
+        rows = element * shape["T"] // cp * shape["channels"]  # one (T/cp, C): sequences are exchanged one by one
         layers, sparse, level = shape["layers"], sparse_layers(shape, phase), shape["recompute"]
         # Forward and backward; and again what is recomputed in the backward pass.
         qkv = 2 * layers + (level >= 3) * layers
         att = 2 * layers + (level >= 2) * sparse + (level >= 4) * (layers - sparse)
         for what, n, calls in (("qkv and its gradient", 3, qkv), ("attention's output and its gradient", 1, att)):
-            found.append({"call": "all_to_all", "what": what, "bytes": n * rows, "calls": micro_steps * calls, "ranks": cp})
+            found.append({"call": "all_to_all", "what": what, "bytes": n * rows, "calls": micro_steps * shape["B"] * calls,
+                          "ranks": cp})
     return found
 
 
@@ -89,8 +90,8 @@ def activations(shape, phase, cp, element):
     total += (dense if level < 4 else dense > 0) * statistic * NH                         # dense attention's sums
     total += ((dense if level < 4 else 0) + (sparse if level < 2 else 0) +                # attention's output
               (level >= 4 or level >= 2 and sparse > 0)) * u
-    if cp > 1:                                     # of all rows of some heads, and the other side of an exchange
-        total += (dense if level < 4 else 1) * u + 3 * u
+    if cp > 1:                                     # and in the form of all rows of some heads
+        total += (dense if level < 4 else dense > 0) * u
     if sparse:
         lh = shape["lighthouse"]
         slots = shape["B"] * lh["slots"] // cp     # rows of C elements
