@@ -1713,6 +1713,7 @@ struct MatmulPlan {
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t a, b, d;
     cublasLtMatmulAlgo_t algo;
+    int proposals;  // 1 or 2: cuBLASLt knows one kernel, or more
     bool tuned;
 };
 constexpr int MATMUL_PLANS = 256, MATMUL_CANDIDATES = 8;
@@ -1770,9 +1771,9 @@ static MatmulPlan* matmul_plan(const MatmulShape& s) {
     cublasCheck(cublasLtMatrixLayoutCreate(&p->a, FLOATX_CUDA, a_rows, a_cols, a_rows));
     cublasCheck(cublasLtMatrixLayoutCreate(&p->b, FLOATX_CUDA, b_rows, b_cols, b_rows));
     cublasCheck(cublasLtMatrixLayoutCreate(&p->d, s.float_out ? CUDA_R_32F : FLOATX_CUDA, s.m, s.n, s.m));
-    cublasLtMatmulHeuristicResult_t first;
-    matmul_candidates(p, &first, 1);
-    p->algo = first.algo;
+    cublasLtMatmulHeuristicResult_t found[2];
+    p->proposals = matmul_candidates(p, found, 2);
+    p->algo = found[0].algo;
     return p;
 }
 
@@ -1950,15 +1951,18 @@ static void gelu_backward(floatX* dinp /*may be dout*/, const floatX* dout, cons
     cudaCheck(cudaGetLastError());
 }
 
-// cuBLASLt multiplies by GELU' where it writes dinp, but not in fp32.
+// cuBLASLt multiplies by GELU' where it writes dinp, but not in fp32; and for some shapes it knows only one kernel that
+// does, which then is a slow one.
 static void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC,C) +=*/,
                             float* dbias /*(OC) += or NULL*/, const floatX* dout /*(N,OC)*/,
                             const floatX* inp /*(N,C)*/, const floatX* weight /*(OC,C)*/,
                             const floatX* gelu_inp /*(N,C) with inp = GELU(gelu_inp): dinp is its gradient; or NULL*/,
                             int64_t N, int C, int OC) {
-    bool fused = sizeof(floatX) == 2;
-    if (dinp) matmul_cublaslt({C, N, OC, false, false}, dinp, weight, dout, NULL, NULL, fused ? gelu_inp : NULL);
-    if (dinp && gelu_inp && !fused) gelu_backward(dinp, dinp, gelu_inp, N * C);
+    MatmulShape to_inp = {C, N, OC, false, false}, fused = to_inp;
+    fused.dgelu = true;
+    bool fuse = dinp && gelu_inp && sizeof(floatX) == 2 && matmul_plan(fused)->proposals > 1;
+    if (dinp) matmul_cublaslt(to_inp, dinp, weight, dout, NULL, NULL, fuse ? gelu_inp : NULL);
+    if (dinp && gelu_inp && !fuse) gelu_backward(dinp, dinp, gelu_inp, N * C);
     MatmulShape sum = {C, OC, N, false, true};
     sum.float_out = true;
     matmul_cublaslt(sum, dweight, inp, dout, NULL, dweight, NULL);
