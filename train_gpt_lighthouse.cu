@@ -417,6 +417,7 @@ static void copy_to_device_async(void* device, const void* host, size_t bytes) {
 struct DeviceEvent {};
 static void event_record(DeviceEvent*) {}
 static void event_wait(DeviceEvent*) {}
+static void limit_lead() {}
 static void device_open(int) {}
 static void device_synchronize() {}
 static size_t device_memory_free() {
@@ -514,14 +515,13 @@ static void device_open(int local_rank) {
     cudaCheck(cudaMemGetInfo(&device_free_at_start, &total));
     cublasCheck(cublasLtCreate(&cublaslt_handle));
 }
+// What the device does may wait for other processes' devices: so the host looks whether it is done, and only then calls
+// what waits without a limit. "Not ready" counts as the last error, and is none.
 static void device_synchronize() {
-    if (!waits_for_others) {
-        cudaCheck(cudaStreamSynchronize(main_stream));
-        return;
-    }
     Wait w = {0, 0};
-    for (cudaError_t state; (state = cudaStreamQuery(main_stream)) != cudaSuccess; wait_a_moment(&w))
-        if (state != cudaErrorNotReady) cudaCheck(state);
+    while (waits_for_others && cudaStreamQuery(main_stream) == cudaErrorNotReady) wait_a_moment(&w);
+    (void)cudaGetLastError();
+    cudaCheck(cudaStreamSynchronize(main_stream));
 }
 static void* device_alloc(size_t bytes) {  // zeroed
     void* p;
@@ -530,7 +530,7 @@ static void* device_alloc(size_t bytes) {  // zeroed
     return p;
 }
 static void device_zero(void* p, size_t bytes) { cudaCheck(cudaMemsetAsync(p, 0, bytes, main_stream)); }
-// A copy may wait inside the library, and without a limit, for what the stream does before: so that is waited for first.
+// A copy may wait inside the library, without a limit, for what the stream does before it: so wait for that first.
 static void copy_to_device(void* device, const void* host, size_t bytes) {
     if (waits_for_others) device_synchronize();
     cudaCheck(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, main_stream));
@@ -557,7 +557,23 @@ static void event_record(DeviceEvent* e) {
     if (!e->event) cudaCheck(cudaEventCreateWithFlags(&e->event, cudaEventDisableTiming));
     cudaCheck(cudaEventRecord(e->event, main_stream));
 }
-static void event_wait(DeviceEvent* e) { if (e->event) cudaCheck(cudaEventSynchronize(e->event)); }
+static void event_wait(DeviceEvent* e) {
+    if (!e->event) return;
+    Wait w = {0, 0};
+    while (waits_for_others && cudaEventQuery(e->event) == cudaErrorNotReady) wait_a_moment(&w);
+    (void)cudaGetLastError();
+    cudaCheck(cudaEventSynchronize(e->event));
+}
+// Keeps the host at most four calls of this function ahead of the device where other processes may hang: a launch
+// behind too many others would wait without a limit.
+static void limit_lead() {
+    static DeviceEvent events[4];
+    static int next;
+    if (!waits_for_others) return;
+    event_wait(&events[next]);
+    event_record(&events[next]);
+    next = (next + 1) % 4;
+}
 static size_t device_memory_free() {
     size_t free_bytes, total;
     cudaCheck(cudaMemGetInfo(&free_bytes, &total));
@@ -631,7 +647,7 @@ static void processes_split(int64_t cp) {
 #ifdef USE_MPI  // with MPI; below, without
 static MPI_Comm cp_comm = MPI_COMM_NULL, local_comm = MPI_COMM_NULL, hang_comm = MPI_COMM_NULL;
 
-static void stop_all_processes() { if (procs.world > 1) MPI_Abort(MPI_COMM_WORLD, 1); }
+static void stop_all_processes() { if (waits_for_others) MPI_Abort(MPI_COMM_WORLD, 1); }
 
 // ---- waiting, with a limit
 // MPI's own waits have no end, so every wait here looks whether it is over, again and again. A process that has waited
@@ -646,18 +662,18 @@ static ProcessName* process_names;  // (world)
 static const double ANSWER_S = 3;   // an answer takes as long as the other's pause between two looks: milliseconds
 
 enum { QUESTION = 1, ANSWER = 2 };
+static bool lower_rank_asked;
 
-// Answers questions. Notes in waits[rank] who waits, and returns the lowest rank that asked, or world.
-static int answer_questions(bool* waits) {
-    int lowest = procs.world, found;
-    for (;;) {
+// Answers questions. Notes in waits[rank], unless NULL, who waits.
+static void answer_questions(bool* waits) {
+    for (int found;;) {
         MPI_Status s;
         MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, hang_comm, &found, &s);
-        if (!found) return lowest;
+        if (!found) return;
         MPI_Recv(NULL, 0, MPI_BYTE, s.MPI_SOURCE, s.MPI_TAG, hang_comm, MPI_STATUS_IGNORE);
         if (waits) waits[s.MPI_SOURCE] = true;
         if (s.MPI_TAG == ANSWER) continue;
-        lowest = std::min(lowest, s.MPI_SOURCE);
+        lower_rank_asked |= s.MPI_SOURCE < procs.rank;
         MPI_Request sent;
         MPI_Isend(NULL, 0, MPI_BYTE, s.MPI_SOURCE, ANSWER, hang_comm, &sent);
         MPI_Request_free(&sent);
@@ -673,11 +689,9 @@ __attribute__((noreturn)) static void name_who_hangs() {
         MPI_Isend(NULL, 0, MPI_BYTE, i, QUESTION, hang_comm, &sent);
         MPI_Request_free(&sent);
     }
-    int asking = procs.world;
-    for (double began = seconds(); seconds() - began < ANSWER_S; usleep(1000))
-        asking = std::min(asking, answer_questions(waits));
-    if (asking < procs.rank)  // the lowest that asks speaks; it ends this process too
-        for (double began = seconds(); seconds() - began < 2 * ANSWER_S;) usleep(100000);
+    for (double began = seconds(); seconds() - began < ANSWER_S; usleep(1000)) answer_questions(waits);
+    if (lower_rank_asked)  // the lowest that asks speaks, and ends this process too
+        for (double began = seconds(); seconds() - began < 3 * ANSWER_S;) usleep(100000);
     char *who = text("%s", ""), *place = step_begun ? text("step %ld", step_begun) : text("the start");
     int named = 0;
     for (int i = 0; i < procs.world; i++) {
@@ -1701,6 +1715,7 @@ struct MatmulPlan {
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t a, b, d;
     cublasLtMatmulAlgo_t algo;
+    int proposals;  // 1 or 2: cuBLASLt knows one kernel, or more
     bool tuned;
 };
 constexpr int MATMUL_PLANS = 256, MATMUL_CANDIDATES = 8;
@@ -1758,9 +1773,9 @@ static MatmulPlan* matmul_plan(const MatmulShape& s) {
     cublasCheck(cublasLtMatrixLayoutCreate(&p->a, FLOATX_CUDA, a_rows, a_cols, a_rows));
     cublasCheck(cublasLtMatrixLayoutCreate(&p->b, FLOATX_CUDA, b_rows, b_cols, b_rows));
     cublasCheck(cublasLtMatrixLayoutCreate(&p->d, s.float_out ? CUDA_R_32F : FLOATX_CUDA, s.m, s.n, s.m));
-    cublasLtMatmulHeuristicResult_t first;
-    matmul_candidates(p, &first, 1);
-    p->algo = first.algo;
+    cublasLtMatmulHeuristicResult_t found[2];
+    p->proposals = matmul_candidates(p, found, 2);
+    p->algo = found[0].algo;
     return p;
 }
 
@@ -1938,15 +1953,18 @@ static void gelu_backward(floatX* dinp /*may be dout*/, const floatX* dout, cons
     cudaCheck(cudaGetLastError());
 }
 
-// cuBLASLt multiplies by GELU' where it writes dinp, but not in fp32.
+// cuBLASLt multiplies by GELU' where it writes dinp, but not in fp32; and for some shapes it knows only one kernel that
+// does, which then is a slow one.
 static void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC,C) +=*/,
                             float* dbias /*(OC) += or NULL*/, const floatX* dout /*(N,OC)*/,
                             const floatX* inp /*(N,C)*/, const floatX* weight /*(OC,C)*/,
                             const floatX* gelu_inp /*(N,C) with inp = GELU(gelu_inp): dinp is its gradient; or NULL*/,
                             int64_t N, int C, int OC) {
-    bool fused = sizeof(floatX) == 2;
-    if (dinp) matmul_cublaslt({C, N, OC, false, false}, dinp, weight, dout, NULL, NULL, fused ? gelu_inp : NULL);
-    if (dinp && gelu_inp && !fused) gelu_backward(dinp, dinp, gelu_inp, N * C);
+    MatmulShape to_inp = {C, N, OC, false, false}, fused = to_inp;
+    fused.dgelu = true;
+    bool fuse = dinp && gelu_inp && sizeof(floatX) == 2 && matmul_plan(fused)->proposals > 1;
+    if (dinp) matmul_cublaslt(to_inp, dinp, weight, dout, NULL, NULL, fuse ? gelu_inp : NULL);
+    if (dinp && gelu_inp && !fuse) gelu_backward(dinp, dinp, gelu_inp, N * C);
     MatmulShape sum = {C, OC, N, false, true};
     sum.float_out = true;
     matmul_cublaslt(sum, dweight, inp, dout, NULL, dweight, NULL);
@@ -3672,6 +3690,7 @@ static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
     int C = d->C, D = d->C / d->NH, heads = d->NH / procs.cp;
     LayerActs* y = &m->acts.layer[l];
     bool lighthouse = attention_kind(m, l, r.phase) == LIGHTHOUSE;
+    limit_lead();
     #define NEEDED(level) (!again || r.recompute >= (level))
     if (NEEDED(2))
         layernorm_forward(y->ln1, y->ln1_mean, y->ln1_rstd, y->x, weight(m, LN1W, l), weight(m, LN1B, l), N, C);
@@ -3700,6 +3719,7 @@ static void block_backward(Model* m, int l, Run r) {
     Activations* a = &m->acts;
     LayerActs* y = &a->layer[l];
     bool lighthouse = attention_kind(m, l, r.phase) == LIGHTHOUSE;
+    limit_lead();
     if (r.recompute > 0 || lighthouse) block_forward(m, l, r, NULL, true);
 
     // The bias of a product into the residual stream has the sums of dres as its gradient: whoever wrote dres made them.
@@ -3954,16 +3974,18 @@ static double detector_score(Detector* d, double x) {
     return z;
 }
 
-// Adds the squares of this process's slices of the gradient to their sum.
-static void add_gradient_squares(const Model* m) {
-    if (procs.world == 1) sum_squares(m->sums + NORM_SUM, m->grads, m->padded);
-    else
-        for (int g = 0; g <= m->dims.L; g++)
-            sum_squares(m->sums + NORM_SUM, m->grads + slice_begin(m, g), slice_size(m, g));
+// Adds the squares of the gradient to the step's sums: those of this process's slices, for one process all in one.
+static void add_gradient_squares(Model* m) {
+    if (procs.world == 1) {
+        sum_squares(m->sums + NORM_SUM, m->grads, m->padded);
+        return;
+    }
+    for (int g = 0; g <= m->dims.L; g++)
+        sum_squares(m->sums + NORM_SUM, m->grads + slice_begin(m, g), slice_size(m, g));
 }
 
-// One AdamW update of this process's slices, whose weights then go to all; `update` counts from 1. Weight decay falls on
-// the matrices only.
+// One AdamW update of this process's slices, whose weights then go to all; `update` counts from 1. Weight decay falls
+// on the matrices only.
 static void model_update(Model* m, const Config* c, double lr, double grad_scale, int64_t update) {
     for (int g = 0; g <= m->dims.L; g++) {
         int64_t begin = slice_begin(m, g), owned = slice_owned(m, g), n = slice_size(m, g);
@@ -4119,8 +4141,8 @@ static float* own_section(const Model* m, int section, const Piece* p) {
     return section == WEIGHTS ? own_master(m, p) : (section == FIRST_MOMENT ? m->m : m->v) + p->owned;
 }
 
-// Reads this process's pieces of a section. body: where the weights begin in the file. Adds what it read to sums, unless
-// NULL. With bf16 the file's weights have 2 bytes, the upper half of a float.
+// Reads this process's pieces of a section. body: where the weights begin in the file. Adds what it read to sums,
+// unless NULL. With bf16 the file's weights have 2 bytes, the upper half of a float.
 static void section_read(Model* m, int section, int fd, const char* path, int64_t body, uint64_t* sums, bool bf16) {
     float* host = (float*)host_alloc(CHUNK);
     int pieces;
@@ -4903,8 +4925,8 @@ static void log_configuration(const Trainer* t, const Plan* plan, const char* de
     } else fprintf(f, "null");
     char* device_json = json_string(device);
     log_line(f, ",\"steps\":%ld,\"switch_step\":%ld,\"tokens_per_step\":%ld,\"processes\":%d,\"cp\":%d,"
-             "\"device\":%s,\"backend\":\"%s\",\"measured_flops\":%.6g}", t->steps, t->switch_step, c->total_batch_size, procs.world,
-             procs.cp, device_json, backend_name, t->device_flops);
+             "\"device\":%s,\"backend\":\"%s\",\"measured_flops\":%.6g}", t->steps, t->switch_step,
+             c->total_batch_size, procs.world, procs.cp, device_json, backend_name, t->device_flops);
     free(device_json);
     fprintf(f, "{\"event\":\"memory\",\"total_bytes\":%zu,\"parts\":{", plan->total);
     for (int i = 0; i < plan->parts; i++) fprintf(f, "%s\"%s\":%zu", i ? "," : "", plan->name[i], plan->bytes[i]);
@@ -4997,8 +5019,7 @@ static void setup_run(Trainer* t) {
 // All processes must be built and started alike: rank 0's options are compared with this process's.
 static void compare_options(const Config* c) {
     char* value[1 + sizeof(options) / sizeof(options[0])];
-    value[0] = text("%s %s, version " VERSION " for %s with %zu-byte parameters", "train_gpt", PROGRAM, backend_name,
-                    sizeof(floatX));
+    value[0] = text("train_gpt_" PROGRAM " " VERSION " (%s, %zu-byte weights)", backend_name, sizeof(floatX));
     for (int i = 0; i < option_count; i++) value[i + 1] = option_text(c, &options[i]);
     for (int i = 0; i <= option_count; i++) {
         int64_t length = strlen(value[i]) + 1;
@@ -5023,7 +5044,7 @@ static void setup_processes(const Config* c) {
     }
     compare_options(c);
     processes_split(c->cp);
-    if (!c->rank_logs) return;
+    if (!c->rank_logs || c->dry_run) return;
     make_directories(c->out_dir);
     char* path = text("%s/rank_%d.log", c->out_dir, procs.rank);
     rank_log = log_open(path);
@@ -5246,15 +5267,15 @@ static void train_step(Trainer* t) {
     for (int64_t micro = 0; micro < t->accumulation; micro++) {
         r.last = micro == t->accumulation - 1;
         model_micro_step(m, t->ready, r, 1.0f / total);
-        if (!r.last || s->step + 1 < t->steps) read_batch(t, micro + 1);
+        if (micro + 1 < t->accumulation || s->step + 1 < t->steps) read_batch(t, micro + 1);
     }
     collectives_join();
     add_gradient_squares(m);
     double sums[2];
     copy_to_host(sums, m->sums, sizeof sums);
+    all_sum(sums, 2);
     double now = seconds(), elapsed = now - t->clock;
     t->clock = now;
-    all_sum(sums, 2);
     double loss = sums[LOSS_SUM] / total, norm = sqrt(sums[NORM_SUM]);
     double lr = learning_rate(c, s->step, t->steps);
 

@@ -222,7 +222,7 @@ def test_checkpoint_weights(tmp_path, positions):
 
 
 @pytest.mark.parametrize("changes,message", [
-    (dict(version=2), "the checkpoint's version is 2, wanted 1"),
+    (dict(version=1), "the checkpoint's version is 1, wanted 2"),
     (dict(count=5), "the checkpoint has 5 weights, wanted "),
     (dict(at=100), "the weights begin at byte 100, wanted at least 4096"),
     (dict(size=3000), "the size is 3000 bytes, a checkpoint has a header of 4096"),
