@@ -3362,7 +3362,7 @@ struct LayerActs {
     float *ln1_mean, *ln1_rstd;  // (B, T/W)
     floatX* qkv;               // (B, T, 3, NH/W, D) rotated in a dense layer, raw in a Lighthouse layer
     floatX* att;               // (B, T/W, C)
-    floatX* att_heads;         // (B, T, NH/W, D) what att is made of; kept beside it if the backward pass needs both
+    floatX* att_heads;         // (B, T, NH/W, D) what att is made of; att itself if the backward pass needs one only
     float* stats;              // (B, NH/W, T) dense layers only
     LighthouseBuffers lh;      // Lighthouse layers only, of NH/W heads
     floatX* x2;                // (B, T/W, C) after the attention residual
@@ -3574,7 +3574,8 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
     bool any_lighthouse = false, any_dense = false;
     for (int l = 0; l < d->L; l++) (attention_kind(m, l, r.phase) == LIGHTHOUSE ? any_lighthouse : any_dense) = true;
     int level = r.train ? r.recompute : 5;  // 5: nothing is kept
-    bool two_forms = r.train && procs.cp > 1;  // of a dense layer's att: for its projection's backward and for SDPA's
+    // A dense layer's backward needs att in both forms; from level 2 on the one of heads is kept, and exchanged again.
+    bool two_forms = r.train && procs.cp > 1;
 
     LayerActs shared;
     memset(&shared, 0, sizeof shared);
@@ -3585,7 +3586,7 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
         shared.ln1 = TAKE(arena, floatX, N * C);
         shared.ln2 = TAKE(arena, floatX, N * C);
         if (any_lighthouse) shared.lh.slots = TAKE(arena, floatX, slots * 3 * s->D);
-        if (any_lighthouse || level >= 4) shared.att = TAKE(arena, floatX, N * C);
+        if (any_lighthouse || two_forms || level >= 4) shared.att = TAKE(arena, floatX, N * C);
         if (two_forms && any_dense && level >= 4) shared.att_heads = TAKE(arena, floatX, N * C);
     }
     if (level >= 3) {
@@ -3623,7 +3624,7 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
             y->ln2 = TAKE(arena, floatX, N * C);
             if (lighthouse) y->lh.slots = TAKE(arena, floatX, slots * 3 * s->D);
         }
-        if (level < (lighthouse ? 2 : 4)) y->att = TAKE(arena, floatX, N * C);
+        if (level < (lighthouse || two_forms ? 2 : 4)) y->att = TAKE(arena, floatX, N * C);
         if (lighthouse || !two_forms) y->att_heads = y->att;
         else if (level < 4) y->att_heads = TAKE(arena, floatX, N * C);
         if (level < 3) {
@@ -3701,7 +3702,7 @@ static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
     }
     if (lighthouse) lighthouse_forward(y->att_heads, &y->lh, y->qkv, m->rope, r.B, &m->shape, again, NEEDED(2));
     else if (NEEDED(4)) sdpa_forward(y->att_heads, y->stats, y->qkv, r.B, r.T, heads, D);
-    if (NEEDED(lighthouse ? 2 : 4)) heads_to_tokens(y->att, y->att_heads, y->gelu, r, 1, C);
+    if (NEEDED(2)) heads_to_tokens(y->att, y->att_heads, y->gelu, r, 1, C);
     if (NEEDED(3)) matmul_forward(y->x2, y->att, weight(m, ATTPROJW, l), weight(m, ATTPROJB, l), y->x, N, C, C);
     if (NEEDED(2))
         layernorm_forward(y->ln2, y->ln2_mean, y->ln2_rstd, y->x2, weight(m, LN2W, l), weight(m, LN2B, l), N, C);
