@@ -1715,6 +1715,7 @@ struct MatmulPlan {
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t a, b, d;
     cublasLtMatmulAlgo_t algo;
+    int proposals;  // 1 or 2: cuBLASLt knows one kernel, or more
     bool tuned;
 };
 constexpr int MATMUL_PLANS = 256, MATMUL_CANDIDATES = 8;
@@ -1772,9 +1773,9 @@ static MatmulPlan* matmul_plan(const MatmulShape& s) {
     cublasCheck(cublasLtMatrixLayoutCreate(&p->a, FLOATX_CUDA, a_rows, a_cols, a_rows));
     cublasCheck(cublasLtMatrixLayoutCreate(&p->b, FLOATX_CUDA, b_rows, b_cols, b_rows));
     cublasCheck(cublasLtMatrixLayoutCreate(&p->d, s.float_out ? CUDA_R_32F : FLOATX_CUDA, s.m, s.n, s.m));
-    cublasLtMatmulHeuristicResult_t first;
-    matmul_candidates(p, &first, 1);
-    p->algo = first.algo;
+    cublasLtMatmulHeuristicResult_t found[2];
+    p->proposals = matmul_candidates(p, found, 2);
+    p->algo = found[0].algo;
     return p;
 }
 
@@ -1952,15 +1953,18 @@ static void gelu_backward(floatX* dinp /*may be dout*/, const floatX* dout, cons
     cudaCheck(cudaGetLastError());
 }
 
-// cuBLASLt multiplies by GELU' where it writes dinp, but not in fp32.
+// cuBLASLt multiplies by GELU' where it writes dinp, but not in fp32; and for some shapes it knows only one kernel that
+// does, which then is a slow one.
 static void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC,C) +=*/,
                             float* dbias /*(OC) += or NULL*/, const floatX* dout /*(N,OC)*/,
                             const floatX* inp /*(N,C)*/, const floatX* weight /*(OC,C)*/,
                             const floatX* gelu_inp /*(N,C) with inp = GELU(gelu_inp): dinp is its gradient; or NULL*/,
                             int64_t N, int C, int OC) {
-    bool fused = sizeof(floatX) == 2;
-    if (dinp) matmul_cublaslt({C, N, OC, false, false}, dinp, weight, dout, NULL, NULL, fused ? gelu_inp : NULL);
-    if (dinp && gelu_inp && !fused) gelu_backward(dinp, dinp, gelu_inp, N * C);
+    MatmulShape to_inp = {C, N, OC, false, false}, fused = to_inp;
+    fused.dgelu = true;
+    bool fuse = dinp && gelu_inp && sizeof(floatX) == 2 && matmul_plan(fused)->proposals > 1;
+    if (dinp) matmul_cublaslt(to_inp, dinp, weight, dout, NULL, NULL, fuse ? gelu_inp : NULL);
+    if (dinp && gelu_inp && !fuse) gelu_backward(dinp, dinp, gelu_inp, N * C);
     MatmulShape sum = {C, OC, N, false, true};
     sum.float_out = true;
     matmul_cublaslt(sum, dweight, inp, dout, NULL, dweight, NULL);
@@ -3358,7 +3362,7 @@ struct LayerActs {
     float *ln1_mean, *ln1_rstd;  // (B, T/W)
     floatX* qkv;               // (B, T, 3, NH/W, D) rotated in a dense layer, raw in a Lighthouse layer
     floatX* att;               // (B, T/W, C)
-    floatX* att_heads;         // (B, T, NH/W, D) what att is made of; kept beside it if the backward pass needs both
+    floatX* att_heads;         // (B, T, NH/W, D) what att is made of; att itself if the backward pass needs one only
     float* stats;              // (B, NH/W, T) dense layers only
     LighthouseBuffers lh;      // Lighthouse layers only, of NH/W heads
     floatX* x2;                // (B, T/W, C) after the attention residual
@@ -3570,7 +3574,8 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
     bool any_lighthouse = false, any_dense = false;
     for (int l = 0; l < d->L; l++) (attention_kind(m, l, r.phase) == LIGHTHOUSE ? any_lighthouse : any_dense) = true;
     int level = r.train ? r.recompute : 5;  // 5: nothing is kept
-    bool two_forms = r.train && procs.cp > 1;  // of a dense layer's att: for its projection's backward and for SDPA's
+    // A dense layer's backward needs att in both forms; from level 2 on the one of heads is kept, and exchanged again.
+    bool two_forms = r.train && procs.cp > 1;
 
     LayerActs shared;
     memset(&shared, 0, sizeof shared);
@@ -3581,7 +3586,7 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
         shared.ln1 = TAKE(arena, floatX, N * C);
         shared.ln2 = TAKE(arena, floatX, N * C);
         if (any_lighthouse) shared.lh.slots = TAKE(arena, floatX, slots * 3 * s->D);
-        if (any_lighthouse || level >= 4) shared.att = TAKE(arena, floatX, N * C);
+        if (any_lighthouse || two_forms || level >= 4) shared.att = TAKE(arena, floatX, N * C);
         if (two_forms && any_dense && level >= 4) shared.att_heads = TAKE(arena, floatX, N * C);
     }
     if (level >= 3) {
@@ -3619,7 +3624,7 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
             y->ln2 = TAKE(arena, floatX, N * C);
             if (lighthouse) y->lh.slots = TAKE(arena, floatX, slots * 3 * s->D);
         }
-        if (level < (lighthouse ? 2 : 4)) y->att = TAKE(arena, floatX, N * C);
+        if (level < (lighthouse || two_forms ? 2 : 4)) y->att = TAKE(arena, floatX, N * C);
         if (lighthouse || !two_forms) y->att_heads = y->att;
         else if (level < 4) y->att_heads = TAKE(arena, floatX, N * C);
         if (level < 3) {
@@ -3697,7 +3702,7 @@ static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
     }
     if (lighthouse) lighthouse_forward(y->att_heads, &y->lh, y->qkv, m->rope, r.B, &m->shape, again, NEEDED(2));
     else if (NEEDED(4)) sdpa_forward(y->att_heads, y->stats, y->qkv, r.B, r.T, heads, D);
-    if (NEEDED(lighthouse ? 2 : 4)) heads_to_tokens(y->att, y->att_heads, y->gelu, r, 1, C);
+    if (NEEDED(2)) heads_to_tokens(y->att, y->att_heads, y->gelu, r, 1, C);
     if (NEEDED(3)) matmul_forward(y->x2, y->att, weight(m, ATTPROJW, l), weight(m, ATTPROJB, l), y->x, N, C, C);
     if (NEEDED(2))
         layernorm_forward(y->ln2, y->ln2_mean, y->ln2_rstd, y->x2, weight(m, LN2W, l), weight(m, LN2B, l), N, C);
@@ -3970,12 +3975,14 @@ static double detector_score(Detector* d, double x) {
     return z;
 }
 
-// Adds the squares of this process's slices of the gradient to their sum.
-static void add_gradient_squares(const Model* m) {
-    if (procs.world == 1) sum_squares(m->sums + NORM_SUM, m->grads, m->padded);
-    else
-        for (int g = 0; g <= m->dims.L; g++)
-            sum_squares(m->sums + NORM_SUM, m->grads + slice_begin(m, g), slice_size(m, g));
+// Adds the squares of the gradient to the step's sums: those of this process's slices, for one process all in one.
+static void add_gradient_squares(Model* m) {
+    if (procs.world == 1) {
+        sum_squares(m->sums + NORM_SUM, m->grads, m->padded);
+        return;
+    }
+    for (int g = 0; g <= m->dims.L; g++)
+        sum_squares(m->sums + NORM_SUM, m->grads + slice_begin(m, g), slice_size(m, g));
 }
 
 // One AdamW update of this process's slices, whose weights then go to all; `update` counts from 1. Weight decay falls
@@ -5261,7 +5268,7 @@ static void train_step(Trainer* t) {
     for (int64_t micro = 0; micro < t->accumulation; micro++) {
         r.last = micro == t->accumulation - 1;
         model_micro_step(m, t->ready, r, 1.0f / total);
-        if (!r.last || s->step + 1 < t->steps) read_batch(t, micro + 1);
+        if (micro + 1 < t->accumulation || s->step + 1 < t->steps) read_batch(t, micro + 1);
     }
     collectives_join();
     add_gradient_squares(m);
