@@ -39,10 +39,10 @@ def collectives(shape, phase, world, cp, element=2):
     if cp > 1:
         micro_steps = shape["tokens"] // (shape["B"] * shape["T"] * (world // cp))
         rows = element * shape["T"] // cp * shape["channels"]  # one (T/cp, C): sequences are exchanged one by one
-        layers, sparse, level = shape["layers"], sparse_layers(shape, phase), shape["recompute"]
+        layers, level = shape["layers"], shape["recompute"]
         # Forward and backward; and again what is recomputed in the backward pass.
         qkv = 2 * layers + (level >= 3) * layers
-        att = 2 * layers + (level >= 2) * sparse + (level >= 4) * (layers - sparse)
+        att = 2 * layers + (level >= 2) * layers
         for what, n, calls in (("qkv and its gradient", 3, qkv), ("attention's output and its gradient", 1, att)):
             found.append({"call": "all_to_all", "what": what, "bytes": n * rows, "calls": micro_steps * shape["B"] * calls,
                           "ranks": cp})
@@ -88,8 +88,8 @@ def activations(shape, phase, cp, element):
     total += (L if level < 2 else 1) * 2 * u       # ln1, ln2
     total += (L if level < 3 else 1) * 8 * u       # qkv, x2, fch
     total += (dense if level < 4 else dense > 0) * statistic * NH                         # dense attention's sums
-    total += ((dense if level < 4 else 0) + (sparse if level < 2 else 0) +                # attention's output
-              (level >= 4 or level >= 2 and sparse > 0)) * u
+    kept = (sparse if level < 2 else 0) + (dense if level < (2 if cp > 1 else 4) else 0)
+    total += (kept + (level >= 4 or level >= 2 and (sparse > 0 or cp > 1))) * u           # attention's output
     if cp > 1:                                     # and in the form of all rows of some heads
         total += (dense if level < 4 else dense > 0) * u
     if sparse:
