@@ -295,7 +295,11 @@ PRINTF_LIKE(1) __attribute__((noreturn)) static void fatal(const char* format, .
     if (vasprintf(&what, format, args) < 0) what = (char*)"out of host memory";
     va_end(args);
     fflush(stdout);
-    for (FILE* f : {stderr, rank_log}) if (f) fprintf(f, "error: %s%s\n", process_name, what);
+    for (FILE* f : {stderr, rank_log}) {
+        if (!f) continue;
+        fprintf(f, "error: %s%s\n", process_name, what);
+        fflush(f);
+    }
     stop_all_processes();
     exit(1);
 }
