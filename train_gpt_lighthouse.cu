@@ -5276,7 +5276,7 @@ static void train_step(Trainer* t) {
     }
     collectives_join();
     add_gradient_squares(m);
-    double sums[2];
+    double sums[2], queued = seconds();  // how long the host waits now is how far it was ahead of the device
     copy_to_host(sums, m->sums, sizeof sums);
     all_sum(sums, 2);
     double now = seconds(), elapsed = now - t->clock;
@@ -5309,9 +5309,10 @@ static void train_step(Trainer* t) {
     log_line(t->logs.main, "s:%ld trl:%.6f lr:%.8f norm:%.6f ms:%.2f tps:%.0f ph:%s", s->step - 1, loss, lr, norm,
              elapsed * 1e3, total / elapsed, phase_name[phase]);
     log_line(t->logs.jsonl, "{\"event\":\"step\",\"step\":%ld,\"loss\":%s,\"lr\":%.9g,\"norm\":%s,\"ms\":%.3f,"
-             "\"tokens_per_second\":%.1f,\"mfu\":%.4f,\"phase\":\"%s\",\"tokens\":%ld,\"train_s\":%.3f,\"wall_s\":%.3f,"
-             "\"skipped\":%s}", s->step, json_number(loss).s, lr, json_number(norm).s, elapsed * 1e3, total / elapsed,
-             mfu, phase_name[phase], s->step * total, s->train_s, wall_seconds(t), skip ? "true" : "false");
+             "\"host_ahead_ms\":%.3f,\"tokens_per_second\":%.1f,\"mfu\":%.4f,\"phase\":\"%s\",\"tokens\":%ld,"
+             "\"train_s\":%.3f,\"wall_s\":%.3f,\"skipped\":%s}", s->step, json_number(loss).s, lr, json_number(norm).s,
+             elapsed * 1e3, (now - queued) * 1e3, total / elapsed, mfu, phase_name[phase], s->step * total, s->train_s,
+             wall_seconds(t), skip ? "true" : "false");
 }
 
 static void finish(Trainer* t, double val_loss) {
