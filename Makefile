@@ -46,8 +46,8 @@ build/%: dev/%.cu build/config.mk
 build/%: dev/%.cpp build/config.mk
 	$(CPU_COMPILE) $< -o $@ $(CPU_LINK)
 
-# The trainers and bench_nccl take several processes where NCCL and MPI are both there; the tests and benches of the kernels
-# take one.
+# The trainers and bench_nccl take several processes where NCCL and MPI are both there; the tests and benches of the
+# kernels take one.
 GPU_COMPILE = $(NVCC) -std=c++17 -O3 -lineinfo $(GENCODE) -Xcompiler "-O3 $(OPENMP)" -MMD -MP -MF build/$(@F).d -MT $@
 GPU_LINK = -lcublasLt -lcudnn
 $(GPU_TRAINERS): %: %.cu build/config.mk

@@ -1,12 +1,12 @@
-// Measures the trainer's own collectives for scripts/bench_scaling: each at the sizes given, call after call, on as many
-// ranks as mpirun starts. NCCL between GPUs; as build/bench_nccl_cpu, MPI on the CPU backend. Rank 0 prints one line of
-// JSON a measurement.
+// Measures the trainer's own collectives for scripts/bench_scaling: each at the sizes given, call after call, on as
+// many ranks as mpirun starts. NCCL between GPUs; as build/bench_nccl_cpu, MPI on the CPU backend. Rank 0 prints one
+// line of JSON a measurement.
 //
 //   make build/bench_nccl
 //   mpirun -n 8 build/bench_nccl cp=8 reduce_scatter=50331648 all_gather=25165824 all_to_all=75497472
 //
-// A size is the bytes of the whole buffer on one rank, of which it sends the share of the others: (ranks - 1) / ranks, in
-// all_to_all of the cp ranks of its group, all groups at once. The rate is that of the bytes sent.
+// A size is the bytes of the whole buffer on one rank, of which it sends the share of the others: (ranks - 1) / ranks,
+// in all_to_all of the cp ranks of its group, all groups at once. The rate is that of the bytes sent.
 #define TRAINER_NO_MAIN
 #include "../train_gpt_lighthouse.cu"
 #include <vector>
@@ -56,8 +56,9 @@ int main(int argc, char** argv) {
     processes_split(cp);
     int64_t most = 0;
     for (Measurement& x : wanted) {
-        if (!strcmp(x.call, "all_to_all") && cp == 1) fatal("all_to_all is measured in groups: give cp=RANKS, 2 or more");
-        x.ranks = strcmp(x.call, "all_to_all") ? procs.world : procs.cp;
+        bool in_groups = !strcmp(x.call, "all_to_all");
+        if (in_groups && cp == 1) fatal("all_to_all is measured in groups: give cp=RANKS, 2 or more");
+        x.ranks = in_groups ? procs.cp : procs.world;
         x.bytes = ceil_div(x.bytes, 256 * x.ranks) * 256 * x.ranks;
         most = std::max(most, x.bytes);
     }

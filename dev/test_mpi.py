@@ -1,6 +1,6 @@
-"""Proves that several processes train what one does: on 1 to 4 ranks, data-parallel, context-parallel and both, the losses of
-20 steps are those of one rank to 1e-5; checkpoints go from any number of ranks to any other; a rank that dies or hangs ends
-the job with its name and costs nothing; ranks that do not belong together say so.
+"""Proves that several processes train what one does: on 1 to 4 ranks, data-parallel, context-parallel and both, the
+losses of 20 steps are those of one rank to 1e-5; checkpoints go from any number of ranks to any other; a rank that dies
+or hangs ends the job with its name and costs nothing; ranks that do not belong together say so.
 
     python -m pytest dev/test_mpi.py        (make test-mpi builds the programs first)
 
@@ -21,7 +21,8 @@ import pytest
 from test_trainer import (ENV, ROOT, Lab, checkpoint, checkpoint_body, checkpoints, events, execute, model_bytes,
                           programs, step_events, write_shard, write_tokenizer)
 
-T, STEPS, SWITCH, BATCH = 128, 20, 11, 12  # BATCH: sequences of a step, which 1, 2, 3 and 4 data-parallel ranks can share
+T, STEPS, SWITCH = 128, 20, 11
+BATCH = 12  # sequences of a step, which 1, 2, 3 and 4 data-parallel ranks can share
 # Three layers: dense, Lighthouse, dense. Neither the parameters of a layer (12,704) nor all (50,464) divide by 3.
 MODEL = dict(model="d6", depth=3, channels=32, heads=4, seq_len=T, levels=3, pool=2, topk=16, tile=8)
 DENSE = dict(levels=None, pool=None, topk=None, tile=None)  # options that the dense program lacks
@@ -61,7 +62,8 @@ class Ranks(Lab):
 
     def command(self, out, ranks=1, **options):
         every = dict(MODEL, val_data=self.data.val, val_every=10, val_batches=1000, sample_every=10, sample_tokens=8,
-                     steps=STEPS, switch_step=SWITCH, total_batch_size=BATCH * T, learning_rate=3e-3, checkpoint_every=0)
+                     steps=STEPS, switch_step=SWITCH, total_batch_size=BATCH * T, learning_rate=3e-3,
+                     checkpoint_every=0)
         if options.get("program") == "dense":
             every.update(DENSE, switch_step=None)
         every.update(options)
@@ -106,14 +108,14 @@ def same_losses(run, reference, since=0):
         assert math.isclose(a[step]["loss"], b[step]["loss"], rel_tol=1e-5), (step, a[step]["loss"], b[step]["loss"])
         assert math.isclose(a[step]["norm"], b[step]["norm"], rel_tol=1e-3), (step, a[step]["norm"], b[step]["norm"])
         assert a[step]["phase"] == b[step]["phase"]
-    assert len({e["loss"] for e in b.values()}) > (STEPS - since) / 2, "the losses must differ for this to prove anything"
+    assert len({e["loss"] for e in b.values()}) > (STEPS - since) / 2, "the losses must differ to prove anything"
     a, b = ({e["step"]: e for e in events(folder, "eval") if e["step"] > since} for folder in (run, reference))
     assert sorted(a) == sorted(b)
     for step in a:
         for loss in ("loss_dense", "loss_lighthouse"):
             x, y = a[step][loss], b[step][loss]
             assert (x is None and y is None) or math.isclose(x, y, rel_tol=1e-5), (step, loss, x, y)
-    a, b = ([(e["step"], e["text"]) for e in events(folder, "sample") if e["step"] > since] for folder in (run, reference))
+    a, b = ([(e["step"], e["text"]) for e in events(f, "sample") if e["step"] > since] for f in (run, reference))
     assert a == b and a
 
 
@@ -144,7 +146,7 @@ def test_losses_are_those_of_one_rank(lab, reference, case):
     run = lab.folder / "run"
     same_losses(run, one)
     assert result.out.count(f"step {STEPS}/{STEPS} ") == 1, "only rank 0 prints"
-    assert "\033" not in result.out, "mpirun gives its first process a terminal; a file of its output must hold plain lines"
+    assert "\033" not in result.out, "mpirun gives its first process a terminal; its output in a file has plain lines"
     config, = events(run, "config")
     assert config["processes"] == options["ranks"] and config["tokens_per_step"] == BATCH * T
 
@@ -189,8 +191,9 @@ def test_the_final_model_is_the_same_file_whatever_the_ranks(lab, reference, pos
     one = reference(**({} if positions == "rope" else {"positions": positions}))
     new, loaded = [], []
     for ranks, cp in [(1, 1), (3, 1), (4, 2)]:
-        new.append(model_bytes(lab.train(f"new_{ranks}", positions=positions, ranks=ranks, cp=cp, steps=0, switch_step=0)))
-        loaded.append(model_bytes(lab.continued(f"loaded_{ranks}", one, STEPS, positions=positions, ranks=ranks, cp=cp)))
+        options = dict(positions=positions, ranks=ranks, cp=cp)
+        new.append(model_bytes(lab.train(f"new_{ranks}", **options, steps=0, switch_step=0)))
+        loaded.append(model_bytes(lab.continued(f"loaded_{ranks}", one, STEPS, **options)))
     assert new[0] == new[1] == new[2] and new[0] != model_bytes(one)
     assert loaded[0] == loaded[1] == loaded[2] == model_bytes(one)
 
@@ -261,7 +264,7 @@ def test_a_killed_rank_ends_the_job_and_the_run_goes_on(lab, reference):
         signal_rank(job, rank, signal.SIGKILL)
         code, output = job.end(10)
         assert code != 0 and re.search(rf"rank {rank}\b", output), output
-        assert checkpoints(lab.folder / "run")[-1] >= step
+        assert checkpoints(lab.folder / "run")[-1] >= step - 1  # that of the step itself may not have been begun
     same_losses(lab.train("run", **options), reference())
 
 
@@ -271,7 +274,7 @@ def test_a_hanging_rank_is_named(lab, rank):
     job = Job(lab.command("run", ranks=3, batch_size=2, steps=2000, hang_timeout=5))
     job.wait_for_step(3)
     signal_rank(job, rank, signal.SIGSTOP)
-    code, output = job.end(20)
+    code, output = job.end(30)
     named = set(re.findall(r"no sign of (.*?) for the 5 s", output))
     assert code != 0 and len(named) == 1 and re.fullmatch(rf"rank {rank} \(pid \d+ on [^,]+\)", *named), output
 
@@ -321,7 +324,8 @@ def test_ranks_with_other_options_are_named(lab):
 
 
 def test_ranks_of_another_program_are_named(lab):
-    lab.ends(together(lab, lab.command("run"), lab.command("run", program="dense")), 20, "rank 1", "lighthouse", "dense")
+    job = together(lab, lab.command("run"), lab.command("run", program="dense"))
+    lab.ends(job, 20, "rank 1", "lighthouse", "dense")
 
 
 def test_a_rank_that_fails_alone_ends_the_job(lab):
@@ -359,7 +363,7 @@ def memory_of(output):
 
 
 def test_plan_for_ranks_that_are_not_there(lab):
-    """--plan-ranks prints what that many ranks take each: the optimizer's state falls as 1/ranks, activations as 1/cp."""
+    """--plan-ranks prints what so many ranks take each: the optimizer's state falls as 1/ranks, activations as 1/cp."""
     options = dict(MODEL, channels=512, depth=12, seq_len=4096, topk=256, tile=64, total_batch_size=0, recompute=0,
                    sample_every=0, val_data="")
     plans = {}

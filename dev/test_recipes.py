@@ -33,7 +33,7 @@ class Recipes:
             (folder / name).chmod(0o755)
 
     def run(self, name, *options, **environment):
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("NCCL_", "SLURM_")) and k != "LD_LIBRARY_PATH"}
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("NCCL_", "SLURM_", "LD_LIBRARY_PATH"))}
         env = dict(clean, PATH=f"{self.folder}:{os.environ['PATH']}", CALLS=self.calls, DATA=self.data,
                    SLURM_SUBMIT_DIR=ROOT, SLURM_JOB_ID="77", **environment)
         return subprocess.run([("bash" if name.endswith("sbatch") else "sh"), ROOT / "scripts" / name, *options],
@@ -67,7 +67,7 @@ def test_one_host(recipes):
     assert recipes.run("run_mpi_98k", "--steps", "9", NPROC=4, CP=2).returncode == 0
     launch, options, _ = recipes.called("mpirun")
     assert launch == "-n 4 --bind-to none"
-    assert options[:2] == ["--train-data", f"{recipes.data}/train_*.bin"], "a glob is for the trainer, not for the shell"
+    assert options[:2] == ["--train-data", f"{recipes.data}/train_*.bin"], "a glob is not for the shell"
     assert {n: last(options, n) for n in ("--model", "--seq-len", "--cp", "--steps", "--switch-step", "--out-dir")} == {
         "--model": "lh30", "--seq-len": "98304", "--cp": "2", "--steps": "9", "--switch-step": "10000",
         "--out-dir": "runs/mpi_98k"}
@@ -89,8 +89,9 @@ def test_several_hosts(recipes):
     assert recipes.run("run_multinode_98k", HOSTFILE=hosts, IFNAME="eth1", CP=4, NCCL_NVLS_ENABLE=0,
                        LD_LIBRARY_PATH="/opt/lib").returncode == 0
     launch, options, variables = recipes.called("mpirun")
-    assert launch == (f"-n 13 --hostfile {hosts} --map-by slot --bind-to none --mca btl ^openib --mca btl_tcp_if_include eth1 "
-                      "--mca oob_tcp_if_include eth1 -x LD_LIBRARY_PATH -x NCCL_NVLS_ENABLE -x NCCL_SOCKET_IFNAME")
+    assert launch == (f"-n 13 --hostfile {hosts} --map-by slot --bind-to none --mca btl ^openib "
+                      "--mca btl_tcp_if_include eth1 --mca oob_tcp_if_include eth1 -x LD_LIBRARY_PATH "
+                      "-x NCCL_NVLS_ENABLE -x NCCL_SOCKET_IFNAME")
     assert sorted(variables) == ["NCCL_NVLS_ENABLE=0", "NCCL_SOCKET_IFNAME=eth1"] and last(options, "--cp") == "4"
     assert recipes.run("run_multinode_98k", HOSTFILE=hosts).returncode == 0
     assert recipes.called("mpirun")[0].endswith("--mca btl ^openib")

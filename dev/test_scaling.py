@@ -1,12 +1,9 @@
-"""Proves the tools for many GPUs: the arithmetic of scripts/scaling_model.py against what the trainer really sends and takes,
-scripts/bench_scaling's tables and its runs on the CPU backend, and scripts/predict_scaling.
+"""Proves the tools for many GPUs: the arithmetic of scripts/scaling_model.py against what the trainer really sends and
+takes, scripts/bench_scaling's tables and its runs on the CPU backend, and scripts/predict_scaling.
 
     python -m pytest dev/test_scaling.py        (make builds the programs first)
 """
-import importlib.machinery
-import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -22,18 +19,11 @@ sys.dont_write_bytecode = True
 sys.path.insert(0, str(ROOT / "scripts"))
 import scaling_model  # noqa: E402
 
-
-def script(name):
-    loader = importlib.machinery.SourceFileLoader(name, str(ROOT / "scripts" / name))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
-    loader.exec_module(module)
-    return module
-
-
-scaling, predict = script("bench_scaling"), script("predict_scaling")
-SMALL = ["--depth", "3", "--channels", "64", "--heads", "4", "--vocab-size", "300", "--levels", "3", "--pool", "2", "--topk",
-         "32", "--tile", "8"]
-needs_mpi = pytest.mark.skipif(not shutil.which("mpirun"), reason="there is no MPI: apt-get install openmpi-bin libopenmpi-dev")
+scaling, predict = scaling_model.script("bench_scaling"), scaling_model.script("predict_scaling")
+SMALL = ["--depth", "3", "--channels", "64", "--heads", "4", "--vocab-size", "300", "--levels", "3", "--pool", "2",
+         "--topk", "32", "--tile", "8"]
+needs_mpi = pytest.mark.skipif(not shutil.which("mpirun"),
+                               reason="there is no MPI: apt-get install openmpi-bin libopenmpi-dev")
 
 
 @pytest.fixture(autouse=True)
@@ -76,8 +66,8 @@ def run_ranks(folder, ranks, *options, preload=None):
     if not tokens.exists():
         write_shard(tokens, [i * 7 % 251 for i in range(30000)])
     command = ["mpirun", "--oversubscribe", "-n", ranks, *(["-x", f"LD_PRELOAD={preload}"] if preload else []),
-               ROOT / "train_gpt_lighthouse_cpu", "--train-data", tokens, "--val-data", "", "--out-dir", folder, "--seq-len",
-               256, *SMALL, *options]
+               ROOT / "train_gpt_lighthouse_cpu", "--train-data", tokens, "--val-data", "", "--out-dir", folder,
+               "--seq-len", 256, *SMALL, *options]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -99,9 +89,9 @@ def test_bytes_that_the_trainer_sends(tmp_path, counter, ranks, cp, level, posit
     totals = []
     for steps in (1, 3):
         events, sent = run_ranks(
-            tmp_path / "run", ranks, "--cp", cp, "--batch-size", 2, "--total-batch-size", 256 * 2 * 2 * ranks // cp, "--steps",
-            steps, "--recompute", level, "--positions", positions, "--switch-step", steps if phase == "lighthouse" else 0,
-            "--checkpoint-every", 0, preload=counter)
+            tmp_path / "run", ranks, "--cp", cp, "--batch-size", 2, "--total-batch-size", 256 * 2 * 2 * ranks // cp,
+            "--steps", steps, "--switch-step", steps if phase == "lighthouse" else 0, "--recompute", level,
+            "--positions", positions, "--checkpoint-every", 0, preload=counter)
         assert len(sent) == ranks and len(set(sent)) == 1, "all ranks send alike"
         totals.append(sent[0])
     calls = scaling_model.collectives(shape_of(events["config"]), phase, ranks, cp, element=4)
@@ -116,7 +106,8 @@ def test_memory_that_the_trainer_takes(tmp_path, ranks, cp, level):
     parts = scaling_model.memory(shape_of(events["config"]), ranks, cp, element=4)
     assert set(parts) == set(events["memory"]["parts"]) - {"tokens"}
     for name, size in parts.items():
-        assert size == pytest.approx(events["memory"]["parts"][name], rel=0.005), name  # buffers begin at whole 256 bytes
+        # Buffers begin at whole 256 bytes, which the arithmetic leaves out.
+        assert size == pytest.approx(events["memory"]["parts"][name], rel=0.005), name
 
 
 def test_memory_of_the_measured_runs():
@@ -136,22 +127,23 @@ def test_memory_of_the_measured_runs():
 # ---- the tables from recorded results -----------------------------------------------------------------------------
 
 def row(table, name, ranks, **fields):
-    return {"table": table, "row": f"{name}, {ranks} ranks", "date": "2026-11-25", "command": f"scripts/bench_scaling {table}",
-            "card": "A CARD", "name": name, "ranks": ranks, **fields}
+    return {"table": table, "row": f"{name}, {ranks} ranks", "date": "2026-11-25", "card": "A CARD",
+            "command": f"scripts/bench_scaling {table}", "name": name, "ranks": ranks, **fields}
 
 
 def recorded():
     """Round numbers, so that every figure of a table can be checked by hand."""
-    gradients = {"call": "reduce_scatter", "what": "fp32 gradients of a layer", "bytes": 40_000_000, "calls": 30, "ranks": 4,
-                 "ms": 0.1, "sent_GBps": 300.0}
-    exchange = {"call": "all_to_all", "what": "qkv and its gradient", "bytes": 80_000_000, "calls": 60, "ranks": 4, "ms": 0.4,
-                "sent_GBps": 150.0}
+    gradients = {"call": "reduce_scatter", "what": "fp32 gradients of a layer", "bytes": 40_000_000, "calls": 30,
+                 "ranks": 4, "ms": 0.1, "sent_GBps": 300.0}
+    exchange = {"call": "all_to_all", "what": "qkv and its gradient", "bytes": 80_000_000, "calls": 60, "ranks": 4,
+                "ms": 0.4, "sent_GBps": 150.0}
     links = {"reduce_scatter": 400.0, "all_gather": 390.0, "all_to_all": 300.0}
     lh30, d12 = "lh30, T 98,304", "d12, T 1,048,576"
     return [
-        row("weak", lh30, 4, shape={"tokens": 400000}, ms={"lighthouse": [1250.0, 1250.0, 1300.0], "dense": [4000.0]}, links=links,
-            collectives={"lighthouse": [gradients], "dense": [gradients]}),
-        row("weak", lh30, 1, shape={"tokens": 100000}, ms={"lighthouse": [1000.0], "dense": [4000.0]}, links={}, collectives={}),
+        row("weak", lh30, 4, shape={"tokens": 400000}, ms={"lighthouse": [1250.0, 1250.0, 1300.0], "dense": [4000.0]},
+            links=links, collectives={"lighthouse": [gradients], "dense": [gradients]}),
+        row("weak", lh30, 1, shape={"tokens": 100000}, ms={"lighthouse": [1000.0], "dense": [4000.0]}, links={},
+            collectives={}),
         row("strong", d12, 1, refused="this run takes 200 GiB"),
         row("strong", d12, 2, shape={"tokens": 1000000}, ms={"lighthouse": [4000.0]}, links={}, collectives={}),
         row("strong", d12, 4, shape={"tokens": 1000000}, ms={"lighthouse": [2500.0]}, links=links,
@@ -171,7 +163,8 @@ def test_tables():
     weak, strong, context = (scaling.shown(t, tables) for t in scaling.TABLES)
     assert weak.startswith("`scripts/bench_scaling weak` — A CARD, 2026-11-25\n")
     assert cells(weak, "lh30, T 98,304", "1", "lighthouse") == ["1,000.0 / 1,000.0 / 1,000.0", "100.0", "100.0%", "-"]
-    assert cells(weak, "lh30, T 98,304", "4", "lighthouse") == ["1,250.0 / 1,250.0 / 1,300.0", "320.0", "80.0%", "250.0"]
+    assert cells(weak, "lh30, T 98,304", "4", "lighthouse") == [
+        "1,250.0 / 1,250.0 / 1,300.0", "320.0", "80.0%", "250.0"]
     assert cells(weak, "lh30, T 98,304", "4", "dense")[2:] == ["100.0%", "0.0"]
     assert cells(weak, "lh30, T 98,304", "4", "reduce_scatter: fp32 gradients of a layer") == [
         "40.00", "30", "0.100", "300.0", "400.0", "75%", "0.90", "3.0"]
@@ -197,7 +190,8 @@ def test_page(tmp_path, capsys):
 
 @pytest.mark.parametrize("args,message", [
     (["fast"], "invalid choice"), (["page"], "page wants a results file"), (["weak", "x.jsonl"], "goes with page"),
-    (["--ranks", "0"], "at least 1"), (["--steps", "0"], "--steps is 0"), (["weak", "--", "--out-dir", "x"], "chosen by --out")])
+    (["--ranks", "0"], "at least 1"), (["--steps", "0"], "--steps is 0"),
+    (["weak", "--", "--out-dir", "x"], "chosen by --out")])
 def test_usage(capsys, args, message):
     with pytest.raises(SystemExit) as e:
         scaling.main(args)
@@ -219,8 +213,8 @@ def results_of(out):
 
 @needs_mpi
 def test_weak_and_strong_run(tmp_path, capfd):
-    common = ["--backend", "cpu", "--steps", "2", "--warmup", "1", "--link-bytes", "100000", "--out", str(tmp_path), "--rows",
-              "lh30, T 98", "--", *SMALL, "--seq-len", "512"]
+    common = ["--backend", "cpu", "--steps", "2", "--warmup", "1", "--link-bytes", "100000", "--out", str(tmp_path),
+              "--rows", "lh30, T 98", "--", *SMALL, "--seq-len", "512"]
     scaling.main(["weak", "--ranks", "1", "2", *common])
     scaling.main(["strong", "--ranks", "2", *common])
     found = results_of(tmp_path)
@@ -229,7 +223,8 @@ def test_weak_and_strong_run(tmp_path, capfd):
     weak, strong = found["weak", "lh30, T 98,304, 2 ranks"], found["strong", "lh30, T 98,304, 2 ranks"]
     assert weak["shape"]["tokens"] == 1024 and strong["shape"]["tokens"] == 512 and "--cp 2" in strong["trainer"]
     assert {p: len(ms) for p, ms in strong["ms"].items()} == {"lighthouse": 2, "dense": 1}
-    for r, calls in ((weak, {"reduce_scatter", "all_gather"}), (strong, {"reduce_scatter", "all_gather", "all_to_all"})):
+    for r, calls in ((weak, {"reduce_scatter", "all_gather"}),
+                     (strong, {"reduce_scatter", "all_gather", "all_to_all"})):
         assert set(r["links"]) == {c["call"] for c in r["collectives"]["lighthouse"]} == calls
         assert all(c["ms"] > 0 and c["sent_GBps"] == pytest.approx(scaling_model.sent(c) / c["ms"] / 1e6, rel=0.2)
                    for c in r["collectives"]["dense"])
@@ -247,8 +242,9 @@ def test_context_runs(tmp_path, capfd, monkeypatch):
         return planned(args, vocab, options, cp) if int(options[-1]) <= 1024 * cp else (False, "error: too few")
 
     monkeypatch.setattr(scaling, "planned", short)
-    scaling.main(["context", "--backend", "cpu", "--ranks", "1", "2", "--rows", "d12", "--unit", "512", "--top", "4096", "--out",
-                  str(tmp_path), "--", "--depth", "2", "--channels", "32", "--heads", "2", "--vocab-size", "300"])
+    scaling.main(["context", "--backend", "cpu", "--ranks", "1", "2", "--rows", "d12", "--unit", "512", "--top",
+                  "4096", "--out", str(tmp_path), "--", "--depth", "2", "--channels", "32", "--heads", "2",
+                  "--vocab-size", "300"])
     found = results_of(tmp_path)
     assert [found["context", f"d12, {n} ranks"]["T"] for n in (1, 2)] == [1024, 2048]
     assert all("lighthouse" in r["ms"] and "recompute level" in r["memory"] for r in found.values())
@@ -268,8 +264,8 @@ def test_a_failing_run_is_named(tmp_path):
     (["cp=3", "all_gather=10"], "must divide")])
 def test_collectives_refuse(args, message):
     scaling.bench.built("build/bench_nccl_cpu")
-    done = subprocess.run(["mpirun", "--oversubscribe", "-n", "2", ROOT / "build/bench_nccl_cpu", *args], capture_output=True,
-                          text=True)
+    done = subprocess.run(["mpirun", "--oversubscribe", "-n", "2", ROOT / "build/bench_nccl_cpu", *args],
+                          capture_output=True, text=True)
     assert done.returncode and message in done.stderr
 
 
@@ -315,6 +311,10 @@ def test_the_steps_by_hand():
     p = predict.predict(1 << 20, 8, 8, "lighthouse", links())
     assert f"over 8 GPUs {p['compute'] / 1e3:.1f} s" in text and f"{p['all_to_all']:.0f} ms in all" in text
     assert f"are {4 * predict.sdpa_ms(1 << 20) / 8e3:.1f} of those" in text
+    sizes = (98304, 8, 1), (98304, 8, 8), (1 << 20, 8, 8), (1 << 22, 8, 8)
+    assert [predict.fitting(*size, 76)[0] for size in sizes] == [2, 0, 3, 4]
+    assert ("(`--gib 76`) 98,304 tokens fit at level 2, and at level 0 with cp 8; 1,048,576 on eight at level 3; "
+            "4,194,304 at level 4.") in text
 
 
 def test_measured_values_take_the_place(tmp_path, monkeypatch):
@@ -324,4 +324,5 @@ def test_measured_values_take_the_place(tmp_path, monkeypatch):
     results.write_text("".join(json.dumps(r) + "\n" for r in [*recorded(), step]))
     found = links()
     predict.take_measured(found, [str(results)])
-    assert predict.STEP_MS == {"lighthouse": 910.0, "dense": 4119.0} and (found.ring, found.all_to_all) == (390.0, 300.0)
+    assert predict.STEP_MS == {"lighthouse": 910.0, "dense": 4119.0}
+    assert (found.ring, found.all_to_all) == (390.0, 300.0)

@@ -1,10 +1,22 @@
-"""The arithmetic of many GPUs, for scripts/bench_scaling and scripts/predict_scaling: what every rank sends in a step and
-what it keeps. A shape is what the trainer's log.jsonl says of a run: layers, channels, heads, padded_vocab, positions, B
-(sequences of a micro-step on one rank), T, tokens (of a step, all ranks), recompute, and lighthouse: slots, levels, pool and
-dense_layers, or None. world = dp x cp ranks."""
+"""The arithmetic of many GPUs, for scripts/bench_scaling and scripts/predict_scaling: what a rank sends in a step and
+what it keeps. A shape is what the trainer's log.jsonl says of a run: layers, channels, heads, padded_vocab, positions,
+B (sequences of a micro-step on one rank), T, tokens (of a step, all ranks), recompute, and lighthouse: slots, levels,
+pool and dense_layers, or None. world = dp x cp ranks."""
+import importlib.machinery
+import importlib.util
 import math
+import os
 
 GIB = 1 << 30
+
+
+def script(name):
+    """A program of this folder as a module; their names have no .py."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
+    loader = importlib.machinery.SourceFileLoader(name, path)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    loader.exec_module(module)
+    return module
 
 
 def ceil(n, unit):
@@ -14,8 +26,8 @@ def ceil(n, unit):
 # ---- parameters ---------------------------------------------------------------------------------------------------
 
 def groups(shape, world):
-    """Elements of the trainer's parameter groups: the embeddings with the last LayerNorm, and each layer. Every tensor is
-    filled up to 128 elements, a group to 128 for every rank."""
+    """Elements of the trainer's parameter groups: the embeddings with the last LayerNorm, and each layer. Every tensor
+    is filled up to 128 elements, a group to 128 for every rank."""
     C, Vp = shape["channels"], shape["padded_vocab"]
     embeddings = [Vp * C, C, C] + ([] if shape["positions"] == "rope" else [shape["T"] * C])
     layer = [C, C, 3 * C * C, 3 * C, C * C, C, C, C, 4 * C * C, 4 * C, 4 * C * C, C]
@@ -26,8 +38,8 @@ def groups(shape, world):
 # ---- collectives --------------------------------------------------------------------------------------------------
 
 def collectives(shape, phase, world, cp, element=2):
-    """The collectives of one step: call, what it carries, bytes of the buffer on one rank, calls a step, ranks that share it.
-    A rank sends (ranks - 1) / ranks of the buffer. element: bytes of a parameter or activation."""
+    """The collectives of one step: call, what it carries, bytes of the buffer on one rank, calls a step, ranks that
+    share it. A rank sends (ranks - 1) / ranks of the buffer. element: bytes of a parameter or activation."""
     found = []
     if world > 1:
         first, *layers = groups(shape, world)
@@ -44,8 +56,8 @@ def collectives(shape, phase, world, cp, element=2):
         qkv = 2 * layers + (level >= 3) * layers
         att = 2 * layers + (level >= 2) * layers
         for what, n, calls in (("qkv and its gradient", 3, qkv), ("attention's output and its gradient", 1, att)):
-            found.append({"call": "all_to_all", "what": what, "bytes": n * rows, "calls": micro_steps * shape["B"] * calls,
-                          "ranks": cp})
+            found.append({"call": "all_to_all", "what": what, "bytes": n * rows,
+                          "calls": micro_steps * shape["B"] * calls, "ranks": cp})
     return found
 
 
