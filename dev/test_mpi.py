@@ -115,7 +115,7 @@ def same_losses(run, reference, since=0):
         for loss in ("loss_dense", "loss_lighthouse"):
             x, y = a[step][loss], b[step][loss]
             assert (x is None and y is None) or math.isclose(x, y, rel_tol=1e-5), (step, loss, x, y)
-    a, b = ([(e["step"], e["text"]) for e in events(f, "sample") if e["step"] > since] for f in (run, reference))
+    a, b = ({e["step"]: e["text"] for e in events(f, "sample") if e["step"] > since} for f in (run, reference))
     assert a == b and a
 
 

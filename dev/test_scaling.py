@@ -310,7 +310,9 @@ def test_the_steps_by_hand():
     assert f"= {p['step']:,.1f} ms, 8 x 98,304" in text and f"= {round(p['rate'], -3):,.0f} tok/s" in text
     p = predict.predict(1 << 20, 8, 8, "lighthouse", links())
     assert f"over 8 GPUs {p['compute'] / 1e3:.1f} s" in text and f"{p['all_to_all']:.0f} ms in all" in text
-    assert f"are {4 * predict.sdpa_ms(1 << 20) / 8e3:.1f} of those" in text
+    dense = 4 * predict.sdpa_ms(1 << 20) / 8
+    sparse = 4 * (predict.sdpa_ms(predict.slots(1 << 20)) + predict.AROUND_MS * (1 << 20) / 98304) / 8
+    assert f"are {dense / 1e3:.1f} of those" in text and f"it would be {(p['compute'] - dense + sparse) / 1e3:.1f}." in text
     sizes = (98304, 8, 1), (98304, 8, 8), (1 << 20, 8, 8), (1 << 22, 8, 8)
     assert [predict.fitting(*size, 76)[0] for size in sizes] == [2, 0, 3, 4]
     assert ("(`--gib 76`) 98,304 tokens fit at level 2, and at level 0 with cp 8; 1,048,576 on eight at level 3; "
