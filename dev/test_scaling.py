@@ -312,6 +312,8 @@ def test_the_steps_by_hand():
     assert f"over 8 GPUs {p['compute'] / 1e3:.1f} s" in text and f"{p['all_to_all']:.0f} ms in all" in text
     dense = 4 * predict.sdpa_ms(1 << 20) / 8
     sparse = 4 * (predict.sdpa_ms(predict.slots(1 << 20)) + predict.AROUND_MS * (1 << 20) / 98304) / 8
+    slots, layer = predict.slots(1 << 20), predict.sdpa_ms(predict.slots(1 << 20))
+    assert f"{layer / slots ** 2 * 1e8:.2f}e-8 ms x {slots:,}^2 = {layer:.0f} ms" in text
     assert f"are {dense / 1e3:.1f} of those" in text and f"it would be {(p['compute'] - dense + sparse) / 1e3:.1f}." in text
     sizes = (98304, 8, 1), (98304, 8, 8), (1 << 20, 8, 8), (1 << 22, 8, 8)
     assert [predict.fitting(*size, 76)[0] for size in sizes] == [2, 0, 3, 4]
