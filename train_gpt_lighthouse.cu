@@ -20,7 +20,8 @@ without Lighthouse, the baseline to compare with.
 11. main                   the loop
 
 Letters: B batch, T tokens of a sequence, C channels, NH heads, D head size, V vocabulary, Vp V padded to 128, L layers,
-S slots of the gathered Lighthouse sequence. Every pointer is declared with its shape.
+S slots of the gathered Lighthouse sequence, W processes that share each sequence (--cp), N = B T / W rows of one of
+them. Every pointer is declared with its shape.
 Build with make; every program has --help.
 */
 #include <ctype.h>
@@ -1013,8 +1014,8 @@ PRINTF_LIKE(1) static void say(const char* format, ...) {  // rank 0 speaks for 
 
 // ===================================================================================================================
 // 4. Data: token shards in llm.c's format, mapped read-only; windows of T+1 tokens out.
-// A window is T consecutive tokens of one shard and the one after. Sequence i of the run is window i mod W of epoch
-// i / W; with shuffling each epoch visits the W windows by its own keyed permutation. So the whole position is i.
+// A window is T consecutive tokens of one shard and the one after. Sequence i of the run is window i mod n of epoch
+// i / n; with shuffling each epoch visits the n windows by its own keyed permutation. So the whole position is i.
 
 static const int shard_header_ints = 256;
 
@@ -1127,15 +1128,16 @@ static int64_t permute(int64_t i, int64_t n, uint64_t key) {
     return (int64_t)x;
 }
 
-// Writes sequence i of the run: inputs (T) and targets (T), the inputs shifted by one.
+// Writes this process's tokens of sequence i of the run: inputs (T/W) and targets (T/W), the inputs shifted by one.
 static void loader_sequence(const Loader* d, int64_t i, int* inputs, int* targets) {
     int64_t epoch = i / d->windows, w = i % d->windows;
     if (d->shuffle) w = permute(w, d->windows, mix64(d->seed) ^ (uint64_t)epoch);
     const Shard* s = d->shards;
     while (w >= s->windows) w -= (s++)->windows;
-    for (int64_t t = 0; t < d->T; t++) {
-        inputs[t] = shard_token(s, w * d->T + t);
-        targets[t] = shard_token(s, w * d->T + t + 1);
+    int64_t rows = d->T / procs.cp, first = w * d->T + procs.cp_rank * rows;
+    for (int64_t t = 0; t < rows; t++) {
+        inputs[t] = shard_token(s, first + t);
+        targets[t] = shard_token(s, first + t + 1);
     }
 }
 
@@ -1165,7 +1167,7 @@ using namespace cpu;
 
 // On a CPU the operations take every shape and need no memory beside their tensors.
 static void operations_open(int, int, bool) {}
-static size_t operations_bytes(int, int64_t, int, int) { return 0; }
+static size_t operations_bytes(int64_t, int, int) { return 0; }
 static size_t sdpa_prepare(int, int64_t, int, int, bool, bool) { return 0; }
 static void operations_allocate(size_t, size_t) {}
 #else
@@ -2161,6 +2163,33 @@ static void rope_rotate(floatX* qkv /*(B,T,3,H,D), q and k in place*/, const flo
     cudaCheck(cudaGetLastError());
 }
 
+// ---- context parallelism: blocks of heads
+// A row of all heads is W blocks of n elements, one block for each process. Packed, all rows of a process's block lie
+// together. A warp a row: it reads or writes the row's W blocks one behind the other.
+template <bool PACK>
+__global__ void __launch_bounds__(256) heads_pack_kernel(floatX* __restrict__ out, const floatX* __restrict__ inp,
+                                                         int64_t rows /*B R*/, int64_t R, int W, int n) {
+    int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+    if (row >= rows) return;
+    int64_t b = row / R, r = row % R;
+    for (int i = threadIdx.x * 8; i < W * n; i += 256) {
+        int64_t in_row = row * W * n + i, packed = ((b * W + i / n) * R + r) * n + i % n;
+        store8(out + (PACK ? packed : in_row), load8_stream(inp + (PACK ? in_row : packed)));
+    }
+}
+
+static void heads_pack(floatX* out /*(B,W,R,n)*/, const floatX* inp /*(B,R,W,n)*/, int B, int64_t R, int W, int n) {
+    opRequireRows("heads_pack", n);
+    heads_pack_kernel<true><<<grid_for(B * R, 8), dim3(32, 8), 0, main_stream>>>(out, inp, B * R, R, W, n);
+    cudaCheck(cudaGetLastError());
+}
+
+static void heads_unpack(floatX* out /*(B,R,W,n)*/, const floatX* inp /*(B,W,R,n)*/, int B, int64_t R, int W, int n) {
+    opRequireRows("heads_unpack", n);
+    heads_pack_kernel<false><<<grid_for(B * R, 8), dim3(32, 8), 0, main_stream>>>(out, inp, B * R, R, W, n);
+    cudaCheck(cudaGetLastError());
+}
+
 // ---- sums
 // Sum of x or of its squares: floats over 8 elements, double from there on, in a fixed order.
 constexpr int SUM_BLOCKS = 1024, SUM_THREADS = 256;
@@ -2679,9 +2708,9 @@ static void operations_open(int C, int NH, bool deterministic) {
     matmul_tuning = true;
 }
 
-// Bytes for the operations of a pass over (B, T) rows.
-static size_t operations_bytes(int B, int64_t T, int C, int Vp) {
-    size_t need[] = {encoder_backward_scratch_bytes(B * T, C), layernorm_backward_scratch_bytes(C),
+// Bytes for the operations of a pass over N rows.
+static size_t operations_bytes(int64_t N, int C, int Vp) {
+    size_t need[] = {encoder_backward_scratch_bytes(N, C), layernorm_backward_scratch_bytes(C),
                      matmul_backward_scratch_bytes(4 * C), sum_scratch_bytes(),
                      matmul_tune_scratch_bytes(C, std::max(4 * C, Vp))};
     return *std::max_element(need, need + 5) + cublaslt_workspace_bytes;
@@ -3329,47 +3358,51 @@ struct Dims {
 
 static const int MAX_LAYERS = 1024;
 
-// Activations of one layer. What the recompute level does not keep points to buffers that all layers share.
+// Activations of one layer. What the recompute level does not keep points to buffers that all layers share. A process
+// has its T/W tokens of all heads everywhere but in attention, where it has all T tokens of its NH/W heads.
 struct LayerActs {
-    floatX* x;                 // (B, T, C) input of the block
-    floatX* ln1;               // (B, T, C)
-    float *ln1_mean, *ln1_rstd;  // (B, T)
-    floatX* qkv;               // (B, T, 3, NH, D) rotated in a dense layer, raw in a Lighthouse layer
-    floatX* att;               // (B, T, C)
-    float* stats;              // (B, NH, T) dense layers only
-    LighthouseBuffers lh;      // Lighthouse layers only
-    floatX* x2;                // (B, T, C) after the attention residual
-    floatX* ln2;               // (B, T, C)
-    float *ln2_mean, *ln2_rstd;  // (B, T)
-    floatX* fch;               // (B, T, 4C) before GELU
-    floatX* gelu;              // (B, T, 4C)
+    floatX* x;                 // (B, T/W, C) input of the block
+    floatX* ln1;               // (B, T/W, C)
+    float *ln1_mean, *ln1_rstd;  // (B, T/W)
+    floatX* qkv;               // (B, T, 3, NH/W, D) rotated in a dense layer, raw in a Lighthouse layer
+    floatX* att;               // (B, T/W, C)
+    floatX* att_heads;         // (B, T, NH/W, D) what att is made of; att itself if the backward pass needs one only
+    float* stats;              // (B, NH/W, T) dense layers only
+    LighthouseBuffers lh;      // Lighthouse layers only, of NH/W heads
+    floatX* x2;                // (B, T/W, C) after the attention residual
+    floatX* ln2;               // (B, T/W, C)
+    float *ln2_mean, *ln2_rstd;  // (B, T/W)
+    floatX* fch;               // (B, T/W, 4C) before GELU
+    floatX* gelu;              // (B, T/W, 4C); before GELU and after its backward, the room for exchanges
 };
 
 // What a pass runs over. The same arena holds the activations of every kind of pass, one after the other.
 struct Run {
     int B;
-    int64_t T;
+    int64_t T;      // of the whole sequences; a process has T/W of each
     Phase phase;
     bool train;     // activations are kept, gradients are made
     int recompute;  // 0..4, see the option
     bool last;      // of the step's micro-steps: gradients are complete, and summed over the processes
 };
+static int64_t run_rows(Run r) { return r.B * (r.T / procs.cp); }               // N
+static int64_t first_token(Run r) { return procs.cp_rank * (r.T / procs.cp); }  // of this process, in each sequence
 
 struct Activations {
     LayerActs layer[MAX_LAYERS];
-    floatX* x_final;           // (B, T, C) output of the last block
-    floatX* lnf;               // (B, T, C)
-    float *lnf_mean, *lnf_rstd;  // (B, T)
+    floatX* x_final;           // (B, T/W, C) output of the last block
+    floatX* lnf;               // (B, T/W, C)
+    float *lnf_mean, *lnf_rstd;  // (B, T/W)
     floatX* logits;            // (head_rows, Vp) one chunk of rows
-    float* losses;             // (B, T)
-    floatX* dres;              // (B, T, C) gradient of the residual stream
-    floatX* dbtc;              // (B, T, C)
-    floatX* dwide;             // (B, T, 4C) gradient of fch, then of qkv
+    float* losses;             // (B, T/W)
+    floatX* dres;              // (B, T/W, C) gradient of the residual stream
+    floatX* dbtc;              // (B, T/W, C), in attention (B, T, NH/W, D)
+    floatX* dwide;             // (B, T/W, 4C) gradient of fch, then of qkv (B, T, 3, NH/W, D), (B, T/W, 3, NH, D)
 };
 
 // A batch on its way to the device: pinned host memory, and the event behind the copies from it.
 struct Batch {
-    int *tokens, *targets;     // (B, T)
+    int *tokens, *targets;     // (B, T/W)
     DeviceEvent copied;
 };
 
@@ -3387,13 +3420,13 @@ struct Model {
     int64_t padded, owned;                        // elements of all groups; of this process's slices
     bool lighthouse_layer[MAX_LAYERS];       // in the Lighthouse phase; in the dense phase no layer is
     bool has_lighthouse;                     // at least one layer is, for part of the run
-    LighthouseShape shape;
+    LighthouseShape shape;                   // of the NH/W heads of this process
     floatX* params;            // (padded) what the operations read
     float* grads;              // (padded)
     float* master;             // (owned) fp32; NULL if params are fp32 themselves
     float *m, *v;              // (owned) first and second moment
     float* rope;               // (1024 + T/1024, D/2, 2) or NULL
-    int *tokens, *targets;     // (B, T)
+    int *tokens, *targets;     // (B, T/W)
     Arena arena;               // the activations
     Activations acts;
     Batch batch[3];            // training alternates between two of them, evaluation has the third
@@ -3539,12 +3572,14 @@ static int64_t head_rows(const Model* m, int64_t rows) {
 // layer; one that it does not keep is placed once, for layer 0, and shared.
 static void activations_layout(Activations* a, Arena* arena, const Model* m, Run r) {
     const Dims* d = &m->dims;
-    int64_t N = r.B * r.T, C = d->C, NH = d->NH;
+    int64_t N = run_rows(r), C = d->C, NH = d->NH;
     const LighthouseShape* s = &m->shape;
-    int64_t entries = r.B * NH * s->off[s->levels], slots = r.B * s->S;
+    int64_t entries = r.B * s->H * s->off[s->levels], slots = r.B * s->S * s->H;  // of all heads here
     bool any_lighthouse = false, any_dense = false;
     for (int l = 0; l < d->L; l++) (attention_kind(m, l, r.phase) == LIGHTHOUSE ? any_lighthouse : any_dense) = true;
     int level = r.train ? r.recompute : 5;  // 5: nothing is kept
+    // A dense layer's backward needs att in both forms; from level 2 on the one of heads is kept, and exchanged again.
+    bool two_forms = r.train && procs.cp > 1;
 
     LayerActs shared;
     memset(&shared, 0, sizeof shared);
@@ -3554,8 +3589,9 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
     if (level >= 2) {
         shared.ln1 = TAKE(arena, floatX, N * C);
         shared.ln2 = TAKE(arena, floatX, N * C);
-        if (any_lighthouse) shared.lh.slots = TAKE(arena, floatX, slots * 3 * C);
-        if (any_lighthouse || level >= 4) shared.att = TAKE(arena, floatX, N * C);
+        if (any_lighthouse) shared.lh.slots = TAKE(arena, floatX, slots * 3 * s->D);
+        if (any_lighthouse || two_forms || level >= 4) shared.att = TAKE(arena, floatX, N * C);
+        if (two_forms && any_dense && level >= 4) shared.att_heads = TAKE(arena, floatX, N * C);
     }
     if (level >= 3) {
         shared.qkv = TAKE(arena, floatX, N * 3 * C);
@@ -3567,8 +3603,8 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
         shared.lh.scores = TAKE(arena, float, 2 * entries);
         shared.lh.slot = TAKE(arena, int32_t, entries);
         if (r.train) {
-            shared.lh.dslots = TAKE(arena, floatX, slots * 3 * C);
-            shared.lh.dattn = TAKE(arena, floatX, slots * C);
+            shared.lh.dslots = TAKE(arena, floatX, slots * 3 * s->D);
+            shared.lh.dattn = TAKE(arena, floatX, slots * s->D);
         }
     }
     for (int l = 0; l < d->L; l++) {
@@ -3590,9 +3626,11 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
         if (level < 2) {
             y->ln1 = TAKE(arena, floatX, N * C);
             y->ln2 = TAKE(arena, floatX, N * C);
-            if (lighthouse) y->lh.slots = TAKE(arena, floatX, slots * 3 * C);
+            if (lighthouse) y->lh.slots = TAKE(arena, floatX, slots * 3 * s->D);
         }
-        if (level < (lighthouse ? 2 : 4)) y->att = TAKE(arena, floatX, N * C);
+        if (level < (lighthouse || two_forms ? 2 : 4)) y->att = TAKE(arena, floatX, N * C);
+        if (lighthouse || !two_forms) y->att_heads = y->att;
+        else if (level < 4) y->att_heads = TAKE(arena, floatX, N * C);
         if (level < 3) {
             y->qkv = TAKE(arena, floatX, N * 3 * C);
             y->x2 = TAKE(arena, floatX, N * C);
@@ -3600,9 +3638,9 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
         }
         if (level < 4 && !lighthouse) y->stats = TAKE(arena, float, N * NH);
         if (lighthouse || (!r.train && any_lighthouse)) {  // S rows, not T: always kept
-            y->lh.attn = TAKE(arena, floatX, slots * C);
-            y->lh.stats = TAKE(arena, float, slots * NH);
-            y->lh.index = TAKE(arena, int32_t, slots * NH);
+            y->lh.attn = TAKE(arena, floatX, slots * s->D);
+            y->lh.stats = TAKE(arena, float, slots);
+            y->lh.index = TAKE(arena, int32_t, slots);
         }
     }
     a->x_final = r.train ? TAKE(arena, floatX, N * C) : d->L % 2 ? ping_pong : a->layer[0].x;
@@ -3625,12 +3663,36 @@ static size_t activations_bytes(const Model* m, Run r) {
     return count.used;
 }
 
+// ---- context parallelism: round attention, processes give their tokens of the others' heads for the others' of theirs
+// Both forms have N parts C elements, parts being 3 for q, k and v together, and may be one buffer; with one process
+// they always are. `room` has as many elements.
+
+// From this process's tokens of all heads to all tokens of its heads.
+static void tokens_to_heads(floatX* heads /*(B,T,parts,NH/W,D)*/, const floatX* tokens /*(B,T/W,parts,NH,D)*/,
+                            floatX* room, Run r, int parts, int C) {
+    int W = procs.cp, n = C / W;
+    if (W == 1) return;
+    int64_t rows = r.T / W * parts;
+    heads_pack(room, tokens, r.B, rows, W, n);  // (B, W, T/W, parts, NH/W, D)
+    for (int b = 0; b < r.B; b++) all_to_all(heads + b * rows * C, room + b * rows * C, rows * n * sizeof(floatX));
+}
+
+// And back.
+static void heads_to_tokens(floatX* tokens /*(B,T/W,parts,NH,D)*/, const floatX* heads /*(B,T,parts,NH/W,D)*/,
+                            floatX* room, Run r, int parts, int C) {
+    int W = procs.cp, n = C / W;
+    if (W == 1) return;
+    int64_t rows = r.T / W * parts;
+    for (int b = 0; b < r.B; b++) all_to_all(room + b * rows * C, heads + b * rows * C, rows * n * sizeof(floatX));
+    heads_unpack(tokens, room, r.B, rows, W, n);
+}
+
 // The forward pass of block l, from layer[l].x to x_next. With again, only what the backward pass needs and the
 // recompute level did not keep: the same operations on the same numbers, so the same bits.
 static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
     const Dims* d = &m->dims;
-    int64_t N = r.B * r.T;
-    int C = d->C, D = d->C / d->NH;
+    int64_t N = run_rows(r);
+    int C = d->C, D = d->C / d->NH, heads = d->NH / procs.cp;
     LayerActs* y = &m->acts.layer[l];
     bool lighthouse = attention_kind(m, l, r.phase) == LIGHTHOUSE;
     limit_lead();
@@ -3639,10 +3701,12 @@ static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
         layernorm_forward(y->ln1, y->ln1_mean, y->ln1_rstd, y->x, weight(m, LN1W, l), weight(m, LN1B, l), N, C);
     if (NEEDED(3)) {
         matmul_forward(y->qkv, y->ln1, weight(m, QKVW, l), weight(m, QKVB, l), NULL, N, C, 3 * C);
-        if (d->rope && !lighthouse) rope_rotate(y->qkv, m->rope, +1, r.B, r.T, d->NH, D);
+        tokens_to_heads(y->qkv, y->qkv, y->gelu, r, 3, C);
+        if (d->rope && !lighthouse) rope_rotate(y->qkv, m->rope, +1, r.B, r.T, heads, D);
     }
-    if (lighthouse) lighthouse_forward(y->att, &y->lh, y->qkv, m->rope, r.B, &m->shape, again, NEEDED(2));
-    else if (NEEDED(4)) sdpa_forward(y->att, y->stats, y->qkv, r.B, r.T, d->NH, D);
+    if (lighthouse) lighthouse_forward(y->att_heads, &y->lh, y->qkv, m->rope, r.B, &m->shape, again, NEEDED(2));
+    else if (NEEDED(4)) sdpa_forward(y->att_heads, y->stats, y->qkv, r.B, r.T, heads, D);
+    if (NEEDED(2)) heads_to_tokens(y->att, y->att_heads, y->gelu, r, 1, C);
     if (NEEDED(3)) matmul_forward(y->x2, y->att, weight(m, ATTPROJW, l), weight(m, ATTPROJB, l), y->x, N, C, C);
     if (NEEDED(2))
         layernorm_forward(y->ln2, y->ln2_mean, y->ln2_rstd, y->x2, weight(m, LN2W, l), weight(m, LN2B, l), N, C);
@@ -3655,8 +3719,8 @@ static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
 // dres comes in as the gradient of the block's output and leaves as that of its input.
 static void block_backward(Model* m, int l, Run r) {
     const Dims* d = &m->dims;
-    int64_t N = r.B * r.T;
-    int C = d->C, D = d->C / d->NH;
+    int64_t N = run_rows(r);
+    int C = d->C, D = d->C / d->NH, heads = d->NH / procs.cp;
     Activations* a = &m->acts;
     LayerActs* y = &a->layer[l];
     bool lighthouse = attention_kind(m, l, r.phase) == LIGHTHOUSE;
@@ -3673,12 +3737,14 @@ static void block_backward(Model* m, int l, Run r) {
 
     matmul_backward(a->dbtc, gradient(m, ATTPROJW, l), NULL, a->dres, y->att, weight(m, ATTPROJW, l), NULL, N, C, C);
     floatX* dqkv = a->dwide;
+    tokens_to_heads(a->dbtc, a->dbtc, y->gelu, r, 1, C);
     if (lighthouse) {
         lighthouse_backward(dqkv, a->dbtc, &y->lh, m->rope, r.B, &m->shape);
     } else {
-        sdpa_backward(dqkv, a->dbtc, y->qkv, y->att, y->stats, r.B, r.T, d->NH, D);
-        if (d->rope) rope_rotate(dqkv, m->rope, -1, r.B, r.T, d->NH, D);
+        sdpa_backward(dqkv, a->dbtc, y->qkv, y->att_heads, y->stats, r.B, r.T, heads, D);
+        if (d->rope) rope_rotate(dqkv, m->rope, -1, r.B, r.T, heads, D);
     }
+    heads_to_tokens(dqkv, dqkv, y->gelu, r, 3, C);
     matmul_backward(a->dbtc, gradient(m, QKVW, l), gradient(m, QKVB, l), dqkv, y->ln1, weight(m, QKVW, l), NULL, N, C,
                     3 * C);
     layernorm_backward(a->dres, gradient(m, LN1W, l), gradient(m, LN1B, l), l > 0 ? gradient(m, FCPROJB, l - 1) : NULL,
@@ -3686,24 +3752,25 @@ static void block_backward(Model* m, int l, Run r) {
 }
 
 // From tokens to the final LayerNorm's output.
-static void model_trunk(Model* m, const int* host_tokens, Run r) {
+static void model_trunk(Model* m, const int* host_tokens /*(B, T/W)*/, Run r) {
     const Dims* d = &m->dims;
+    int64_t N = run_rows(r);
     m->arena.used = 0;
     activations_layout(&m->acts, &m->arena, m, r);
-    copy_to_device_async(m->tokens, host_tokens, r.B * r.T * sizeof(int));
+    copy_to_device_async(m->tokens, host_tokens, N * sizeof(int));
     Activations* a = &m->acts;
-    encoder_forward(a->layer[0].x, m->tokens, weight(m, WTE, 0), d->rope ? NULL : weight(m, WPE, 0), r.B, r.T, d->C, 0);
+    encoder_forward(a->layer[0].x, m->tokens, weight(m, WTE, 0), d->rope ? NULL : weight(m, WPE, 0), r.B,
+                    r.T / procs.cp, d->C, first_token(r));
     for (int l = 0; l < d->L; l++) block_forward(m, l, r, l + 1 < d->L ? a->layer[l + 1].x : a->x_final, false);
-    layernorm_forward(a->lnf, a->lnf_mean, a->lnf_rstd, a->x_final, weight(m, LNFW, 0), weight(m, LNFB, 0), r.B * r.T,
-                      d->C);
+    layernorm_forward(a->lnf, a->lnf_mean, a->lnf_rstd, a->x_final, weight(m, LNFW, 0), weight(m, LNFB, 0), N, d->C);
 }
 
 // The head and its cross-entropy, chunk by chunk; with r.train the gradients too, in the same pass, each row's loss
 // with the weight dloss. Leaves the gradient of lnf in dbtc. Adds the loss of the rows with a target >= 0 to the sum.
-static void model_head(Model* m, const int* host_targets, Run r, float dloss) {
+static void model_head(Model* m, const int* host_targets /*(B, T/W)*/, Run r, float dloss) {
     const Dims* d = &m->dims;
     Activations* a = &m->acts;
-    int64_t N = r.B * r.T, chunk = head_rows(m, N);
+    int64_t N = run_rows(r), chunk = head_rows(m, N);
     copy_to_device_async(m->targets, host_targets, N * sizeof(int));
     for (int64_t i = 0; i < N; i += chunk) {
         int64_t rows = std::min(N - i, chunk);
@@ -3726,7 +3793,7 @@ static void reduce_gradients(Model* m, int g) {
 static void model_backward(Model* m, Run r) {
     const Dims* d = &m->dims;
     Activations* a = &m->acts;
-    int64_t N = r.B * r.T;
+    int64_t N = run_rows(r);
     device_zero(a->dres, N * d->C * sizeof(floatX));
     layernorm_backward(a->dres, gradient(m, LNFW, 0), gradient(m, LNFB, 0), gradient(m, FCPROJB, d->L - 1), a->dbtc,
                        a->x_final, weight(m, LNFW, 0), a->lnf_mean, a->lnf_rstd, N, d->C);
@@ -3734,8 +3801,8 @@ static void model_backward(Model* m, Run r) {
         block_backward(m, l, r);
         if (r.last) reduce_gradients(m, 1 + l);
     }
-    encoder_backward(gradient(m, WTE, 0), d->rope ? NULL : gradient(m, WPE, 0), a->dres, m->tokens, r.B, r.T, d->C, 0,
-                     d->Vp);
+    encoder_backward(gradient(m, WTE, 0), d->rope ? NULL : gradient(m, WPE, 0), a->dres, m->tokens, r.B,
+                     r.T / procs.cp, d->C, first_token(r), d->Vp);
     if (r.last) reduce_gradients(m, 0);
 }
 
@@ -3748,16 +3815,20 @@ static void model_micro_step(Model* m, Batch* b, Run r, float dloss) {
     model_backward(m, r);
 }
 
-// Logits of `rows` rows from row `first` on, of the last trunk, to host memory: (rows, V).
-static void model_logits(Model* m, int64_t first, int64_t rows, float* host) {
+// Logits of token t of sequence b of the last trunk, to the host memory (V) of all processes that share the sequence.
+static void model_logits(Model* m, int64_t b, int64_t t, Run r, float* host) {
     const Dims* d = &m->dims;
-    floatX* chunk = (floatX*)host_alloc((size_t)d->Vp * sizeof(floatX));
-    for (int64_t i = 0; i < rows; i++) {
-        matmul_forward(m->acts.logits, m->acts.lnf + (first + i) * d->C, weight(m, WTE, 0), NULL, NULL, 1, d->C, d->Vp);
-        copy_to_host(chunk, m->acts.logits, d->Vp * sizeof(floatX));
-        for (int v = 0; v < d->V; v++) host[i * d->V + v] = (float)chunk[v];
+    int64_t rows = r.T / procs.cp;
+    int owner = (int)(t / rows);
+    if (procs.cp_rank == owner) {
+        floatX* row = (floatX*)host_alloc((size_t)d->Vp * sizeof(floatX));
+        matmul_forward(m->acts.logits, m->acts.lnf + (b * rows + t % rows) * d->C, weight(m, WTE, 0), NULL, NULL, 1,
+                       d->C, d->Vp);
+        copy_to_host(row, m->acts.logits, d->Vp * sizeof(floatX));
+        for (int v = 0; v < d->V; v++) host[v] = (float)row[v];
+        free(row);
     }
-    free(chunk);
+    if (procs.cp > 1) broadcast(host, d->V * sizeof(float), CP_GROUP, owner);
 }
 
 // Floating-point operations of a step over `tokens` tokens, forward and backward (twice the forward), nothing
@@ -3810,25 +3881,25 @@ static size_t rope_table_bytes(int64_t T, int D) {
 static Plan memory_plan(const Model* m, const Config* c, int64_t sample_T, int recompute, int B) {
     Plan p;
     memset(&p, 0, sizeof p);
-    int D = m->dims.C / m->dims.NH;
+    int D = m->dims.C / m->dims.NH, heads = m->dims.NH / procs.cp;
     plan_add(&p, "parameters", m->padded * sizeof(floatX));
     if (sizeof(floatX) != sizeof(float)) plan_add(&p, "fp32 masters", m->owned * sizeof(float));
     plan_add(&p, "gradients", m->padded * sizeof(float));
     plan_add(&p, "AdamW moments", 2 * m->owned * sizeof(float));
     if (m->dims.rope) plan_add(&p, "rotary table", rope_table_bytes(c->seq_len, D));
-    plan_add(&p, "tokens", 2 * (size_t)B * c->seq_len * sizeof(int) + 2 * sizeof(double));
+    plan_add(&p, "tokens", 2 * (size_t)B * c->seq_len / procs.cp * sizeof(int) + 2 * sizeof(double));
     Passes passes = run_passes(m, c, sample_T, recompute, B);
     size_t activations = 0, operations = 0, attention = 0;
     for (int i = 0; i < passes.count; i++) {
         Run r = passes.run[i];
         activations = std::max(activations, activations_bytes(m, r));
-        operations = std::max(operations, operations_bytes(r.B, r.T, m->dims.C, m->dims.Vp));
+        operations = std::max(operations, operations_bytes(run_rows(r), m->dims.C, m->dims.Vp));
         bool kinds[2] = {false, false};
         for (int l = 0; l < m->dims.L; l++) kinds[attention_kind(m, l, r.phase)] = true;
         for (int kind = LIGHTHOUSE; kind <= DENSE; kind++) {  // on a GPU this builds cuDNN's plans
             if (!kinds[kind]) continue;
             int64_t rows = kind == LIGHTHOUSE ? m->shape.S : r.T;
-            attention = std::max(attention, (size_t)sdpa_prepare(r.B, rows, m->dims.NH, D, true, r.train));
+            attention = std::max(attention, (size_t)sdpa_prepare(r.B, rows, heads, D, true, r.train));
         }
     }
     plan_add(&p, "activations", activations);
@@ -3848,7 +3919,7 @@ static void model_allocate(Model* m, const Config* c, const Plan* p) {
     m->master = sizeof(floatX) == sizeof(float) ? NULL : (float*)device_alloc(m->owned * sizeof(float));
     m->m = (float*)device_alloc(m->owned * sizeof(float));
     m->v = (float*)device_alloc(m->owned * sizeof(float));
-    size_t batch = (size_t)c->batch_size * c->seq_len;
+    size_t batch = (size_t)c->batch_size * c->seq_len / procs.cp;
     m->tokens = (int*)device_alloc(batch * sizeof(int));
     m->targets = (int*)device_alloc(batch * sizeof(int));
     for (Batch& b : m->batch) {
@@ -4342,11 +4413,11 @@ static bool checkpoint_resume(Model* m, const Config* c, RunState* state, char**
 // ===================================================================================================================
 // 10. Evaluation and sampling; logs and progress.
 
-// Mean loss over the validation data, each data-parallel rank taking every dp-th sequence. A batch that is not full has
-// its rest filled with targets of -1, which do not count.
+// Mean loss over the validation data, each data-parallel group taking every dp-th sequence. A batch that is not full
+// has its rest filled with targets of -1, which do not count.
 static double evaluate(Model* m, const Config* c, const Loader* data, Phase phase) {
     Run r = {(int)c->batch_size, c->seq_len, phase, false, 0};
-    int64_t T = c->seq_len, B = r.B;
+    int64_t T = c->seq_len, B = r.B, rows = T / procs.cp;
     int64_t sequences = std::min(c->val_batches * B * procs.dp, data->windows);
     Batch* batch = &m->batch[2];
     device_zero(m->sums, 2 * sizeof(double));
@@ -4355,9 +4426,9 @@ static double evaluate(Model* m, const Config* c, const Loader* data, Phase phas
         event_wait(&batch->copied);
         for (int64_t b = 0; b < B; b++) {
             int64_t sequence = i + b * procs.dp + procs.dp_rank;
-            loader_sequence(data, sequence % data->windows, batch->tokens + b * T, batch->targets + b * T);
+            loader_sequence(data, sequence % data->windows, batch->tokens + b * rows, batch->targets + b * rows);
             if (sequence < sequences) valid++;
-            else for (int64_t t = 0; t < T; t++) batch->targets[b * T + t] = -1;
+            else for (int64_t t = 0; t < rows; t++) batch->targets[b * rows + t] = -1;
         }
         if (valid == 0) continue;
         model_trunk(m, batch->tokens, r);
@@ -4453,10 +4524,12 @@ static int tokenizer_encode(const Tokenizer* k, const char* s, int* out, int roo
     return count;
 }
 
-// Length of the window that samples are drawn in: the prompt and the new tokens, to the next multiple of 64, at most T.
+// Length of the window that samples are drawn in: the prompt and the new tokens, to the next multiple of 64 on each
+// process, at most T.
 static int64_t sample_length(const Config* c) {
     if (c->sample_every == 0) return 0;
-    return std::min(ceil_div(1 + (int64_t)strlen(c->prompt) + c->sample_tokens, 64) * 64, c->seq_len);
+    int64_t unit = 64 * procs.cp;
+    return std::min(ceil_div(1 + (int64_t)strlen(c->prompt) + c->sample_tokens, unit) * unit, c->seq_len);
 }
 
 // Continues the prompt with dense attention, one whole forward pass a token. Returns the text, to be freed.
@@ -4473,8 +4546,8 @@ static char* sample(Model* m, const Config* c, const Tokenizer* k, int64_t step)
     char* out = text("%s", c->prompt);
     size_t out_length = strlen(out);
     for (; length < end; length++) {
-        model_trunk(m, tokens, r);
-        model_logits(m, length - 1, 1, logits);
+        model_trunk(m, tokens + first_token(r), r);
+        model_logits(m, 0, length - 1, r, logits);
         float threshold = -INFINITY;
         if (c->sample_top_k > 0 && c->sample_top_k < V) {  // the k-th largest, by partial selection
             memcpy(sorted, logits, V * sizeof(float));
@@ -4903,10 +4976,25 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
     say("\n");
 }
 
+// Each process of a group takes as many tokens of a sequence as the others, and as many heads.
+static void check_context_parallel(const Config* c, const Dims* d) {
+    if (d->NH % c->cp == 0 && c->seq_len % c->cp == 0) return;
+    char* fitting = text("1");
+    for (int W = 2; W <= d->NH && W <= procs.world; W++) {
+        if (d->NH % W || c->seq_len % W || procs.world % W) continue;
+        char* more = text("%s, %d", fitting, W);
+        free(fitting);
+        fitting = more;
+    }
+    fatal("--cp is %ld; it must divide the model's %d heads and --seq-len, %ld. On %d processes --cp can be %s", c->cp,
+          d->NH, c->seq_len, procs.world, fitting);
+}
+
 // Checks the batch, the steps and Lighthouse's settings, and chooses those that were left open.
 static void setup_run(Trainer* t) {
     Config* c = &t->config;
     Model* m = &t->model;
+    check_context_parallel(c, &m->dims);
     int64_t micro = c->batch_size * c->seq_len * procs.dp;
     if (c->total_batch_size == 0) c->total_batch_size = micro;
     if (c->total_batch_size % micro)
@@ -4928,7 +5016,8 @@ static void setup_run(Trainer* t) {
     }
     m->has_lighthouse = t->switch_step > 0;
     char why[512];
-    if (m->has_lighthouse && !lighthouse_defaults(&m->shape, c, m->dims.NH, m->dims.C / m->dims.NH, why, sizeof why))
+    int heads = m->dims.NH / procs.cp, D = m->dims.C / m->dims.NH;
+    if (m->has_lighthouse && !lighthouse_defaults(&m->shape, c, heads, D, why, sizeof why))
         fatal("Lighthouse attention at seq-len %ld: %s", c->seq_len, why);
 }
 
@@ -5156,12 +5245,12 @@ static double seconds_left(const Trainer* t) {
 // Reads the batch of this process for a micro-step, counted from the step that the state is at, into the buffer that
 // training did not use last.
 static void read_batch(Trainer* t, int64_t micro) {
-    int64_t T = t->config.seq_len, B = t->config.batch_size;
+    int64_t rows = t->config.seq_len / procs.cp, B = t->config.batch_size;
     Batch* batch = &t->model.batch[t->ready == &t->model.batch[0]];
     event_wait(&batch->copied);
     for (int64_t b = 0; b < B; b++)
         loader_sequence(&t->train, t->state.sequences + (micro * procs.dp + procs.dp_rank) * B + b,
-                        batch->tokens + b * T, batch->targets + b * T);
+                        batch->tokens + b * rows, batch->targets + b * rows);
     t->ready = batch;
 }
 
