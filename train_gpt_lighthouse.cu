@@ -164,7 +164,7 @@ static const Option options[] = {
 #endif
     {"val-every", "v", OPT_INT, AT(val_every), "250", 0, 1e12,
      "[evaluation] steps between validations; 0: at the end only"},
-    {"val-batches", "m", OPT_INT, AT(val_batches), "20", 1, 1e9, "micro-batches of a validation"},
+    {"val-batches", "m", OPT_INT, AT(val_batches), "20", 1, 1e9, "micro-batches of a validation, over all processes"},
     {"sample-every", "s", OPT_INT, AT(sample_every), "0", 0, 1e12, "steps between samples; 0: never"},
     {"sample-tokens", "g", OPT_INT, AT(sample_tokens), "64", 1, 65536, "tokens to generate"},
     {"sample-top-k", "", OPT_INT, AT(sample_top_k), "50", 0, 16777216, "draw from this many likeliest tokens; 0: all"},
@@ -4418,7 +4418,7 @@ static bool checkpoint_resume(Model* m, const Config* c, RunState* state, char**
 static double evaluate(Model* m, const Config* c, const Loader* data, Phase phase) {
     Run r = {(int)c->batch_size, c->seq_len, phase, false, 0};
     int64_t T = c->seq_len, B = r.B, rows = T / procs.cp;
-    int64_t sequences = std::min(c->val_batches * B * procs.dp, data->windows);
+    int64_t sequences = std::min(c->val_batches * B, data->windows);  // as on one process
     Batch* batch = &m->batch[2];
     device_zero(m->sums, 2 * sizeof(double));
     for (int64_t i = 0; i < sequences; i += B * procs.dp) {
