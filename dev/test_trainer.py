@@ -1378,12 +1378,13 @@ MPIRUN = ["mpirun", "--oversubscribe", "-n", "2"]
 def test_two_processes_compute_what_one_does(lab, program):
     """The same global batch on two processes gives the losses of one to rounding, across the switch; either goes on from
     the other's checkpoint."""
-    options = dict(program=program, steps=10, total_batch_size=8 * T, val_data=lab.data.val, val_batches=3, checkpoint_every=5,
+    options = dict(program=program, steps=10, total_batch_size=8 * T, val_data=lab.data.val, checkpoint_every=5,
                    keep_last=0, learning_rate=1e-2)
+    single, shared = dict(batch_size=2, val_batches=3), dict(batch_size=1, val_batches=6)  # the same sequences
     if program == "lighthouse":
         options["switch_step"] = 6
-    one = lab.train("one", **options, batch_size=2)
-    result = execute(MPIRUN + lab.command("two", **options, batch_size=1))
+    one = lab.train("one", **options, **single)
+    result = execute(MPIRUN + lab.command("two", **options, **shared))
     assert result.code == 0, result.err
     assert "\033" not in result.out, "mpirun gives its first process a terminal; a file of its output must hold plain lines"
     two = lab.folder / "two"
@@ -1402,14 +1403,14 @@ def test_two_processes_compute_what_one_does(lab, program):
         folder = lab.folder / name
         folder.mkdir()
         shutil.copy(checkpoint(source, 5), folder)
-        result = execute(start + lab.command(name, **options, batch_size=1 if start else 2, resume=1))
+        result = execute(start + lab.command(name, **options, **(shared if start else single), resume=1))
         assert result.code == 0, result.err
         assert sorted(main_log(folder)) == [5, 6, 7, 8, 9]
         close(one, folder)
     again = lab.folder / "again"  # and on as many processes as before, the same bits
     again.mkdir()
     shutil.copy(checkpoint(two, 5), again)
-    assert execute(MPIRUN + lab.command("again", **options, resume=1)).code == 0
+    assert execute(MPIRUN + lab.command("again", **options, **shared, resume=1)).code == 0
     assert model_bytes(again) == model_bytes(two)
 
 
