@@ -21,7 +21,7 @@ endif
 include build/config.mk
 endif
 
-.PHONY: all cpu help quickstart test test-gpu sanitize test_golden deps deps-test clean found
+.PHONY: all cpu help quickstart test test-mpi test-gpu sanitize test_golden deps deps-test clean found
 all: cpu $(if $(NVCC),$(GPU_TRAINERS))
 cpu: found $(CPU_TRAINERS)
 
@@ -39,18 +39,23 @@ CPU_LINK = $(BLAS_LIBS) $(MPI_LIBS) -lm
 
 %_cpu: %.cu build/config.mk
 	$(CPU_COMPILE) -x c++ $< -o $@ $(CPU_LINK)
+build/%_cpu: dev/%.cu build/config.mk
+	$(CPU_COMPILE) -x c++ $< -o $@ $(CPU_LINK)
 build/%: dev/%.cu build/config.mk
 	$(CPU_COMPILE) -x c++ $< -o $@ $(CPU_LINK)
 build/%: dev/%.cpp build/config.mk
 	$(CPU_COMPILE) $< -o $@ $(CPU_LINK)
 
-# The trainers take several processes where NCCL and MPI are both there; the tests and benches of the kernels take one.
+# The trainers and bench_nccl take several processes where NCCL and MPI are both there; the tests and benches of the
+# kernels take one.
 GPU_COMPILE = $(NVCC) -std=c++17 -O3 -lineinfo $(GENCODE) -Xcompiler "-O3 $(OPENMP)" -MMD -MP -MF build/$(@F).d -MT $@
 GPU_LINK = -lcublasLt -lcudnn
 $(GPU_TRAINERS): %: %.cu build/config.mk
 	$(GPU_COMPILE) $(NCCL_FLAGS) $< -o $@ $(GPU_LINK) $(NCCL_LIBS)
 build/bench_gpu: dev/bench_gpu.cu build/config.mk
 	$(GPU_COMPILE) $< -o $@ $(GPU_LINK)
+build/bench_nccl: dev/bench_nccl.cu build/config.mk
+	$(GPU_COMPILE) $(NCCL_FLAGS) $< -o $@ $(GPU_LINK) $(NCCL_LIBS)
 build/test_gpu_model: dev/test_model.cu build/config.mk
 	$(GPU_COMPILE) $< -o $@ $(GPU_LINK)
 build/test_gpu_model_fp32: dev/test_model.cu build/config.mk
@@ -79,6 +84,10 @@ test:
 	dev/run_tests
 	@if nvidia-smi -L > /dev/null 2>&1; then $(MAKE) test-gpu; fi
 
+# Several ranks against one, on the CPU backend with mpirun; part of make test.
+test-mpi: cpu
+	dev/run_tests mpi
+
 # Every kernel against its CPU twin, the model against PyTorch, GPU runs against CPU runs. Needs a GPU.
 test-gpu: all $(GPU_TESTS)
 	dev/run_gpu_tests
@@ -96,6 +105,7 @@ help:
 	@echo "make cpu           build only train_gpt_lighthouse_cpu and train_gpt_dense_cpu"
 	@echo "make quickstart    install what is missing, prepare text, train with Lighthouse and dense, compare, plot"
 	@echo "make test          build and run every test (installs what the tests need)"
+	@echo "make test-mpi      the tests of several processes: mpirun on the CPU backend, 1 to 4 ranks"
 	@echo "make test-gpu      every kernel against its CPU twin and GPU runs against CPU runs, on a machine with a GPU"
 	@echo "make sanitize      the GPU tests under compute-sanitizer: memcheck, racecheck, initcheck, synccheck"
 	@echo "make test_golden   Lighthouse attention against the official release's vectors in dev/vectors"

@@ -1,6 +1,6 @@
 """Proves that whole runs of the trainer on the CPU backend do what the README promises: a killed run resumes to the same
-bits, damaged files are named and refused, every option is checked, schedules, logs, model files and samples are right, and
-two processes compute what one does.
+bits, damaged files are named and refused, every option is checked, and schedules, logs, model files and samples are right.
+Several processes: test_mpi.py.
 
     python -m pytest dev/test_trainer.py        (make builds the programs first)
 
@@ -1364,67 +1364,3 @@ def test_json_strings(lab):
                 expected += rest[:e.start].decode() + "\ufffd" * (e.end - e.start)
                 rest = rest[e.end:]
         assert json.loads(done.stdout.decode()) == expected, sample
-
-
-# ---- 9. several processes
-
-needs_mpi = pytest.mark.skipif(not shutil.which("mpirun") or "-DUSE_MPI" not in ((ROOT / "build/config.mk").read_text()
-                               if (ROOT / "build/config.mk").exists() else "-DUSE_MPI"), reason="there is no MPI")
-MPIRUN = ["mpirun", "--oversubscribe", "-n", "2"]
-
-
-@needs_mpi
-@pytest.mark.parametrize("program", ["lighthouse", "dense"])
-def test_two_processes_compute_what_one_does(lab, program):
-    """The same global batch on two processes gives the losses of one to rounding, across the switch; either goes on from
-    the other's checkpoint."""
-    options = dict(program=program, steps=10, total_batch_size=8 * T, val_data=lab.data.val, checkpoint_every=5,
-                   keep_last=0, learning_rate=1e-2)
-    single, shared = dict(batch_size=2, val_batches=3), dict(batch_size=1, val_batches=6)  # the same sequences
-    if program == "lighthouse":
-        options["switch_step"] = 6
-    one = lab.train("one", **options, **single)
-    result = execute(MPIRUN + lab.command("two", **options, **shared))
-    assert result.code == 0, result.err
-    assert "\033" not in result.out, "mpirun gives its first process a terminal; a file of its output must hold plain lines"
-    two = lab.folder / "two"
-
-    def close(a, b):
-        for kind in ("trl", "norm"):
-            index = ("trl", "lr", "norm").index(kind)
-            x, y = ([float(values[index]) for _, values in sorted(main_log(f).items())][-len(main_log(b)):] for f in (a, b))
-            assert np.allclose(x, y, rtol=1e-5 if kind == "trl" else 1e-3, atol=2e-6), (kind, x, y)
-        assert math.isclose(events(a, "eval")[-1]["loss_dense"], events(b, "eval")[-1]["loss_dense"], rel_tol=1e-5)
-    close(one, two)
-    assert events(two, "config")[0]["tokens_per_step"] == 8 * T and len(events(two, "step")) == 10
-    assert events(two, "eval")[0]["loss_dense"] == pytest.approx(events(one, "eval")[0]["loss_dense"], rel=1e-6)
-
-    for name, source, start in [("one_goes_on", two, []), ("two_go_on", one, MPIRUN)]:
-        folder = lab.folder / name
-        folder.mkdir()
-        shutil.copy(checkpoint(source, 5), folder)
-        result = execute(start + lab.command(name, **options, **(shared if start else single), resume=1))
-        assert result.code == 0, result.err
-        assert sorted(main_log(folder)) == [5, 6, 7, 8, 9]
-        close(one, folder)
-    again = lab.folder / "again"  # and on as many processes as before, the same bits
-    again.mkdir()
-    shutil.copy(checkpoint(two, 5), again)
-    assert execute(MPIRUN + lab.command("again", **options, **shared, resume=1)).code == 0
-    assert model_bytes(again) == model_bytes(two)
-
-
-@needs_mpi
-def test_two_processes_stop_together(lab):
-    """An error ends both processes at once; SIGTERM to mpirun leaves a checkpoint from which one process goes on."""
-    began = time.time()
-    result = execute(MPIRUN + lab.command("bad", total_batch_size=T))
-    assert result.code != 0 and "try 128" in result.err and time.time() - began < 20
-    options = dict(SLOW, steps=LONG, switch_step=25, total_batch_size=24 * T, checkpoint_every=0)
-    code, output = kill_at(MPIRUN + lab.command("killed", **options), 10, signal.SIGTERM, 0)
-    assert code != 0, output
-    stopped = checkpoints(lab.folder / "killed")
-    assert len(stopped) == 1 and stopped[0] >= 10, output
-    killed, whole = lab.train("killed", **options, resume=1), lab.train("whole", **options)
-    losses = [[float(v[0]) for _, v in sorted(main_log(f).items())] for f in (killed, whole)]
-    assert np.allclose(*losses, rtol=1e-5)

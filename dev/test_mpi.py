@@ -1,0 +1,378 @@
+"""Proves that several processes train what one does: on 1 to 4 ranks, data-parallel, context-parallel and both, the
+losses of 20 steps are those of one rank to 1e-5; checkpoints go from any number of ranks to any other; a rank that dies
+or hangs ends the job with its name and costs nothing; ranks that do not belong together say so.
+
+    python -m pytest dev/test_mpi.py        (make test-mpi builds the programs first)
+
+CPU backend, real mpirun, one thread a rank, more ranks than cores.
+"""
+import math
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from test_trainer import (ENV, ROOT, Lab, checkpoint, checkpoint_body, checkpoints, events, execute, model_bytes,
+                          programs, step_events, write_shard, write_tokenizer)
+
+T, STEPS, SWITCH = 128, 20, 11
+BATCH = 12  # sequences of a step, which 1, 2, 3 and 4 data-parallel ranks can share
+# Three layers: dense, Lighthouse, dense. Neither the parameters of a layer (12,704) nor all (50,464) divide by 3.
+MODEL = dict(model="d6", depth=3, channels=32, heads=4, seq_len=T, levels=3, pool=2, topk=16, tile=8)
+DENSE = dict(levels=None, pool=None, topk=None, tile=None)  # options that the dense program lacks
+pytestmark = pytest.mark.skipif(not shutil.which("mpirun") or "-DUSE_MPI" not in (ROOT / "build/config.mk").read_text(),
+                                reason="there is no MPI: apt-get install libopenmpi-dev openmpi-bin, then make")
+
+
+def mpirun(ranks):
+    return ["mpirun", "--oversubscribe", "-n", ranks]
+
+
+class Data:
+    def __init__(self, folder):
+        generator = np.random.RandomState(3)
+
+        def text(windows):  # something to learn: counting in steps that change
+            steps = np.repeat(generator.choice([1, 3, 7], windows * T // 32), 32)
+            return np.concatenate([[0], np.cumsum(steps) % 250])
+
+        self.small = write_shard(folder / "train.bin", text(100))  # 20 steps take more than two epochs
+        self.val = write_shard(folder / "val.bin", text(7))        # on 4 ranks the last batch leaves one without work
+        write_tokenizer(folder / "tokenizer.bin", [bytes([i]) for i in range(256)] + [b"<|endoftext|>"], 256)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return Data(tmp_path_factory.mktemp("mpi_data"))
+
+
+@pytest.fixture
+def lab(programs, data, tmp_path):
+    return Ranks(programs, data, tmp_path)
+
+
+class Ranks(Lab):
+    """Starts runs on several ranks in a test's own folder."""
+
+    def command(self, out, ranks=1, **options):
+        every = dict(MODEL, val_data=self.data.val, val_every=10, val_batches=1000, sample_every=10, sample_tokens=8,
+                     steps=STEPS, switch_step=SWITCH, total_batch_size=BATCH * T, learning_rate=3e-3,
+                     checkpoint_every=0)
+        if options.get("program") == "dense":
+            every.update(DENSE, switch_step=None)
+        every.update(options)
+        return (mpirun(ranks) if ranks > 1 else []) + super().command(out, **every)
+
+    def continued(self, name, source, step, **options):
+        """A run that resumes from one checkpoint of another."""
+        folder = self.folder / name
+        folder.mkdir()
+        shutil.copy(checkpoint(source, step), folder)
+        self.train(name, **options, resume=1)
+        assert [e["step"] for e in events(folder, "resume")] == [step]
+        return folder
+
+    def ends(self, command, seconds, *words):
+        """A job that must fail within so many seconds with a message that holds these words."""
+        began = time.monotonic()
+        result = execute(command)
+        assert result.code != 0 and time.monotonic() - began < seconds, (result.code, time.monotonic() - began)
+        for word in words:
+            assert str(word) in result.err, f"{word!r} is not in {result.err!r}"
+
+
+@pytest.fixture(scope="module")
+def reference(programs, data, tmp_path_factory):
+    """reference(**options): the folder of the run on one rank, made once for the module."""
+    lab, made = Ranks(programs, data, tmp_path_factory.mktemp("one_rank")), {}
+
+    def of(**options):
+        key = str(sorted(options.items()))
+        if key not in made:
+            made[key] = lab.train(f"one_{len(made)}", batch_size=2, checkpoint_every=5, keep_last=0, **options)
+        return made[key]
+    return of
+
+
+def same_losses(run, reference, since=0):
+    """Step by step from step `since` on: the losses, gradient norms, validation losses and samples of two runs."""
+    a, b = ({e["step"]: e for e in step_events(folder) if e["step"] > since} for folder in (run, reference))
+    assert sorted(a) == sorted(b) == list(range(since + 1, STEPS + 1))
+    for step in a:
+        assert math.isclose(a[step]["loss"], b[step]["loss"], rel_tol=1e-5), (step, a[step]["loss"], b[step]["loss"])
+        assert math.isclose(a[step]["norm"], b[step]["norm"], rel_tol=1e-3), (step, a[step]["norm"], b[step]["norm"])
+        assert a[step]["phase"] == b[step]["phase"]
+    assert len({e["loss"] for e in b.values()}) > (STEPS - since) / 2, "the losses must differ to prove anything"
+    a, b = ({e["step"]: e for e in events(folder, "eval") if e["step"] > since} for folder in (run, reference))
+    assert sorted(a) == sorted(b)
+    for step in a:
+        for loss in ("loss_dense", "loss_lighthouse"):
+            x, y = a[step][loss], b[step][loss]
+            assert (x is None and y is None) or math.isclose(x, y, rel_tol=1e-5), (step, loss, x, y)
+    a, b = ({e["step"]: e["text"] for e in events(f, "sample") if e["step"] > since} for f in (run, reference))
+    assert a == b and a
+
+
+# ---- 1. the same losses on any number of ranks
+
+CASES = {  # each with another micro-batch, so another number of micro-steps; all recompute levels under --cp
+    "dp 2": dict(ranks=2, batch_size=2),
+    "dp 3": dict(ranks=3, batch_size=1),
+    "dp 4": dict(ranks=4, batch_size=3, recompute=4),
+    "cp 2": dict(ranks=2, cp=2, batch_size=1, recompute=0),
+    "cp 4": dict(ranks=4, cp=4, batch_size=2, recompute=1),
+    "dp 2, cp 2": dict(ranks=4, cp=2, batch_size=3, recompute=2),
+    "dp 3, learned": dict(ranks=3, batch_size=2, positions="learned"),
+    "cp 2, learned": dict(ranks=2, cp=2, batch_size=2, recompute=3, positions="learned"),
+    "cp 4, learned": dict(ranks=4, cp=4, batch_size=1, recompute=4, positions="learned"),
+    "dp 2, cp 2, learned": dict(ranks=4, cp=2, batch_size=1, recompute=0, positions="learned"),
+    "dp 2, dense": dict(ranks=2, batch_size=1, program="dense"),
+    "cp 2, dense": dict(ranks=2, cp=2, batch_size=2, recompute=4, program="dense"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_are_those_of_one_rank(lab, reference, case):
+    options = CASES[case]
+    one = reference(**{name: options[name] for name in ("positions", "program") if name in options})
+    result = lab.run("run", **options)
+    assert result.code == 0, result.err
+    run = lab.folder / "run"
+    same_losses(run, one)
+    assert result.out.count(f"step {STEPS}/{STEPS} ") == 1, "only rank 0 prints"
+    assert "\033" not in result.out, "mpirun gives its first process a terminal; its output in a file has plain lines"
+    config, = events(run, "config")
+    assert config["processes"] == options["ranks"] and config["tokens_per_step"] == BATCH * T
+
+
+def test_one_rank_under_mpirun_is_the_run_without(lab, reference):
+    result = execute(mpirun(1) + lab.command("run", batch_size=2))
+    assert result.code == 0, result.err
+    assert model_bytes(lab.folder / "run") == model_bytes(reference())
+
+
+def test_ranks_repeat_their_bits(lab):
+    """The same ranks give the same bits, also after a resume."""
+    options = dict(ranks=4, cp=2, steps=8, switch_step=4, checkpoint_every=3, keep_last=0)
+    first, second = (lab.train(name, **options) for name in ("first", "second"))
+    resumed = lab.continued("resumed", first, 3, **options)
+    assert model_bytes(first) == model_bytes(second) == model_bytes(resumed)
+    assert checkpoint_body(checkpoint(first, 8)) == checkpoint_body(checkpoint(resumed, 8))
+
+
+# ---- 2. files
+
+def test_checkpoints_go_from_any_number_of_ranks_to_any_other(lab, reference):
+    """1 -> 4 -> 2 -> 3 -> 1 ranks, over the switch, in another mix of data and context parallel each time."""
+    folder = reference()
+    for step, name, options in [(5, "four", dict(ranks=4, cp=2)), (10, "two", dict(ranks=2, cp=2, batch_size=2)),
+                                (15, "three", dict(ranks=3, batch_size=2)), (15, "one", dict(ranks=1, batch_size=3))]:
+        folder = lab.continued(name, folder, step, checkpoint_every=5, keep_last=0, **options)
+        same_losses(folder, reference(), since=step)
+        if step == 10:  # its checkpoint of step 15, and its model, are as large as one rank's and hold its values
+            for file in ("ckpt_00000015.bin", "model.bin"):
+                a, b = ((f / file).read_bytes() for f in (folder, reference()))
+                assert len(a) == len(b)
+            a, b = (np.frombuffer(checkpoint_body(checkpoint(f, 15)), "<f4") for f in (folder, reference()))
+            assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(b)
+        if name == "three":  # the chain goes on with what these ranks wrote
+            assert checkpoints(folder) == [15, 20]
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_the_final_model_is_the_same_file_whatever_the_ranks(lab, reference, positions):
+    """From the same weights, new or loaded, each number of ranks writes the same bytes."""
+    one = reference(**({} if positions == "rope" else {"positions": positions}))
+    new, loaded = [], []
+    for ranks, cp in [(1, 1), (3, 1), (4, 2)]:
+        options = dict(positions=positions, ranks=ranks, cp=cp)
+        new.append(model_bytes(lab.train(f"new_{ranks}", **options, steps=0, switch_step=0)))
+        loaded.append(model_bytes(lab.continued(f"loaded_{ranks}", one, STEPS, **options)))
+    assert new[0] == new[1] == new[2] and new[0] != model_bytes(one)
+    assert loaded[0] == loaded[1] == loaded[2] == model_bytes(one)
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(lab, reference):
+    """One flipped byte, in what one of three ranks reads: all go on from the checkpoint before."""
+    folder = lab.folder / "run"
+    folder.mkdir()
+    for step in (5, 10):
+        shutil.copy(checkpoint(reference(), step), folder)
+    damaged = bytearray(checkpoint(folder, 10).read_bytes())
+    damaged[len(damaged) * 4 // 9] ^= 1
+    checkpoint(folder, 10).write_bytes(damaged)
+    result = lab.run("run", ranks=3, batch_size=2, resume=1)
+    assert result.code == 0 and "ckpt_00000010.bin" in result.out + result.err, result.err
+    assert [e["step"] for e in events(folder, "resume")] == [5]
+    same_losses(folder, reference(), since=5)
+
+
+# ---- 3. ranks that die, hang or are stopped
+
+class Job:
+    """A running job: its output, and its ranks' process ids."""
+
+    def __init__(self, command):
+        self.process = subprocess.Popen([str(c) for c in command], env=ENV, stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT, universal_newlines=True, errors="replace")
+        self.output = ""
+
+    def wait_for_step(self, step):
+        for line in self.process.stdout:
+            self.output += line
+            done = re.search(r"step +(\d+)/", line)
+            if done and int(done.group(1)) >= step:
+                return
+        raise AssertionError(f"the job ended before step {step}: {self.output}")
+
+    def pid_of(self, rank):
+        started = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
+        for pid in Path(started).read_text().split():
+            if f"OMPI_COMM_WORLD_RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text():
+                return int(pid)
+        raise AssertionError(f"mpirun has no rank {rank}")
+
+    def end(self, seconds):
+        """Its status and output, once all of it has ended, which must be within so many seconds."""
+        began = time.monotonic()
+        self.output += self.process.communicate(timeout=seconds + 30)[0]
+        assert time.monotonic() - began < seconds, self.output
+        return self.process.returncode, self.output
+
+
+def signal_rank(job, rank, number):
+    """Sends a rank a signal; returns its process id."""
+    pid = job.pid_of(rank)
+    subprocess.run(["kill", f"-{number}", str(pid)], check=True)
+    return pid
+
+
+def test_a_killed_rank_ends_the_job_and_the_run_goes_on(lab, reference):
+    """SIGKILL of one rank at a random moment, in either phase, while every step writes a checkpoint."""
+    chance = random.Random(7)
+    options = dict(ranks=4, cp=2, checkpoint_every=1, resume=1)
+    for step in (chance.randrange(1, SWITCH - 3), SWITCH - 1, chance.randrange(SWITCH + 1, STEPS - 4)):
+        job, rank = Job(lab.command("run", **options)), chance.randrange(4)
+        job.wait_for_step(step)
+        time.sleep(chance.uniform(0, 0.3))
+        signal_rank(job, rank, signal.SIGKILL)
+        code, output = job.end(10)
+        assert code != 0 and re.search(rf"rank {rank}\b", output), output
+        assert checkpoints(lab.folder / "run")[-1] >= step - 1  # that of the step itself may not have been begun
+    same_losses(lab.train("run", **options), reference())
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_hanging_rank_is_named(lab, rank):
+    """SIGSTOP of one rank: the others wait for --hang-timeout and no longer, and say for whom."""
+    job = Job(lab.command("run", ranks=3, batch_size=2, steps=2000, hang_timeout=5))
+    job.wait_for_step(3)
+    signal_rank(job, rank, signal.SIGSTOP)
+    code, output = job.end(30)
+    named = set(re.findall(r"no sign of (.*?) for the 5 s", output))
+    assert code != 0 and len(named) == 1 and re.fullmatch(rf"rank {rank} \(pid \d+ on [^,]+\)", *named), output
+
+
+def test_waiting_within_the_limit_is_no_hang(lab, reference):
+    """A rank that stands still for less than --hang-timeout costs its time and nothing else."""
+    job = Job(lab.command("run", ranks=2, cp=2, hang_timeout=30))
+    job.wait_for_step(3)
+    signal_rank(job, 1, signal.SIGSTOP)
+    time.sleep(2)
+    signal_rank(job, 1, signal.SIGCONT)
+    code, output = job.end(60)
+    assert code == 0, output
+    same_losses(lab.folder / "run", reference())
+
+
+def test_sigterm_to_mpirun_leaves_a_checkpoint(lab, reference):
+    """As a preempted job gets it: the ranks finish the step, write, leave; another number of ranks goes on."""
+    job = Job(lab.command("run", ranks=4, cp=2))
+    job.wait_for_step(5)
+    job.process.send_signal(signal.SIGTERM)
+    code, output = job.end(20)
+    step, = checkpoints(lab.folder / "run")
+    assert code != 0 and step >= 5, output
+    lab.train("run", ranks=2, cp=2, batch_size=2, resume=1)
+    same_losses(lab.folder / "run", reference())
+
+
+# ---- 4. ranks that do not belong together
+
+def together(lab, *commands):
+    """A job of one rank of each command."""
+    job = ["mpirun", "--oversubscribe"]
+    for i, command in enumerate(commands):
+        job += [":"] * (i > 0) + ["-n", 1] + command
+    return job
+
+
+def test_ranks_with_other_options_are_named(lab):
+    job = together(lab, *(lab.command("run", seed=seed) for seed in (5, 5, 6)))
+    lab.ends(job, 20, "rank 2", "--seed", "5", "6")
+    job = together(lab, lab.command("run"), lab.command("run", learning_rate=1e-3))
+    lab.ends(job, 20, "rank 1", "--learning-rate", "0.001", "0.003")
+    job = together(lab, lab.command("run"), lab.command("other"))
+    lab.ends(job, 20, "rank 1", "--out-dir", lab.folder / "run", lab.folder / "other")
+    assert not (lab.folder / "run").exists() and not (lab.folder / "other").exists()
+
+
+def test_ranks_of_another_program_are_named(lab):
+    job = together(lab, lab.command("run"), lab.command("run", program="dense"))
+    lab.ends(job, 20, "rank 1", "lighthouse", "dense")
+
+
+def test_a_rank_that_fails_alone_ends_the_job(lab):
+    lab.ends(together(lab, lab.command("run"), lab.command("run", heads=5)), 20, "error: ", "rank 1")
+
+
+@pytest.mark.parametrize("ranks,options,words", [
+    (3, dict(cp=3), ["--cp", 3, "heads", 4]), (4, dict(cp=4, heads=2), ["--cp", 4, "heads", 2]),
+    (2, dict(cp=2, program="dense", seq_len=99, total_batch_size=99), ["--cp", 2, "seq-len", 99]),
+    (3, dict(cp=2), ["--cp", 2, 3]), (1, dict(cp=2), ["--cp", 2, 1]),
+    (3, dict(total_batch_size=T), ["--total-batch-size", T, 3 * T]),
+    (4, dict(cp=2, total_batch_size=T), ["--total-batch-size", T, 2 * T])])
+def test_numbers_of_ranks_that_do_not_go(lab, ranks, options, words):
+    """Ranks that do not divide what they share: one message with the values, and nothing is written."""
+    lab.ends(lab.command("run", ranks=ranks, **options), 20, "error: ", *words)
+    assert not (lab.folder / "run").exists()
+
+
+# ---- 5. logs and plans
+
+def test_rank_logs(lab):
+    """--rank-logs 1: a file a rank, with its steps; by default none."""
+    folder = lab.train("run", ranks=4, cp=2, steps=2, switch_step=1, rank_logs=1)
+    assert sorted(p.name for p in folder.glob("rank_*.log")) == [f"rank_{r}.log" for r in range(4)]
+    for rank in range(4):
+        lines = (folder / f"rank_{rank}.log").read_text(errors="replace").splitlines()
+        assert len([line for line in lines if "step" in line]) >= 2, lines
+    assert not list(lab.train("plain", ranks=2, steps=0, switch_step=0).glob("rank_*"))
+
+
+def memory_of(output):
+    """{part: GiB} as --dry-run prints the plan."""
+    line, = (line for line in output.splitlines() if line.startswith("memory "))
+    return {name: float(size) for name, size in re.findall(r" ([A-Za-z0-9 ]+) ([0-9.]+)(?:,|$)", line.split(":", 1)[1])}
+
+
+def test_plan_for_ranks_that_are_not_there(lab):
+    """--plan-ranks prints what so many ranks take each: the optimizer's state falls as 1/ranks, activations as 1/cp."""
+    options = dict(MODEL, channels=512, depth=12, seq_len=4096, topk=256, tile=64, total_batch_size=0, recompute=0,
+                   sample_every=0, val_data="")
+    plans = {}
+    for name, more in [("one", {}), ("planned", dict(plan_ranks=4, cp=2)), ("started", dict(ranks=4, cp=2))]:
+        result = execute(lab.command("run", **dict(options, **more)) + ["--dry-run"])
+        assert result.code == 0, result.err
+        plans[name] = memory_of(result.out)
+    assert plans["planned"] == plans["started"]
+    one, four = plans["one"], plans["planned"]
+    assert four["AdamW moments"] == pytest.approx(one["AdamW moments"] / 4, abs=0.02)
+    assert four["activations"] < 0.65 * one["activations"]
+    assert not (lab.folder / "run").exists()

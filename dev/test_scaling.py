@@ -1,0 +1,330 @@
+"""Proves the tools for many GPUs: the arithmetic of scripts/scaling_model.py against what the trainer really sends and
+takes, scripts/bench_scaling's tables and its runs on the CPU backend, and scripts/predict_scaling.
+
+    python -m pytest dev/test_scaling.py        (make builds the programs first)
+"""
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from test_trainer import write_shard
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.dont_write_bytecode = True
+sys.path.insert(0, str(ROOT / "scripts"))
+import scaling_model  # noqa: E402
+
+scaling, predict = scaling_model.script("bench_scaling"), scaling_model.script("predict_scaling")
+SMALL = ["--depth", "3", "--channels", "64", "--heads", "4", "--vocab-size", "300", "--levels", "3", "--pool", "2",
+         "--topk", "32", "--tile", "8"]
+needs_mpi = pytest.mark.skipif(not shutil.which("mpirun"),
+                               reason="there is no MPI: apt-get install openmpi-bin libopenmpi-dev")
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
+        monkeypatch.setenv(name, "1")
+
+
+# ---- the arithmetic against the trainer ---------------------------------------------------------------------------
+
+COUNTER = r'''// Counts the bytes that a rank sends, between MPI and the program.
+#include <mpi.h>
+#include <stdio.h>
+static long long sent;
+int MPI_Isend(const void* p, int n, MPI_Datatype type, int to, int tag, MPI_Comm comm, MPI_Request* request) {
+    int size;
+    MPI_Type_size(type, &size);
+    sent += (long long)n * size;
+    return PMPI_Isend(p, n, type, to, tag, comm, request);
+}
+int MPI_Finalize(void) {
+    fprintf(stderr, "sent %lld bytes\n", sent);
+    return PMPI_Finalize();
+}
+'''
+
+
+@pytest.fixture(scope="module")
+def counter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("counter")
+    (folder / "counter.c").write_text(COUNTER)
+    subprocess.run(["mpicc", "-shared", "-fPIC", "counter.c", "-o", "counter.so"], cwd=folder, check=True)
+    return folder / "counter.so"
+
+
+def run_ranks(folder, ranks, *options, preload=None):
+    """A run of a small model. Returns its events and the bytes that each rank sent."""
+    shutil.rmtree(folder, ignore_errors=True)
+    tokens = folder.parent / "tokens.bin"
+    if not tokens.exists():
+        write_shard(tokens, [i * 7 % 251 for i in range(30000)])
+    command = ["mpirun", "--oversubscribe", "-n", ranks, *(["-x", f"LD_PRELOAD={preload}"] if preload else []),
+               ROOT / "train_gpt_lighthouse_cpu", "--train-data", tokens, "--val-data", "", "--out-dir", folder,
+               "--seq-len", 256, *SMALL, *options]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {e["event"]: e for e in events}, [int(n) for n in re.findall(r"sent (\d+) bytes", done.stderr)]
+
+
+def shape_of(config):
+    o = config["options"]
+    return dict(config["model"], B=o["batch-size"], T=o["seq-len"], tokens=config["tokens_per_step"],
+                recompute=o["recompute"], lighthouse=config["lighthouse"])
+
+
+@needs_mpi
+@pytest.mark.parametrize("ranks,cp,level,positions,phase", [
+    (3, 1, 0, "rope", "lighthouse"), (2, 2, 0, "learned", "dense"), (4, 2, 2, "rope", "lighthouse"),
+    (2, 2, 4, "rope", "lighthouse"), (4, 4, 3, "rope", "dense")])
+def test_bytes_that_the_trainer_sends(tmp_path, counter, ranks, cp, level, positions, phase):
+    """Two steps more send twice the bytes of a step, in two micro-steps of two sequences on every rank."""
+    totals = []
+    for steps in (1, 3):
+        events, sent = run_ranks(
+            tmp_path / "run", ranks, "--cp", cp, "--batch-size", 2, "--total-batch-size", 256 * 2 * 2 * ranks // cp,
+            "--steps", steps, "--switch-step", steps if phase == "lighthouse" else 0, "--recompute", level,
+            "--positions", positions, "--checkpoint-every", 0, preload=counter)
+        assert len(sent) == ranks and len(set(sent)) == 1, "all ranks send alike"
+        totals.append(sent[0])
+    calls = scaling_model.collectives(shape_of(events["config"]), phase, ranks, cp, element=4)
+    assert (totals[1] - totals[0]) / 2 == sum(scaling_model.sent(c) * c["calls"] for c in calls)
+
+
+@needs_mpi
+@pytest.mark.parametrize("ranks,cp,level", [(1, 1, 1), (4, 2, 0), (4, 2, 1), (2, 2, 2), (3, 1, 3), (4, 2, 4)])
+def test_memory_that_the_trainer_takes(tmp_path, ranks, cp, level):
+    events, _ = run_ranks(tmp_path / "run", ranks, "--cp", cp, "--batch-size", 2, "--recompute", level, "--steps", 2,
+                          "--switch-step", 1)
+    parts = scaling_model.memory(shape_of(events["config"]), ranks, cp, element=4)
+    assert set(parts) == set(events["memory"]["parts"]) - {"tokens"}
+    for name, size in parts.items():
+        # Buffers begin at whole 256 bytes, which the arithmetic leaves out.
+        assert size == pytest.approx(events["memory"]["parts"][name], rel=0.005), name
+
+
+def test_memory_of_the_measured_runs():
+    """As the plans in dev/RESULTS.md's logs have it, in GiB."""
+    lighthouse = {"levels": 3, "pool": 4, "slots": 18432, "dense_layers": [0, 1, 28, 29]}
+    shape = {"layers": 30, "channels": 1024, "heads": 8, "padded_vocab": 512, "positions": "rope", "B": 1, "T": 98304,
+             "tokens": 98304, "recompute": 0, "lighthouse": lighthouse}
+    million = dict(shape, layers=12, channels=768, heads=12, padded_vocab=50304, T=1 << 20, recompute=3,
+                   lighthouse=dict(lighthouse, slots=3 * (1 << 20) // 16, dense_layers=[]))
+    short = dict(million, B=64, T=1024, recompute=0, lighthouse=None)
+    for run, activations, workspace in ((shape, 95.49, 0.38), (million, 70.25, 3.05), (short, 19.29, 0.19)):
+        parts = scaling_model.memory(run, 1, 1)
+        assert parts["activations"] / scaling_model.GIB == pytest.approx(activations, abs=0.01)
+        assert parts["attention workspace"] / scaling_model.GIB == pytest.approx(workspace, abs=0.01)
+
+
+# ---- the tables from recorded results -----------------------------------------------------------------------------
+
+def row(table, name, ranks, **fields):
+    return {"table": table, "row": f"{name}, {ranks} ranks", "date": "2026-11-25", "card": "A CARD",
+            "command": f"scripts/bench_scaling {table}", "name": name, "ranks": ranks, **fields}
+
+
+def recorded():
+    """Round numbers, so that every figure of a table can be checked by hand."""
+    gradients = {"call": "reduce_scatter", "what": "fp32 gradients of a layer", "bytes": 40_000_000, "calls": 30,
+                 "ranks": 4, "ms": 0.1, "sent_GBps": 300.0}
+    exchange = {"call": "all_to_all", "what": "qkv and its gradient", "bytes": 80_000_000, "calls": 60, "ranks": 4,
+                "ms": 0.4, "sent_GBps": 150.0}
+    links = {"reduce_scatter": 400.0, "all_gather": 390.0, "all_to_all": 300.0}
+    lh30, d12 = "lh30, T 98,304", "d12, T 1,048,576"
+    return [
+        row("weak", lh30, 4, shape={"tokens": 400000}, ms={"lighthouse": [1250.0, 1250.0, 1300.0], "dense": [4000.0]},
+            links=links, collectives={"lighthouse": [gradients], "dense": [gradients]}),
+        row("weak", lh30, 1, shape={"tokens": 100000}, ms={"lighthouse": [1000.0], "dense": [4000.0]}, links={},
+            collectives={}),
+        row("strong", d12, 1, refused="this run takes 200 GiB"),
+        row("strong", d12, 2, shape={"tokens": 1000000}, ms={"lighthouse": [4000.0]}, links={}, collectives={}),
+        row("strong", d12, 4, shape={"tokens": 1000000}, ms={"lighthouse": [2500.0]}, links=links,
+            collectives={"lighthouse": [exchange]}),
+        row("context", "d12", 4, T=4194304, unit=262144, memory="130 GiB of 139 GiB free", ms={"lighthouse": 20000.0}),
+        row("context", "lh30", 4, refused="too large")]
+
+
+def cells(text, *start):
+    begin = "| " + " | ".join(start) + " |"
+    line = next(line for line in text.split("\n") if line.startswith(begin))
+    return [c.strip() for c in line.strip("|").split("|")][len(start):]
+
+
+def test_tables():
+    tables = scaling.bench.latest(recorded())
+    weak, strong, context = (scaling.shown(t, tables) for t in scaling.TABLES)
+    assert weak.startswith("`scripts/bench_scaling weak` — A CARD, 2026-11-25\n")
+    assert cells(weak, "lh30, T 98,304", "1", "lighthouse") == ["1,000.0 / 1,000.0 / 1,000.0", "100.0", "100.0%", "-"]
+    assert cells(weak, "lh30, T 98,304", "4", "lighthouse") == [
+        "1,250.0 / 1,250.0 / 1,300.0", "320.0", "80.0%", "250.0"]
+    assert cells(weak, "lh30, T 98,304", "4", "dense")[2:] == ["100.0%", "0.0"]
+    assert cells(weak, "lh30, T 98,304", "4", "reduce_scatter: fp32 gradients of a layer") == [
+        "40.00", "30", "0.100", "300.0", "400.0", "75%", "0.90", "3.0"]
+    assert weak.count("reduce_scatter") == 1, "both phases have the same"
+    assert cells(strong, "d12, T 1,048,576", "1")[-1] == "this run takes 200 GiB"
+    assert cells(strong, "d12, T 1,048,576", "2", "lighthouse")[1:] == ["250.0", "100.0%", "-"]  # linear from here on
+    assert cells(strong, "d12, T 1,048,576", "4", "lighthouse")[1:] == ["400.0", "80.0%", "500.0"]
+    assert cells(strong, "d12, T 1,048,576", "4", "dense")[-1] == "left out: too long"
+    assert cells(strong, "d12, T 1,048,576", "4", "all_to_all: qkv and its gradient")[-2:] == ["3.60", "24.0"]
+    assert cells(context, "d12", "4") == ["4,194,304", "262,144", "20.0 s", "130 GiB of 139 GiB free"]
+    assert cells(context, "lh30", "4")[-1] == "too large"
+
+
+def test_page(tmp_path, capsys):
+    results, page = tmp_path / "results.jsonl", tmp_path / "page.md"
+    results.write_text("".join(json.dumps(r) + "\n" for r in recorded()))
+    shutil.copy(ROOT / "dev" / "SCALING.md", page)
+    scaling.main(["page", str(results), "--into", str(page)])
+    assert all(scaling.shown(t, scaling.bench.latest(recorded())) in page.read_text() for t in scaling.TABLES)
+    scaling.main(["page", str(results)])
+    assert capsys.readouterr().out.count("A CARD") == 3
+
+
+@pytest.mark.parametrize("args,message", [
+    (["fast"], "invalid choice"), (["page"], "page wants a results file"), (["weak", "x.jsonl"], "goes with page"),
+    (["--ranks", "0"], "at least 1"), (["--steps", "0"], "--steps is 0"),
+    (["weak", "--", "--out-dir", "x"], "chosen by --out")])
+def test_usage(capsys, args, message):
+    with pytest.raises(SystemExit) as e:
+        scaling.main(args)
+    assert e.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_more_gpus_than_there_are(monkeypatch):
+    monkeypatch.setattr(scaling, "gpus", lambda: 2)
+    with pytest.raises(SystemExit) as e:
+        scaling.main(["weak", "--ranks", "1", "4"])
+    assert "shows 2 GPU(s)" in e.value.code
+
+
+# ---- runs on the CPU backend --------------------------------------------------------------------------------------
+
+def results_of(out):
+    return {(r["table"], r["row"]): r for r in map(json.loads, (out / "results.jsonl").read_text().splitlines())}
+
+
+@needs_mpi
+def test_weak_and_strong_run(tmp_path, capfd):
+    common = ["--backend", "cpu", "--steps", "2", "--warmup", "1", "--link-bytes", "100000", "--out", str(tmp_path),
+              "--rows", "lh30, T 98", "--", *SMALL, "--seq-len", "512"]
+    scaling.main(["weak", "--ranks", "1", "2", *common])
+    scaling.main(["strong", "--ranks", "2", *common])
+    found = results_of(tmp_path)
+    assert set(found) == {("weak", "lh30, T 98,304, 1 ranks"), ("weak", "lh30, T 98,304, 2 ranks"),
+                          ("strong", "lh30, T 98,304, 2 ranks")}
+    weak, strong = found["weak", "lh30, T 98,304, 2 ranks"], found["strong", "lh30, T 98,304, 2 ranks"]
+    assert weak["shape"]["tokens"] == 1024 and strong["shape"]["tokens"] == 512 and "--cp 2" in strong["trainer"]
+    assert {p: len(ms) for p, ms in strong["ms"].items()} == {"lighthouse": 2, "dense": 1}
+    for r, calls in ((weak, {"reduce_scatter", "all_gather"}),
+                     (strong, {"reduce_scatter", "all_gather", "all_to_all"})):
+        assert set(r["links"]) == {c["call"] for c in r["collectives"]["lighthouse"]} == calls
+        assert all(c["ms"] > 0 and c["sent_GBps"] == pytest.approx(scaling_model.sent(c) / c["ms"] / 1e6, rel=0.2)
+                   for c in r["collectives"]["dense"])
+    shown = capfd.readouterr().out
+    assert "| lh30, T 98,304 | 2 | dense |" in shown and "all_to_all: qkv and its gradient" in shown
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(tmp_path) not in running, "the ranks of a measured job end with it"
+
+
+@needs_mpi
+def test_context_runs(tmp_path, capfd, monkeypatch):
+    planned = scaling.planned
+
+    def short(args, vocab, options, cp):  # as if no more than 1,024 tokens fitted on a rank
+        return planned(args, vocab, options, cp) if int(options[-1]) <= 1024 * cp else (False, "error: too few")
+
+    monkeypatch.setattr(scaling, "planned", short)
+    scaling.main(["context", "--backend", "cpu", "--ranks", "1", "2", "--rows", "d12", "--unit", "512", "--top",
+                  "4096", "--out", str(tmp_path), "--", "--depth", "2", "--channels", "32", "--heads", "2",
+                  "--vocab-size", "300"])
+    found = results_of(tmp_path)
+    assert [found["context", f"d12, {n} ranks"]["T"] for n in (1, 2)] == [1024, 2048]
+    assert all("lighthouse" in r["ms"] and "recompute level" in r["memory"] for r in found.values())
+    assert "| d12 | 2 | 2,048 | 1,024 |" in capfd.readouterr().out
+
+
+@needs_mpi
+def test_a_failing_run_is_named(tmp_path):
+    with pytest.raises(SystemExit) as e:
+        scaling.main(["weak", "--backend", "cpu", "--ranks", "2", "--out", str(tmp_path), "--", *SMALL, "--heads", "5"])
+    assert "--channels 64 is not divisible by --heads 5" in e.value.code
+
+
+@needs_mpi
+@pytest.mark.parametrize("args,message", [
+    (["x=1"], "no measurement"), (["all_gather=0"], "no measurement"), (["all_to_all=100"], "in groups"),
+    (["cp=3", "all_gather=10"], "must divide")])
+def test_collectives_refuse(args, message):
+    scaling.bench.built("build/bench_nccl_cpu")
+    done = subprocess.run(["mpirun", "--oversubscribe", "-n", "2", ROOT / "build/bench_nccl_cpu", *args],
+                          capture_output=True, text=True)
+    assert done.returncode and message in done.stderr
+
+
+# ---- predictions --------------------------------------------------------------------------------------------------
+
+def links(**changes):
+    class Links:
+        ring, node, all_to_all, hop_us, node_hop_us, all_to_all_us, gib = 340, 340, 300, 3, 12, 20, 136
+    for name, value in changes.items():
+        setattr(Links, name, value)
+    return Links
+
+
+def test_one_gpu_is_as_measured():
+    """The model of one GPU's step gives back the two steps that it was made of, but for the head of more token ids."""
+    head = 6 * (predict.VOCAB - 512) * 1024 * 98304 / predict.HEAD_FLOPS * 1e3
+    for phase, ms in predict.STEP_MS.items():
+        assert predict.compute_ms(98304, phase, 0) == pytest.approx(ms + head)
+    assert predict.sdpa_ms(524288) == pytest.approx(3685) and predict.sdpa_ms(1 << 20) == pytest.approx(4 * 3685)
+
+
+def test_links_without_cost_scale_perfectly():
+    free = links(ring=1e12, node=1e12, all_to_all=1e12, hop_us=0, node_hop_us=0, all_to_all_us=0)
+    one = predict.compute_ms(98304, "lighthouse", 0)
+    for gpus, cp in ((8, 1), (512, 8)):
+        p = predict.predict(98304, gpus, cp, "lighthouse", free)
+        assert p["step"] == pytest.approx(one / cp) and p["rate"] == pytest.approx(gpus * 98304 / one * 1e3)
+
+
+def test_the_page_holds_the_tables(tmp_path):
+    """dev/SCALING.md is what scripts/predict_scaling writes."""
+    page = tmp_path / "page.md"
+    shutil.copy(ROOT / "dev" / "SCALING.md", page)
+    predict.main(["--into", str(page)])
+    assert page.read_text() == (ROOT / "dev" / "SCALING.md").read_text()
+
+
+def test_the_steps_by_hand():
+    """The figures that the page works out in words."""
+    text = " ".join((ROOT / "dev" / "SCALING.md").read_text().split())
+    p = predict.predict(98304, 8, 1, "lighthouse", links())
+    assert f"= {p['step']:,.1f} ms, 8 x 98,304" in text and f"= {round(p['rate'], -3):,.0f} tok/s" in text
+    p = predict.predict(1 << 20, 8, 8, "lighthouse", links())
+    assert f"over 8 GPUs {p['compute'] / 1e3:.1f} s" in text and f"{p['all_to_all']:.0f} ms in all" in text
+    dense = 4 * predict.sdpa_ms(1 << 20) / 8
+    sparse = 4 * (predict.sdpa_ms(predict.slots(1 << 20)) + predict.AROUND_MS * (1 << 20) / 98304) / 8
+    assert f"are {dense / 1e3:.1f} of those" in text and f"it would be {(p['compute'] - dense + sparse) / 1e3:.1f}." in text
+    sizes = (98304, 8, 1), (98304, 8, 8), (1 << 20, 8, 8), (1 << 22, 8, 8)
+    assert [predict.fitting(*size, 76)[0] for size in sizes] == [2, 0, 3, 4]
+    assert ("(`--gib 76`) 98,304 tokens fit at level 2, and at level 0 with cp 8; 1,048,576 on eight at level 3; "
+            "4,194,304 at level 4.") in text
+
+
+def test_measured_values_take_the_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "STEP_MS", dict(predict.STEP_MS))
+    results = tmp_path / "results.jsonl"
+    step = {"table": "step", "row": "lh30", "ms": {"lighthouse": [900.0, 910.0, 930.0], "dense": []}}
+    results.write_text("".join(json.dumps(r) + "\n" for r in [*recorded(), step]))
+    found = links()
+    predict.take_measured(found, [str(results)])
+    assert predict.STEP_MS == {"lighthouse": 910.0, "dense": 4119.0}
+    assert (found.ring, found.all_to_all) == (390.0, 300.0)
