@@ -392,6 +392,11 @@ static void* device_alloc(size_t bytes) {  // zeroed
 static void device_zero(void* p, size_t bytes) { memset(p, 0, bytes); }
 static void copy_to_device(void* device, const void* host, size_t bytes) { memcpy(device, host, bytes); }
 static void copy_to_host(void* host, const void* device, size_t bytes) { memcpy(host, device, bytes); }
+static void* host_alloc_pinned(size_t bytes) { return host_alloc(bytes); }
+static void copy_to_device_async(void* device, const void* host, size_t bytes) { memcpy(device, host, bytes); }
+struct DeviceEvent {};
+static void event_record(DeviceEvent*) {}
+static void event_wait(DeviceEvent*) {}
 static void device_open(int) {}
 static void device_synchronize() {}
 static size_t device_memory_free() {
@@ -502,6 +507,23 @@ static void copy_to_host(void* host, const void* device, size_t bytes) {
     cudaCheck(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, main_stream));
     device_synchronize();
 }
+// Host memory that the device reads and writes by itself, while the host goes on.
+static void* host_alloc_pinned(size_t bytes) {
+    void* p;
+    cudaCheck(cudaMallocHost(&p, bytes ? bytes : 1));
+    return p;
+}
+// From pinned memory the host goes on at once, and must leave the memory alone until an event behind the copy; from
+// other memory it goes on when the copy has left it.
+static void copy_to_device_async(void* device, const void* host, size_t bytes) {
+    cudaCheck(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, main_stream));
+}
+struct DeviceEvent { cudaEvent_t event; };  // starts out as all zeros: nothing to wait for
+static void event_record(DeviceEvent* e) {
+    if (!e->event) cudaCheck(cudaEventCreateWithFlags(&e->event, cudaEventDisableTiming));
+    cudaCheck(cudaEventRecord(e->event, main_stream));
+}
+static void event_wait(DeviceEvent* e) { if (e->event) cudaCheck(cudaEventSynchronize(e->event)); }
 static size_t device_memory_free() {
     size_t free_bytes, total;
     cudaCheck(cudaMemGetInfo(&free_bytes, &total));
@@ -772,7 +794,7 @@ using namespace cpu;
 
 // On a CPU the operations take every shape and need no memory beside their tensors.
 static void operations_open(int, int, bool) {}
-static size_t operations_bytes(int, int64_t, int) { return 0; }
+static size_t operations_bytes(int, int64_t, int, int) { return 0; }
 static size_t sdpa_prepare(int, int64_t, int, int, bool, bool) { return 0; }
 static void operations_allocate(size_t, size_t) {}
 static void fp8_open() {}
@@ -869,10 +891,15 @@ template <int R> __device__ __forceinline__ void block_sum(float (&x)[R], float*
 }
 
 // ---- sums over rows: partial results to totals
-// dst += the sum over g of partial[g]: the second stage of every gradient that sums over all rows. Columns below split
-// belong to dst0, the others to dst1.
-__global__ void __launch_bounds__(1024) add_partials_kernel(float* dst0, float* dst1, int split,
-                                                            const float* partial /*(groups, n)*/, int groups, int n) {
+// dst += the sum over g of partial[g]: the second stage of every gradient that sums over all rows. The n columns belong
+// to up to three tensors, one behind the other, n / count each; a tensor that is NULL is left out.
+struct SumTargets {
+    float* dst[3];
+    int count;
+};
+
+__global__ void __launch_bounds__(1024) add_partials_kernel(SumTargets to, const float* partial /*(groups, n)*/,
+                                                            int groups, int n) {
     __shared__ float sums[32][33];
     int column = blockIdx.x * 32 + threadIdx.x;
     float sum = 0.0f;
@@ -884,12 +911,13 @@ __global__ void __launch_bounds__(1024) add_partials_kernel(float* dst0, float* 
     if (threadIdx.y > 0 || column >= n) return;
     sum = 0.0f;
     for (int g = 0; g < 32; g++) sum += sums[g][threadIdx.x];
-    float* dst = column < split ? dst0 + column : dst1 + (column - split);
-    *dst += sum;
+    int size = n / to.count, which = column / size;
+    float* dst = which == 0 ? to.dst[0] : which == 1 ? to.dst[1] : to.dst[2];
+    if (dst) dst[column % size] += sum;
 }
 
-static void add_partials(float* dst0, float* dst1, int split, const float* partial, int groups, int n) {
-    add_partials_kernel<<<grid_for(n, 32), dim3(32, 32), 0, main_stream>>>(dst0, dst1, split, partial, groups, n);
+static void add_partials(SumTargets to, const float* partial, int groups, int n) {
+    add_partials_kernel<<<grid_for(n, 32), dim3(32, 32), 0, main_stream>>>(to, partial, groups, n);
     cudaCheck(cudaGetLastError());
 }
 
@@ -1235,16 +1263,17 @@ static void layernorm_forward(floatX* out, float* mean /*(N)*/, float* rstd /*(N
 }
 
 // A block spans a row, 8 channels a thread, and goes from row to row; one wave of blocks does them all. Each thread
-// keeps its channels' sums for dweight and dbias in registers to the end. What counts is how many blocks fit, so that
-// some load while others wait at the barrier: a warp a row, or two rows at a time, take more registers and were slower.
-__global__ void __launch_bounds__(512, 2) layernorm_backward_kernel(floatX* dinp, float* partial /*(blocks,2,C)*/,
+// keeps its channels' sums for dweight, dbias and dsum in registers to the end. What counts is how many blocks fit, so
+// that some load while others wait at the barrier: a warp a row, or two rows at a time, take more registers and were
+// slower.
+__global__ void __launch_bounds__(512, 2) layernorm_backward_kernel(floatX* dinp, float* partial /*(blocks,3,C)*/,
                                                                     const floatX* dout, const floatX* inp,
                                                                     const floatX* weight, const float* mean,
                                                                     const float* rstd, int64_t N, int C) {
     __shared__ float shared[2][16 * 2];
     int c = threadIdx.x * 8, turn = 0;
     Pack8<floatX> d = {}, x = {}, old = {}, w = {};  // threads without channels add zeros
-    float dweight[8] = {}, dbias[8] = {};
+    float dweight[8] = {}, dbias[8] = {}, dsum[8] = {};
     if (c < C) w = load8(weight + c);
     for (int64_t row = blockIdx.x; row < N; row += gridDim.x) {
         if (c < C) {
@@ -1271,18 +1300,21 @@ __global__ void __launch_bounds__(512, 2) layernorm_backward_kernel(floatX* dinp
         for (int i = 0; i < 8; i++) {
             float norm = ((float)x.v[i] - m) * scale, dnorm = (float)d.v[i] * (float)w.v[i];
             y[i] = (float)old.v[i] + (dnorm - dnorm_mean - norm * dnorm_norm_mean) * scale;
+            dsum[i] += y[i];
         }
         if (c < C) store8(dinp + row * C + c, to_pack8<floatX>(y));
     }
     if (c >= C) return;
-    store8(partial + (int64_t)blockIdx.x * 2 * C + c, to_pack8<float>(dweight));
-    store8(partial + (int64_t)blockIdx.x * 2 * C + C + c, to_pack8<float>(dbias));
+    float* sums = partial + (int64_t)blockIdx.x * 3 * C + c;
+    store8(sums, to_pack8<float>(dweight));
+    store8(sums + C, to_pack8<float>(dbias));
+    store8(sums + 2 * C, to_pack8<float>(dsum));
 }
 
-static size_t layernorm_backward_scratch_bytes(int C) { return (size_t)LAYERNORM_MAX_BLOCKS * 2 * C * sizeof(float); }
+static size_t layernorm_backward_scratch_bytes(int C) { return (size_t)LAYERNORM_MAX_BLOCKS * 3 * C * sizeof(float); }
 
 static void layernorm_backward(floatX* dinp /*(N,C) +=*/, float* dweight /*(C) +=*/, float* dbias /*(C) +=*/,
-                               const floatX* dout /*(N,C)*/, const floatX* inp /*(N,C)*/, const floatX* weight /*(C)*/,
+                               float* dsum /*(C) += the sums of dinp's columns, or NULL*/, const floatX* dout /*(N,C)*/, const floatX* inp /*(N,C)*/, const floatX* weight /*(C)*/,
                                const float* mean /*(N)*/, const float* rstd /*(N)*/, int64_t N, int C) {
     layernorm_require("layernorm_backward", C);
     float* partial = (float*)scratch(layernorm_backward_scratch_bytes(C), "layernorm_backward");
@@ -1295,57 +1327,37 @@ static void layernorm_backward(floatX* dinp /*(N,C) +=*/, float* dweight /*(C) +
     int blocks = (int)std::min(N, (int64_t)std::min(blocks_per_sm * device_sms, LAYERNORM_MAX_BLOCKS));
     layernorm_backward_kernel<<<blocks, threads, 0, main_stream>>>(dinp, partial, dout, inp, weight, mean, rstd, N, C);
     cudaCheck(cudaGetLastError());
-    add_partials(dweight, dbias, C, partial, blocks, 2 * C);
+    add_partials({{dweight, dbias, dsum}, 3}, partial, blocks, 3 * C);
 }
 
 // ---- matmul
 // cuBLASLt's matrices are column major, so a row-major (N,C) is its (C,N), and D = op(A) op(B) is written for the
-// transposes. Sums are fp32; in the fp32 build without TF32. The choice of a kernel takes far longer than a launch, so
-// it is made once a shape and kept; it does not depend on timings, so a resumed run gets the same one.
-struct MatmulPlan {
+// transposes. Sums are fp32; in the fp32 build without TF32.
+enum MatmulOperands { FLOATX, FP8, FP8_GRADIENT };  // A and B: both floatX; both e4m3; A e4m3, B e5m2
+
+struct MatmulShape {
     int64_t m, n, k;
-    bool trans_a, trans_b, bias, add, float_out;
-    cudaDataType_t type;  // of B; an A beside FP8 is e4m3
+    bool trans_a, trans_b;
+    bool bias, add;  // D (m,n) = op(A) op(B) + bias (m) + add (m,n)
+    bool dgelu;      // D = op(A) op(B) * GELU'(x), x (m,n) what GELU was applied to
+    bool float_out;
+    MatmulOperands operands;
+};
+
+// The choice of a kernel takes far longer than a launch, so it is made once a shape and kept.
+struct MatmulPlan {
+    MatmulShape shape;
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t a, b, d;
     cublasLtMatmulAlgo_t algo;
+    bool tuned;
 };
-constexpr int MATMUL_PLANS = 256;
+constexpr int MATMUL_PLANS = 256, MATMUL_CANDIDATES = 8;
 static MatmulPlan matmul_plans[MATMUL_PLANS];
 static int64_t matmul_plan_count;
 
-static MatmulPlan* matmul_plan(int64_t m, int64_t n, int64_t k, bool trans_a, bool trans_b, bool bias, bool add,
-                               bool float_out, cudaDataType_t type) {
-    for (int i = 0; i < std::min(matmul_plan_count, (int64_t)MATMUL_PLANS); i++) {
-        MatmulPlan* p = &matmul_plans[i];
-        if (p->m == m && p->n == n && p->k == k && p->trans_a == trans_a && p->trans_b == trans_b && p->bias == bias &&
-            p->add == add && p->float_out == float_out && p->type == type) return p;
-    }
-    MatmulPlan* p = &matmul_plans[matmul_plan_count % MATMUL_PLANS];
-    if (matmul_plan_count++ >= MATMUL_PLANS) {  // sampling meets a new length with every token: the oldest plan goes
-        cublasCheck(cublasLtMatmulDescDestroy(p->desc));
-        cublasCheck(cublasLtMatrixLayoutDestroy(p->a));
-        cublasCheck(cublasLtMatrixLayoutDestroy(p->b));
-        cublasCheck(cublasLtMatrixLayoutDestroy(p->d));
-    }
-    *p = {m, n, k, trans_a, trans_b, bias, add, float_out, type};
-    cublasOperation_t op_a = trans_a ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;
-    cublasLtEpilogue_t epilogue = bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
-    cublasCheck(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof(op_a)));
-    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof(op_b)));
-    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(epilogue)));
-    int64_t a_rows = trans_a ? k : m, a_cols = trans_a ? m : k, b_rows = trans_b ? n : k, b_cols = trans_b ? k : n;
-    cudaDataType_t a_type = type == FLOATX_CUDA ? FLOATX_CUDA : CUDA_R_8F_E4M3;
-    cublasCheck(cublasLtMatrixLayoutCreate(&p->a, a_type, a_rows, a_cols, a_rows));
-    cublasCheck(cublasLtMatrixLayoutCreate(&p->b, type, b_rows, b_cols, b_rows));
-    cublasCheck(cublasLtMatrixLayoutCreate(&p->d, float_out ? CUDA_R_32F : FLOATX_CUDA, m, n, m));
-
-    // Hopper's tensor cores keep about 14 bits of a sum of FP8 products, which is enough for an activation. A gradient
-    // sums many more terms: there the sums move to fp32 registers every few steps.
-    int8_t fast = type == CUDA_R_8F_E4M3;
-    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof(fast)));
-
+// cuBLASLt's kernels for a plan, the one that it takes for the best first. Returns how many were found.
+static int matmul_candidates(const MatmulPlan* p, cublasLtMatmulHeuristicResult_t* found, int wanted) {
     cublasLtMatmulPreference_t preference;
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
     cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
@@ -1355,47 +1367,146 @@ static MatmulPlan* matmul_plan(int64_t m, int64_t n, int64_t k, bool trans_a, bo
                        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES}) {
         cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, which, &alignment, sizeof(alignment)));
     }
-    cublasLtMatmulHeuristicResult_t result;
-    int found = 0;
+    int count = 0;
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(cublaslt_handle, p->desc, p->a, p->b, p->d, p->d, preference,
-                                                           1, &result, &found);
-    opRequire(status == CUBLAS_STATUS_SUCCESS && found > 0, "cuBLASLt knows no kernel for m = %ld, n = %ld, k = %ld, "
-              "trans %d %d, bias %d, type %d: %s", m, n, k, trans_a, trans_b, bias, type,
-              cublasLtGetStatusString(status));
+                                                           wanted, found, &count);
+    const MatmulShape& s = p->shape;
+    opRequire(status == CUBLAS_STATUS_SUCCESS && count > 0, "cuBLASLt knows no kernel for m = %ld, n = %ld, k = %ld, "
+              "trans %d %d, bias %d, dgelu %d, operands of kind %d: %s", s.m, s.n, s.k, s.trans_a, s.trans_b, s.bias,
+              s.dgelu, s.operands, cublasLtGetStatusString(status));
     cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
-    p->algo = result.algo;
+    return count;
+}
+
+static MatmulPlan* matmul_plan(const MatmulShape& s) {
+    for (int i = 0; i < std::min(matmul_plan_count, (int64_t)MATMUL_PLANS); i++) {
+        const MatmulShape& x = matmul_plans[i].shape;
+        if (x.m == s.m && x.n == s.n && x.k == s.k && x.trans_a == s.trans_a && x.trans_b == s.trans_b &&
+            x.bias == s.bias && x.add == s.add && x.dgelu == s.dgelu && x.float_out == s.float_out &&
+            x.operands == s.operands)
+            return &matmul_plans[i];
+    }
+    MatmulPlan* p = &matmul_plans[matmul_plan_count % MATMUL_PLANS];
+    if (matmul_plan_count++ >= MATMUL_PLANS) {  // the oldest plan goes
+        cublasCheck(cublasLtMatmulDescDestroy(p->desc));
+        cublasCheck(cublasLtMatrixLayoutDestroy(p->a));
+        cublasCheck(cublasLtMatrixLayoutDestroy(p->b));
+        cublasCheck(cublasLtMatrixLayoutDestroy(p->d));
+    }
+    *p = {s};
+    cublasOperation_t op_a = s.trans_a ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = s.trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasLtEpilogue_t epilogue = s.bias ? CUBLASLT_EPILOGUE_BIAS
+                                : s.dgelu ? CUBLASLT_EPILOGUE_DGELU : CUBLASLT_EPILOGUE_DEFAULT;
+    cublasCheck(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof(op_a)));
+    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof(op_b)));
+    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(epilogue)));
+    if (s.dgelu)
+        cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &s.m, sizeof(s.m)));
+    int64_t a_rows = s.trans_a ? s.k : s.m, a_cols = s.trans_a ? s.m : s.k;
+    int64_t b_rows = s.trans_b ? s.n : s.k, b_cols = s.trans_b ? s.k : s.n;
+    const cudaDataType_t a_type[] = {FLOATX_CUDA, CUDA_R_8F_E4M3, CUDA_R_8F_E4M3};
+    const cudaDataType_t b_type[] = {FLOATX_CUDA, CUDA_R_8F_E4M3, CUDA_R_8F_E5M2};
+    cublasCheck(cublasLtMatrixLayoutCreate(&p->a, a_type[s.operands], a_rows, a_cols, a_rows));
+    cublasCheck(cublasLtMatrixLayoutCreate(&p->b, b_type[s.operands], b_rows, b_cols, b_rows));
+    cublasCheck(cublasLtMatrixLayoutCreate(&p->d, s.float_out ? CUDA_R_32F : FLOATX_CUDA, s.m, s.n, s.m));
+    // Hopper's tensor cores keep 14 bits of a sum of FP8 products: enough for an activation. Gradients, of smaller
+    // terms and longer sums, leave them for fp32 registers every few steps.
+    int8_t fast = s.operands == FP8;
+    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof(fast)));
+    cublasLtMatmulHeuristicResult_t first;
+    matmul_candidates(p, &first, 1);
+    p->algo = first.algo;
     return p;
 }
 
-// D (m,n) = op(A) op(B) + bias (m) + add (m,n), column major. add may be D itself where D is float. In FP8, A and B are
-// multiplied by numbers that lie in device memory.
-static void matmul_cublaslt(void* d, const void* a, const void* b, const floatX* bias, const void* add, int64_t m,
-                            int64_t n, int64_t k, bool trans_a, bool trans_b, bool float_out,
-                            cudaDataType_t type = FLOATX_CUDA, const float* a_scale = NULL,
-                            const float* b_scale = NULL) {
-    opRequire(m > 0 && n > 0 && k > 0 && m % 8 == 0 && (!trans_a || k % 8 == 0),
-              "matmul: rows of %ld and %ld elements, not multiples of 8", m, k);
-    opRequire((((uintptr_t)d | (uintptr_t)a | (uintptr_t)b | (uintptr_t)bias | (uintptr_t)add) & 15) == 0,
-              "matmul: a tensor does not start at a multiple of 16 bytes (d %p, a %p, b %p, bias %p, add %p)", d, a, b,
-              (void*)bias, add);
-    MatmulPlan* p = matmul_plan(m, n, k, trans_a, trans_b, bias != NULL, add != NULL, float_out, type);
-    if (type != FLOATX_CUDA) {
+// A sum of the elements' bits mixed with their places, modulo 2^64: the same in any order of the additions.
+__global__ void __launch_bounds__(256) hash_kernel(unsigned long long* hash, const uint32_t* x, int64_t n) {
+    unsigned long long sum = 0;
+    for (int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x; i < n; i += (int64_t)gridDim.x * 256) {
+        unsigned long long word = ((unsigned long long)i << 32 ^ x[i]) * 0xBF58476D1CE4E5B9ull;
+        sum += (word ^ word >> 31) * 0x94D049BB133111EBull;
+    }
+    atomicAdd(hash, sum);
+}
+
+// Training measures the kernels that cuBLASLt proposes on the operands of a shape's first product. Those that give the
+// same bits as its first proposal are free to choose from, so a resumed run, or another rank, may choose differently.
+static bool matmul_tuning;             // set by what trains; the tests take the first proposal
+static const double MATMUL_TUNE_FLOPS = 1e10;  // below, a product is too short to matter
+static size_t matmul_tune_scratch_bytes(int64_t m, int64_t n) { return 256 + m * n * sizeof(float); }
+
+template <class Multiply> static void matmul_tune(MatmulPlan* p, void* d, Multiply multiply /*(algo, d)*/) {
+    const MatmulShape& s = p->shape;
+    p->tuned = true;
+    if (2.0 * s.m * s.n * s.k < MATMUL_TUNE_FLOPS) return;
+    cublasLtMatmulHeuristicResult_t found[MATMUL_CANDIDATES];
+    int count = matmul_candidates(p, found, MATMUL_CANDIDATES);
+    size_t bytes = (size_t)s.m * s.n * (s.float_out ? sizeof(float) : sizeof(floatX));
+    auto* hash = (unsigned long long*)scratch(s.float_out ? matmul_tune_scratch_bytes(s.m, s.n) : 256, "matmul_tune");
+    if (s.float_out) d = (char*)hash + 256;  // gradients are added to: a test sum must not be
+    cudaEvent_t from, to;
+    cudaCheck(cudaEventCreate(&from));
+    cudaCheck(cudaEventCreate(&to));
+    unsigned long long first_hash = 0, this_hash;
+    float best = INFINITY;
+    for (int i = 0; i < count; i++) {
+        device_zero(d, s.float_out ? bytes : 0);
+        device_zero(hash, sizeof *hash);
+        multiply(&found[i].algo, d);
+        hash_kernel<<<device_sms * 8, 256, 0, main_stream>>>(hash, (uint32_t*)d, bytes / 4);
+        cudaCheck(cudaGetLastError());
+        copy_to_host(&this_hash, hash, sizeof this_hash);
+        if (i == 0) first_hash = this_hash;
+        if (this_hash != first_hash) continue;
+        for (int repeat = 0; repeat < 3; repeat++) {
+            cudaCheck(cudaEventRecord(from, main_stream));
+            multiply(&found[i].algo, d);
+            cudaCheck(cudaEventRecord(to, main_stream));
+            cudaCheck(cudaEventSynchronize(to));
+            float ms;
+            cudaCheck(cudaEventElapsedTime(&ms, from, to));
+            if (ms < best) best = ms, p->algo = found[i].algo;
+        }
+    }
+    cudaCheck(cudaEventDestroy(from));
+    cudaCheck(cudaEventDestroy(to));
+}
+
+// add may be D itself where D is float. In FP8, what a and b point to is multiplied by numbers in device memory.
+static void matmul_cublaslt(MatmulShape s, void* d, const void* a, const void* b, const floatX* bias, const void* add,
+                            const floatX* gelu_inp, const float* a_scale = NULL, const float* b_scale = NULL) {
+    s.bias = bias != NULL; s.add = add != NULL; s.dgelu = gelu_inp != NULL;
+    opRequire(s.m > 0 && s.n > 0 && s.k > 0 && s.m % 8 == 0 && (!s.trans_a || s.k % 8 == 0),
+              "matmul: rows of %ld and %ld elements, not multiples of 8", s.m, s.k);
+    for (const void* p : {(const void*)d, a, b, (const void*)bias, add, (const void*)gelu_inp})
+        opRequire((uintptr_t)p % 16 == 0, "matmul: a tensor starts at %p, which is no multiple of 16 bytes", p);
+    MatmulPlan* p = matmul_plan(s);
+    if (bias)
+        cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
+    if (gelu_inp)
+        cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &gelu_inp,
+                                                   sizeof(gelu_inp)));
+    if (s.operands != FLOATX) {
         cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &a_scale,
                                                    sizeof(a_scale)));
         cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &b_scale,
                                                    sizeof(b_scale)));
     }
-    if (bias)
-        cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
-    const float one = 1.0f, beta = add ? 1.0f : 0.0f;
-    cublasCheck(cublasLtMatmul(cublaslt_handle, p->desc, &one, a, p->a, b, p->b, &beta, add ? add : d, p->d, d, p->d,
-                               &p->algo, cublaslt_workspace, cublaslt_workspace_bytes, main_stream));
+    auto multiply = [&](const cublasLtMatmulAlgo_t* algo, void* to) {
+        const float one = 1.0f, beta = add ? 1.0f : 0.0f;
+        const void* c = add && add != d ? add : to;
+        cublasCheck(cublasLtMatmul(cublaslt_handle, p->desc, &one, a, p->a, b, p->b, &beta, c, p->d, to, p->d, algo,
+                                   cublaslt_workspace, cublaslt_workspace_bytes, main_stream));
+    };
+    if (matmul_tuning && !p->tuned) matmul_tune(p, d, multiply);
+    multiply(&p->algo, d);
 }
 
 static void matmul_forward(floatX* out /*(N,OC)*/, const floatX* inp /*(N,C)*/, const floatX* weight /*(OC,C)*/,
                            const floatX* bias /*(OC) or NULL*/,
                            const floatX* addend /*(N,OC) or NULL, may not alias out*/, int64_t N, int C, int OC) {
-    matmul_cublaslt(out, weight, inp, bias, addend, OC, N, C, true, false, false);
+    matmul_cublaslt({OC, N, C, true, false}, out, weight, inp, bias, addend, NULL);
 }
 
 // Sums of the columns of dout. A block takes 256 columns of a range of rows: 8 columns a lane, every 8th row a warp.
@@ -1443,15 +1554,7 @@ static void bias_backward(float* dbias /*(OC) +=*/, const floatX* dout /*(N,OC)*
     bias_backward_kernel<<<dim3(column_blocks, (unsigned)ranges), dim3(32, 8), 0, main_stream>>>(partial, dout, N, OC,
                                                                                                  range);
     cudaCheck(cudaGetLastError());
-    add_partials(dbias, NULL, OC, partial, (int)ranges, OC);
-}
-
-static void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC,C) +=*/,
-                            float* dbias /*(OC) += or NULL*/, const floatX* dout /*(N,OC)*/,
-                            const floatX* inp /*(N,C)*/, const floatX* weight /*(OC,C)*/, int64_t N, int C, int OC) {
-    if (dinp) matmul_cublaslt(dinp, weight, dout, NULL, NULL, C, N, OC, false, false, false);
-    matmul_cublaslt(dweight, inp, dout, NULL, dweight, C, OC, N, false, true, true);
-    if (dbias) bias_backward(dbias, dout, N, OC);
+    add_partials({{dbias}, 1}, partial, (int)ranges, OC);
 }
 
 // ---- GELU, tanh approximation
@@ -1497,11 +1600,26 @@ static void gelu_backward(floatX* dinp /*may be dout*/, const floatX* dout, cons
     cudaCheck(cudaGetLastError());
 }
 
+// cuBLASLt multiplies by GELU' where it writes dinp, but not in fp32.
+static void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC,C) +=*/,
+                            float* dbias /*(OC) += or NULL*/, const floatX* dout /*(N,OC)*/,
+                            const floatX* inp /*(N,C)*/, const floatX* weight /*(OC,C)*/,
+                            const floatX* gelu_inp /*(N,C) with inp = GELU(gelu_inp): dinp is its gradient; or NULL*/,
+                            int64_t N, int C, int OC) {
+    bool fused = sizeof(floatX) == 2;
+    if (dinp) matmul_cublaslt({C, N, OC, false, false}, dinp, weight, dout, NULL, NULL, fused ? gelu_inp : NULL);
+    if (dinp && gelu_inp && !fused) gelu_backward(dinp, dinp, gelu_inp, N * C);
+    MatmulShape sum = {C, OC, N, false, true};
+    sum.float_out = true;
+    matmul_cublaslt(sum, dweight, inp, dout, NULL, dweight, NULL);
+    if (dbias) bias_backward(dbias, dout, N, OC);
+}
+
 // ---- FP8 matrix products
 // Scaling is per tensor and from the tensor itself, not from earlier steps, so that nothing but the weights makes a
 // run's state. It takes two passes over each operand: one finds the largest magnitude, one rounds. The second writes
-// both layouts, sums a gradient's columns for the bias on its way, and GELU is computed in the passes' loads: with FP8
-// neither its result nor its gradient exists in bf16.
+// both layouts and sums a gradient's columns for the bias on its way, and GELU is computed in the passes' loads: with
+// FP8 neither its result nor the gradient of its input exists in bf16.
 constexpr int FP8_TILE = 128;
 
 // The factor from the wider matrix to FP8. Its limit keeps it finite, also for a matrix of zeros.
@@ -1641,23 +1759,26 @@ static void fp8_quantize(Fp8Matrix y /*(N,C)*/, float* dbias /*(C) += or NULL*/,
     kernel<<<dim3(column_blocks, (unsigned)ranges), 256, 0, main_stream>>>(y.rows, y.columns, partial, y.scale, x, pre,
                                                                            N, C, range);
     cudaCheck(cudaGetLastError());
-    if (dbias) add_partials(dbias, NULL, C, partial, (int)ranges, C);
+    if (dbias) add_partials({{dbias}, 1}, partial, (int)ranges, C);
 }
 
 static void fp8_matmul_forward(floatX* out /*(N,OC)*/, Fp8Matrix inp /*(N,C) rows*/, Fp8Matrix weight /*(OC,C) rows*/,
                                const floatX* bias /*(OC) or NULL*/,
                                const floatX* addend /*(N,OC) or NULL, may not alias out*/, int64_t N, int C, int OC) {
-    matmul_cublaslt(out, weight.rows, inp.rows, bias, addend, OC, N, C, true, false, false, CUDA_R_8F_E4M3,
-                    &weight.scale->inverse, &inp.scale->inverse);
+    MatmulShape s = {OC, N, C, true, false};
+    s.operands = FP8;
+    matmul_cublaslt(s, out, weight.rows, inp.rows, bias, addend, NULL, &weight.scale->inverse, &inp.scale->inverse);
 }
 
 static void fp8_matmul_backward(floatX* dinp /*(N,C)*/, float* dweight /*(OC,C) +=*/, Fp8Matrix dout /*(N,OC) both*/,
                                 Fp8Matrix inp /*(N,C) columns*/, Fp8Matrix weight /*(OC,C) columns*/, int64_t N, int C,
                                 int OC) {
-    matmul_cublaslt(dinp, weight.columns, dout.rows, NULL, NULL, C, N, OC, true, false, false, CUDA_R_8F_E5M2,
-                    &weight.scale->inverse, &dout.scale->inverse);
-    matmul_cublaslt(dweight, inp.columns, dout.columns, NULL, dweight, C, OC, N, true, false, true, CUDA_R_8F_E5M2,
-                    &inp.scale->inverse, &dout.scale->inverse);
+    MatmulShape s = {C, N, OC, true, false}, sum = {C, OC, N, true, false};
+    s.operands = sum.operands = FP8_GRADIENT;
+    sum.float_out = true;
+    matmul_cublaslt(s, dinp, weight.columns, dout.rows, NULL, NULL, NULL, &weight.scale->inverse, &dout.scale->inverse);
+    matmul_cublaslt(sum, dweight, inp.columns, dout.columns, NULL, dweight, NULL, &inp.scale->inverse,
+                    &dout.scale->inverse);
 }
 
 static void fp8_open() {
@@ -1893,32 +2014,28 @@ __global__ void __launch_bounds__(SUM_THREADS) sum_kernel(double* partial /*(SUM
     if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 
-__global__ void __launch_bounds__(SUM_THREADS) sum_partials_kernel(double* out, const double* partial) {
-    double total = 0.0;
-    for (int i = threadIdx.x; i < SUM_BLOCKS; i += SUM_THREADS) total += partial[i];
-    total = block_sum_double(total);
-    if (threadIdx.x == 0) *out = total;
+__global__ void __launch_bounds__(SUM_THREADS) sum_partials_kernel(double* total, const double* partial) {
+    double sum = 0.0;
+    for (int i = threadIdx.x; i < SUM_BLOCKS; i += SUM_THREADS) sum += partial[i];
+    sum = block_sum_double(sum);
+    if (threadIdx.x == 0) *total += sum;
 }
 
-static size_t sum_scratch_bytes() { return (SUM_BLOCKS + 1) * sizeof(double); }
+static size_t sum_scratch_bytes() { return SUM_BLOCKS * sizeof(double); }
 
-// The result stays on the device, so nothing waits.
-template <bool SQUARE> static void sum_async(double* out /*device memory*/, const float* x, int64_t n) {
+template <bool SQUARE> static void add_sum(double* total, const float* x, int64_t n) {
     double* partial = (double*)scratch(sum_scratch_bytes(), "sum");
     sum_kernel<SQUARE><<<SUM_BLOCKS, SUM_THREADS, 0, main_stream>>>(partial, x, n);
-    sum_partials_kernel<<<1, SUM_THREADS, 0, main_stream>>>(out, partial);
+    sum_partials_kernel<<<1, SUM_THREADS, 0, main_stream>>>(total, partial);
     cudaCheck(cudaGetLastError());
 }
-
-template <bool SQUARE> static double sum_to_host(const float* x, int64_t n) {
-    double* out = (double*)scratch(sum_scratch_bytes(), "sum") + SUM_BLOCKS;
-    double result;
-    sum_async<SQUARE>(out, x, n);
-    copy_to_host(&result, out, sizeof(result));
-    return result;
+// The totals stay on the device, so nothing waits.
+static void sum_squares(double* total /*+=, device memory*/, const float* x /*(n)*/, int64_t n) {
+    add_sum<true>(total, x, n);
 }
-static double sum_squares(const float* x, int64_t n) { return sum_to_host<true>(x, n); }
-static double sum_losses(const float* x, int64_t n) { return sum_to_host<false>(x, n); }
+static void sum_losses(double* total /*+=, device memory*/, const float* x /*(n)*/, int64_t n) {
+    add_sum<false>(total, x, n);
+}
 
 // ---- AdamW
 struct AdamW { float lr, beta1, beta2, beta1_correction, beta2_correction, eps, weight_decay, grad_scale; };
@@ -2380,13 +2497,15 @@ static void operations_open(int C, int NH, bool deterministic) {
     if (D != 64 && D != 128)
         fatal("--channels %d with --heads %d makes heads of %d channels; on the GPU they have 64 or 128", C, NH, D);
     sdpa_deterministic = deterministic;
+    matmul_tuning = true;
 }
 
 // Bytes for the operations of a pass over (B, T) rows.
-static size_t operations_bytes(int B, int64_t T, int C) {
+static size_t operations_bytes(int B, int64_t T, int C, int Vp) {
     size_t need[] = {encoder_backward_scratch_bytes(B * T, C), layernorm_backward_scratch_bytes(C),
-                     matmul_backward_scratch_bytes(4 * C), sum_scratch_bytes()};
-    return *std::max_element(need, need + 4) + cublaslt_workspace_bytes;
+                     matmul_backward_scratch_bytes(4 * C), sum_scratch_bytes(),
+                     matmul_tune_scratch_bytes(C, std::max(4 * C, Vp))};
+    return *std::max_element(need, need + 5) + cublaslt_workspace_bytes;
 }
 
 // Takes the most that operations_bytes() and sdpa_prepare() said of any pass.
@@ -3079,6 +3198,12 @@ struct Activations {
     floatX* dwide;             // (B, T, 4C) gradient of fch, then of qkv
 };
 
+// A batch on its way to the device: pinned host memory, and the event behind the copies from it.
+struct Batch {
+    int *tokens, *targets;     // (B, T)
+    DeviceEvent copied;
+};
+
 struct Model {
     Dims dims;
     int64_t size[TENSORS], offset[TENSORS];  // elements
@@ -3096,8 +3221,10 @@ struct Model {
     int *tokens, *targets;     // (B, T)
     Arena arena;               // the activations
     Activations acts;
-    int* host_tokens;          // (2, B, T) a batch on its way to the device
+    Batch batch[3];            // training alternates between two of them, evaluation has the third
+    double* sums;              // (2) on the device: the losses of the step, the squares of its gradient
 };
+enum { LOSS_SUM, NORM_SUM };
 
 // Where layer l of tensor t begins among the parameters.
 static int64_t layer_offset(const Model* m, int t, int l) {
@@ -3301,14 +3428,18 @@ static void product_forward(Model* m, int l, int p, Run r, floatX* out /*(B,T,OC
     if (out) fp8_matmul_forward(out, inp8, fp8_weight(m, p, l), bias, addend, N, C, OC);
 }
 
-// From dout the gradients of product p's input, weight and bias. With FP8 the FC's dout is that of GELU's result.
+// From dout the gradients of product p's input and weight, and of QKV's and FC's bias: the bias of a product into the
+// residual stream has the sums of dres as its gradient, and whoever wrote dres made them. FCPROJ leaves the gradient of
+// fch; with FP8 that of GELU's result, which FC turns into that of fch while it quantizes.
 static void product_backward(Model* m, int l, int p, Run r, floatX* dinp /*(B,T,C)*/, const floatX* dout /*(B,T,OC)*/) {
     LayerActs* y = &m->acts.layer[l];
-    float *dweight = gradient(m, products[p].weight, l), *dbias = gradient(m, products[p].weight + 1, l);
+    float* dweight = gradient(m, products[p].weight, l);
+    float* dbias = p == QKV || p == FC ? gradient(m, products[p].weight + 1, l) : NULL;
     int64_t N = r.B * r.T;
     int C = products[p].in * m->dims.C, OC = products[p].out * m->dims.C;
     if (!r.fp8) {
-        matmul_backward(dinp, dweight, dbias, dout, product_input(y, p), weight(m, products[p].weight, l), N, C, OC);
+        matmul_backward(dinp, dweight, dbias, dout, product_input(y, p), weight(m, products[p].weight, l),
+                        p == FCPROJ ? y->fch : NULL, N, C, OC);
         return;
     }
     Fp8Matrix dout8 = fp8_gradient(m, p, l, N);
@@ -3353,10 +3484,9 @@ static void block_backward(Model* m, int l, Run r) {
     if (r.recompute > 0 || lighthouse) block_forward(m, l, r, NULL, true);
 
     product_backward(m, l, FCPROJ, r, a->dwide, a->dres);
-    if (!r.fp8) gelu_backward(a->dwide, a->dwide, y->fch, N * 4 * C);
     product_backward(m, l, FC, r, a->dbtc, a->dwide);
-    layernorm_backward(a->dres, gradient(m, LN2W, l), gradient(m, LN2B, l), a->dbtc, y->x2, weight(m, LN2W, l),
-                       y->ln2_mean, y->ln2_rstd, N, C);
+    layernorm_backward(a->dres, gradient(m, LN2W, l), gradient(m, LN2B, l), gradient(m, ATTPROJB, l), a->dbtc, y->x2,
+                       weight(m, LN2W, l), y->ln2_mean, y->ln2_rstd, N, C);
 
     product_backward(m, l, ATTPROJ, r, a->dbtc, a->dres);
     floatX* dqkv = a->dwide;
@@ -3367,8 +3497,8 @@ static void block_backward(Model* m, int l, Run r) {
         if (d->rope) rope_rotate(dqkv, m->rope, -1, r.B, r.T, d->NH, D);
     }
     product_backward(m, l, QKV, r, a->dbtc, dqkv);
-    layernorm_backward(a->dres, gradient(m, LN1W, l), gradient(m, LN1B, l), a->dbtc, y->x, weight(m, LN1W, l),
-                       y->ln1_mean, y->ln1_rstd, N, C);
+    layernorm_backward(a->dres, gradient(m, LN1W, l), gradient(m, LN1B, l), l > 0 ? gradient(m, FCPROJB, l - 1) : NULL,
+                       a->dbtc, y->x, weight(m, LN1W, l), y->ln1_mean, y->ln1_rstd, N, C);
 }
 
 // From tokens to the final LayerNorm's output.
@@ -3378,7 +3508,7 @@ static void model_trunk(Model* m, const int* host_tokens, Run r) {
     activations_layout(&m->acts, &m->arena, m, r);
     if (r.fp8)  // the weights' scales stay
         device_zero(m->fp8_scales + d->L * PRODUCTS, 2 * d->L * PRODUCTS * sizeof(Fp8Scale));
-    copy_to_device(m->tokens, host_tokens, r.B * r.T * sizeof(int));
+    copy_to_device_async(m->tokens, host_tokens, r.B * r.T * sizeof(int));
     Activations* a = &m->acts;
     encoder_forward(a->layer[0].x, m->tokens, weight(m, WTE, 0), d->rope ? NULL : weight(m, WPE, 0), r.B, r.T, d->C, 0);
     for (int l = 0; l < d->L; l++) block_forward(m, l, r, l + 1 < d->L ? a->layer[l + 1].x : a->x_final, false);
@@ -3387,22 +3517,22 @@ static void model_trunk(Model* m, const int* host_tokens, Run r) {
 }
 
 // The head and its cross-entropy, chunk by chunk; with r.train the gradients too, in the same pass, each row's loss
-// with the weight dloss. Leaves the gradient of lnf in dbtc. Returns the summed loss of the rows with a target >= 0.
-static double model_head(Model* m, const int* host_targets, Run r, float dloss) {
+// with the weight dloss. Leaves the gradient of lnf in dbtc. Adds the loss of the rows with a target >= 0 to the sum.
+static void model_head(Model* m, const int* host_targets, Run r, float dloss) {
     const Dims* d = &m->dims;
     Activations* a = &m->acts;
     int64_t N = r.B * r.T, chunk = head_rows(m, N);
-    copy_to_device(m->targets, host_targets, N * sizeof(int));
+    copy_to_device_async(m->targets, host_targets, N * sizeof(int));
     for (int64_t i = 0; i < N; i += chunk) {
         int64_t rows = std::min(N - i, chunk);
         floatX* x = a->lnf + i * d->C;
         matmul_forward(a->logits, x, weight(m, WTE, 0), NULL, NULL, rows, d->C, d->Vp);
         crossentropy_forward_backward(a->logits, a->losses + i, m->targets + i, dloss, rows, d->V, d->Vp, r.train);
         if (r.train)
-            matmul_backward(a->dbtc + i * d->C, gradient(m, WTE, 0), NULL, a->logits, x, weight(m, WTE, 0), rows, d->C,
-                            d->Vp);
+            matmul_backward(a->dbtc + i * d->C, gradient(m, WTE, 0), NULL, a->logits, x, weight(m, WTE, 0), NULL, rows,
+                            d->C, d->Vp);
     }
-    return sum_losses(a->losses, N);
+    sum_losses(m->sums + LOSS_SUM, a->losses, N);
 }
 
 static void model_backward(Model* m, Run r) {
@@ -3410,19 +3540,20 @@ static void model_backward(Model* m, Run r) {
     Activations* a = &m->acts;
     int64_t N = r.B * r.T;
     device_zero(a->dres, N * d->C * sizeof(floatX));
-    layernorm_backward(a->dres, gradient(m, LNFW, 0), gradient(m, LNFB, 0), a->dbtc, a->x_final, weight(m, LNFW, 0),
-                       a->lnf_mean, a->lnf_rstd, N, d->C);
+    layernorm_backward(a->dres, gradient(m, LNFW, 0), gradient(m, LNFB, 0), gradient(m, FCPROJB, d->L - 1), a->dbtc,
+                       a->x_final, weight(m, LNFW, 0), a->lnf_mean, a->lnf_rstd, N, d->C);
     for (int l = d->L - 1; l >= 0; l--) block_backward(m, l, r);
     encoder_backward(gradient(m, WTE, 0), d->rope ? NULL : gradient(m, WPE, 0), a->dres, m->tokens, r.B, r.T, d->C, 0,
                      d->Vp);
 }
 
-// One micro-step: adds the gradients of sum(loss) * dloss to grads and returns sum(loss).
-static double model_micro_step(Model* m, const int* tokens, const int* targets, Run r, float dloss) {
-    model_trunk(m, tokens, r);
-    double loss = model_head(m, targets, r, dloss);
+// One micro-step: adds sum(loss) to the sum of losses and the gradients of sum(loss) * dloss to grads. On a GPU the work
+// is only queued; the batch may be refilled when its event has passed.
+static void model_micro_step(Model* m, Batch* b, Run r, float dloss) {
+    model_trunk(m, b->tokens, r);
+    model_head(m, b->targets, r, dloss);
+    event_record(&b->copied);
     model_backward(m, r);
-    return loss;
 }
 
 // Logits of `rows` rows from row `first` on, of the last trunk, to host memory: (rows, V).
@@ -3504,13 +3635,13 @@ static Plan memory_plan(const Model* m, const Config* c, int64_t sample_T, int r
         plan_add(&p, "FP8 weights", fp8_weights_bytes(m) + fp8_scales_bytes(m));
         plan_add(&p, "FP8 operands", fp8_operand_bytes(m, c, B));
     }
-    plan_add(&p, "tokens", 2 * (size_t)B * c->seq_len * sizeof(int));
+    plan_add(&p, "tokens", 2 * (size_t)B * c->seq_len * sizeof(int) + 2 * sizeof(double));
     Passes passes = run_passes(m, c, sample_T, recompute, B);
     size_t activations = 0, operations = 0, attention = 0;
     for (int i = 0; i < passes.count; i++) {
         Run r = passes.run[i];
         activations = std::max(activations, activations_bytes(m, r));
-        operations = std::max(operations, operations_bytes(r.B, r.T, m->dims.C));
+        operations = std::max(operations, operations_bytes(r.B, r.T, m->dims.C, m->dims.Vp));
         bool kinds[2] = {false, false};
         for (int l = 0; l < m->dims.L; l++) kinds[attention_kind(m, l, r.phase)] = true;
         for (int kind = LIGHTHOUSE; kind <= DENSE; kind++) {  // on a GPU this builds cuDNN's plans
@@ -3545,7 +3676,11 @@ static void model_allocate(Model* m, const Config* c, const Plan* p) {
     size_t batch = (size_t)c->batch_size * c->seq_len;
     m->tokens = (int*)device_alloc(batch * sizeof(int));
     m->targets = (int*)device_alloc(batch * sizeof(int));
-    m->host_tokens = (int*)host_alloc(2 * batch * sizeof(int));
+    for (Batch& b : m->batch) {
+        b.tokens = (int*)host_alloc_pinned(2 * batch * sizeof(int));
+        b.targets = b.tokens + batch;
+    }
+    m->sums = (double*)device_alloc(2 * sizeof(double));
     m->arena.base = (char*)device_alloc(plan_part(p, "activations"));
     operations_allocate(plan_part(p, "operations"), plan_part(p, "attention workspace"));
     if (m->dims.rope) {
@@ -3978,21 +4113,25 @@ static double evaluate(Model* m, const Config* c, const Loader* data, Phase phas
     Run r = {(int)c->batch_size, c->seq_len, phase, false, 0};
     int64_t T = c->seq_len, B = r.B;
     int64_t sequences = std::min(c->val_batches * B * procs.world, data->windows);
-    int *inputs = m->host_tokens, *targets = m->host_tokens + B * T;
-    double sum = 0;
+    Batch* batch = &m->batch[2];
+    device_zero(m->sums, 2 * sizeof(double));
     for (int64_t i = 0; i < sequences; i += B * procs.world) {
         int64_t valid = 0;
+        event_wait(&batch->copied);
         for (int64_t b = 0; b < B; b++) {
             int64_t sequence = i + b * procs.world + procs.rank;
-            loader_sequence(data, sequence % data->windows, inputs + b * T, targets + b * T);
+            loader_sequence(data, sequence % data->windows, batch->tokens + b * T, batch->targets + b * T);
             if (sequence < sequences) valid++;
-            else for (int64_t t = 0; t < T; t++) targets[b * T + t] = -1;
+            else for (int64_t t = 0; t < T; t++) batch->targets[b * T + t] = -1;
         }
         if (valid == 0) continue;
-        model_trunk(m, inputs, r);
-        sum += model_head(m, targets, r, 0);
+        model_trunk(m, batch->tokens, r);
+        model_head(m, batch->targets, r, 0);
+        event_record(&batch->copied);
     }
-    return all_sum(sum) / ((double)sequences * T);
+    double sums[2];
+    copy_to_host(sums, m->sums, sizeof sums);
+    return all_sum(sums[LOSS_SUM]) / ((double)sequences * T);
 }
 
 struct Tokenizer {
@@ -4439,6 +4578,8 @@ struct Trainer {
     RunState state;
     Logs logs;
     int64_t steps, switch_step, accumulation;  // micro-steps of a step
+    Batch* ready;                              // the next micro-step's batch, if it was read ahead
+    double clock;                              // when the step that runs now began
     double device_flops, started, wall_before; // wall_before: of the run before this process
 };
 
@@ -4673,6 +4814,12 @@ static void setup(Trainer* t, int argc, char** argv) {
     free(path);
 }
 
+// Steps are timed from one's end to the next one's; what comes between and is none is left out by starting anew.
+static void restart_clock(Trainer* t) {
+    device_synchronize();
+    t->clock = seconds();
+}
+
 static double validate(Trainer* t, Phase phase) {
     const Config* c = &t->config;
     int64_t step = t->state.step;
@@ -4690,6 +4837,7 @@ static double validate(Trainer* t, Phase phase) {
     log_line(t->logs.jsonl, "{\"event\":\"eval\",\"step\":%ld,\"loss_dense\":%s,\"loss_lighthouse\":%s,\"tokens\":%ld,"
              "\"train_s\":%.3f,\"wall_s\":%.3f}", step, json_number(dense).s, json_number(lighthouse).s,
              step * c->total_batch_size, t->state.train_s, wall_seconds(t));
+    restart_clock(t);
     return dense;
 }
 
@@ -4710,6 +4858,7 @@ static void save_checkpoint(Trainer* t) {
     log_line(t->logs.jsonl, "{\"event\":\"checkpoint\",\"step\":%ld,\"file\":%s,\"bytes\":%ld,\"seconds\":%.3f}",
              t->state.step, json, checkpoint_bytes(&t->model), seconds() - start);
     free(json); free(path);
+    restart_clock(t);
 }
 
 static void write_sample(Trainer* t) {
@@ -4719,6 +4868,7 @@ static void write_sample(Trainer* t) {
     char* json = json_string(s);
     log_line(t->logs.jsonl, "{\"event\":\"sample\",\"step\":%ld,\"text\":%s}", t->state.step, json);
     free(json); free(s);
+    restart_clock(t);
 }
 
 // Seconds that the steps left will take: a phase not yet seen is taken at the other's rate of operations.
@@ -4736,28 +4886,43 @@ static double seconds_left(const Trainer* t) {
     return left;
 }
 
-// One optimizer step: the micro-steps, the gradient norm, the update, one line.
+// Reads the batch of this process for a micro-step, counted from the step that the state is at, into the buffer that
+// training did not use last.
+static void read_batch(Trainer* t, int64_t micro) {
+    int64_t T = t->config.seq_len, B = t->config.batch_size;
+    Batch* batch = &t->model.batch[t->ready == &t->model.batch[0]];
+    event_wait(&batch->copied);
+    for (int64_t b = 0; b < B; b++)
+        loader_sequence(&t->train, t->state.sequences + (micro * procs.world + procs.rank) * B + b,
+                        batch->tokens + b * T, batch->targets + b * T);
+    t->ready = batch;
+}
+
+// One optimizer step: the micro-steps, the gradient norm, the update, one line. The host queues a micro-step, reads the
+// next batch while the device works, and waits once, for the loss and the norm. The update runs while the host goes on:
+// a step is timed from wait to wait.
 static void train_step(Trainer* t) {
     const Config* c = &t->config;
     Model* m = &t->model;
     RunState* s = &t->state;
-    double start = seconds();
     Phase phase = phase_at(t, s->step);
     int64_t T = c->seq_len, B = c->batch_size, total = c->total_batch_size;
     Run r = {(int)B, T, phase, true, (int)c->recompute, c->fp8 != 0};
-    int *inputs = m->host_tokens, *targets = m->host_tokens + B * T;
 
     device_zero(m->grads, m->parameters * sizeof(float));
-    double sum = 0;
+    device_zero(m->sums, 2 * sizeof(double));
+    if (!t->ready) read_batch(t, 0);
     for (int64_t micro = 0; micro < t->accumulation; micro++) {
-        for (int64_t b = 0; b < B; b++)
-            loader_sequence(&t->train, s->sequences + (micro * procs.world + procs.rank) * B + b, inputs + b * T,
-                            targets + b * T);
-        sum += model_micro_step(m, inputs, targets, r, 1.0f / total);
+        model_micro_step(m, t->ready, r, 1.0f / total);
+        if (micro + 1 < t->accumulation || s->step + 1 < t->steps) read_batch(t, micro + 1);
     }
-    double loss = all_sum(sum) / total;
     all_sum(m->grads, m->parameters);
-    double norm = sqrt(sum_squares(m->grads, m->parameters));
+    sum_squares(m->sums + NORM_SUM, m->grads, m->parameters);
+    double sums[2];
+    copy_to_host(sums, m->sums, sizeof sums);
+    double now = seconds(), elapsed = now - t->clock;
+    t->clock = now;
+    double loss = all_sum(sums[LOSS_SUM]) / total, norm = sqrt(sums[NORM_SUM]);
     double lr = learning_rate(c, s->step, t->steps);
 
     double loss_z = detector_score(&s->loss, loss), norm_z = detector_score(&s->norm, norm);
@@ -4772,9 +4937,7 @@ static void train_step(Trainer* t) {
         model_update(m, c, lr, grad_scale, ++s->updates);
         fp8_weights_update(m);
     }
-    device_synchronize();
 
-    double elapsed = seconds() - start;
     s->step++;
     s->sequences += total / T;
     s->train_s += elapsed;
@@ -4839,6 +5002,7 @@ int main(int argc, char** argv) {
     RunState* s = &t->state;
 
     double val_loss = NAN;
+    restart_clock(t);
     while (s->step < t->steps) {
         Phase phase = phase_at(t, s->step);
         bool at_switch = t->switch_step > 0 && s->step == t->switch_step;

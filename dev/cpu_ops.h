@@ -187,23 +187,6 @@ void matmul_forward(floatX* out /*(N,OC)*/, const floatX* inp /*(N,C)*/, const f
     matmul(out, inp, false, weight, true, N, OC, C, bias || addend);
 }
 
-void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC,C) +=*/, float* dbias /*(OC) += or NULL*/,
-                     const floatX* dout /*(N,OC)*/, const floatX* inp, const floatX* weight, int64_t N, int C, int OC) {
-    if (dinp) matmul(dinp, dout, false, weight, false, N, C, OC, false);
-    matmul(dweight, dout, true, inp, false, OC, C, N, true);
-    if (dbias) {
-        #pragma omp parallel for
-        for (int64_t o0 = 0; o0 < OC; o0 += 64) {
-            int64_t o1 = min64(OC, o0 + 64);
-            float sum[64] = {0};
-            for (int64_t i = 0; i < N; i++) {
-                for (int64_t o = o0; o < o1; o++) sum[o - o0] += dout[i * OC + o];
-            }
-            for (int64_t o = o0; o < o1; o++) dbias[o] += sum[o - o0];
-        }
-    }
-}
-
 // ---- embedding, LayerNorm, GELU, cross-entropy ----------------------------------------------------------------
 
 void encoder_forward(floatX* out /*(B,T,C)*/, const int* tokens /*(B,T)*/, const floatX* wte /*(Vp,C)*/,
@@ -253,7 +236,8 @@ void layernorm_forward(floatX* out, float* mean, float* rstd, const floatX* inp,
     }
 }
 
-void layernorm_backward(floatX* dinp /*+=*/, float* dweight /*+=*/, float* dbias /*+=*/, const floatX* dout,
+void layernorm_backward(floatX* dinp /*+=*/, float* dweight /*+=*/, float* dbias /*+=*/,
+                        float* dsum /*(C) += the sums of dinp's columns, or NULL*/, const floatX* dout,
                         const floatX* inp, const floatX* weight, const float* mean, const float* rstd,
                         int64_t N, int C) {
     #pragma omp parallel for
@@ -274,16 +258,18 @@ void layernorm_backward(floatX* dinp /*+=*/, float* dweight /*+=*/, float* dbias
     #pragma omp parallel for
     for (int64_t c0 = 0; c0 < C; c0 += 32) {
         int64_t c1 = min64(C, c0 + 32);
-        float dw[32] = {0}, db[32] = {0};
+        float dw[32] = {0}, db[32] = {0}, ds[32] = {0};
         for (int64_t i = 0; i < N; i++) {
             for (int64_t c = c0; c < c1; c++) {
                 dw[c - c0] += dout[i * C + c] * (inp[i * C + c] - mean[i]) * rstd[i];
                 db[c - c0] += dout[i * C + c];
+                ds[c - c0] += dinp[i * C + c];
             }
         }
         for (int64_t c = c0; c < c1; c++) {
             dweight[c] += dw[c - c0];
             dbias[c] += db[c - c0];
+            if (dsum) dsum[c] += ds[c - c0];
         }
     }
 }
@@ -307,6 +293,26 @@ void gelu_backward(floatX* dinp, const floatX* dout, const floatX* inp, int64_t 
         float x = inp[i], sigmoid = gelu_sigmoid(x);
         float slope = (float)1.5957691216057308 * (1 + (float)0.134145 * x * x);  // of 2u
         dinp[i] = dout[i] * sigmoid * (1 + x * (1 - sigmoid) * slope);
+    }
+}
+
+void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC,C) +=*/, float* dbias /*(OC) += or NULL*/,
+                     const floatX* dout /*(N,OC)*/, const floatX* inp, const floatX* weight,
+                     const floatX* gelu_inp /*(N,C) with inp = GELU(gelu_inp): dinp is its gradient; or NULL*/,
+                     int64_t N, int C, int OC) {
+    if (dinp) matmul(dinp, dout, false, weight, false, N, C, OC, false);
+    if (dinp && gelu_inp) gelu_backward(dinp, dinp, gelu_inp, N * C);
+    matmul(dweight, dout, true, inp, false, OC, C, N, true);
+    if (dbias) {
+        #pragma omp parallel for
+        for (int64_t o0 = 0; o0 < OC; o0 += 64) {
+            int64_t o1 = min64(OC, o0 + 64);
+            float sum[64] = {0};
+            for (int64_t i = 0; i < N; i++) {
+                for (int64_t o = o0; o < o1; o++) sum[o - o0] += dout[i * OC + o];
+            }
+            for (int64_t o = o0; o < o1; o++) dbias[o] += sum[o - o0];
+        }
     }
 }
 
@@ -862,8 +868,8 @@ static double sum_pieces(const float* x, int64_t n, bool square) {
     free(partial);
     return total;
 }
-double sum_squares(const float* x, int64_t n) { return sum_pieces(x, n, true); }
-double sum_losses(const float* x, int64_t n) { return sum_pieces(x, n, false); }
+void sum_squares(double* total /*+=*/, const float* x, int64_t n) { *total += sum_pieces(x, n, true); }
+void sum_losses(double* total /*+=*/, const float* x, int64_t n) { *total += sum_pieces(x, n, false); }
 
 void adamw_update(floatX* params, float* master /*or NULL: params are fp32*/, float* m, float* v, const float* grads,
                   int64_t n, float lr, float beta1, float beta2, float beta1_correction /*1-beta1^t*/,

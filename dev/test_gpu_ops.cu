@@ -350,7 +350,7 @@ void check_encoder_large() {
 void check_layernorm(int64_t N, int C, float offset) {
     std::string shape = format("N=%lld C=%d mean %g", (long long)N, C, offset);
     Random input = {1, 1, offset}, w = {2, 0.3f, 1}, b = {3, 0.3f, 0}, gradient = {4, 1, 0}, before = {5, 1, 0},
-           before_w = {6, 1, 0}, before_b = {7, 1, 0};
+           before_w = {6, 1, 0}, before_b = {7, 1, 0}, before_s = {8, 1, 0};
     floatX* inp = device_random<floatX>(N * C, input);
     floatX* weight = device_random<floatX>(C, w);
     floatX* bias = device_random<floatX>(C, b);
@@ -358,7 +358,7 @@ void check_layernorm(int64_t N, int C, float offset) {
     floatX* out = device_array<floatX>(N * C);
     floatX* dinp = device_array<floatX>(N * C);
     float *mean = device_array<float>(N), *rstd = device_array<float>(N);
-    float *dweight = device_array<float>(C), *dbias = device_array<float>(C);
+    float *dweight = device_array<float>(C), *dbias = device_array<float>(C), *dsum = device_array<float>(C);
     need_scratch(layernorm_backward_scratch_bytes(C));
 
     Floats x = host_random<floatX>(N * C, input), hw = host_random<floatX>(C, w), hb = host_random<floatX>(C, b),
@@ -370,12 +370,15 @@ void check_layernorm(int64_t N, int C, float offset) {
           overwritten_float("rstd", rstd, r)}, [&] { layernorm_forward(out, mean, rstd, inp, weight, bias, N, C); });
 
     Floats dx = host_random<floatX>(N * C, before), dw = host_random<float>(C, before_w),
-           db = host_random<float>(C, before_b);
-    cpu::layernorm_backward(dx.data(), dw.data(), db.data(), hd.data(), x.data(), hw.data(), m.data(), r.data(), N, C);
+           db = host_random<float>(C, before_b), ds = host_random<float>(C, before_s);
+    cpu::layernorm_backward(dx.data(), dw.data(), db.data(), ds.data(), hd.data(), x.data(), hw.data(), m.data(),
+                            r.data(), N, C);
     check("layernorm_backward " + shape,
           {updated("dinp", dinp, before, dx), looser(updated_float("dweight", dweight, before_w, dw), of_mean),
-           updated_float("dbias", dbias, before_b, db)},
-          [&] { layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, N, C); });
+           updated_float("dbias", dbias, before_b, db), looser(updated_float("dsum", dsum, before_s, ds), of_mean)},
+          [&] { layernorm_backward(dinp, dweight, dbias, dsum, dout, inp, weight, mean, rstd, N, C); });
+    check("layernorm_backward without dsum " + shape, {updated("dinp", dinp, before, dx)},
+          [&] { layernorm_backward(dinp, dweight, dbias, NULL, dout, inp, weight, mean, rstd, N, C); });
     free_device_arrays();
 }
 
@@ -403,9 +406,9 @@ void check_layernorm_large() {
     floatX* dout = device_random<floatX>(N * C, gradient);
     floatX* dinp = device_random<floatX>(N * C, before);
     float *dweight = device_random<float>(C, before_w), *dbias = device_random<float>(C, before_b);
-    layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd, N, C);
+    layernorm_backward(dinp, dweight, dbias, NULL, dout, inp, weight, mean, rstd, N, C);
     Floats dx = random_rows<floatX>(rows, C, before), hd = random_rows<floatX>(rows, C, gradient), ignored(C);
-    cpu::layernorm_backward(dx.data(), ignored.data(), ignored.data(), hd.data(), x.data(), hw.data(), m.data(),
+    cpu::layernorm_backward(dx.data(), ignored.data(), ignored.data(), NULL, hd.data(), x.data(), hw.data(), m.data(),
                             r.data(), R, C);
     check_sample("layernorm_backward " + shape, "dinp", device_rows(dinp, rows, C), dx, TOLERANCE);
     Floats all_m = floats_to_host(mean, N), all_r = floats_to_host(rstd, N), dw = floats_to_host(dweight, C),
@@ -451,12 +454,20 @@ void check_matmul(int64_t N, int C, int OC, bool with_bias, bool with_addend, bo
     Floats hd = host_random<floatX>(N * OC, gradient), dx(N * C), dw = host_random<float>((int64_t)OC * C, before),
            db = host_random<float>(OC, before_b);
     cpu::matmul_backward(with_dinp ? dx.data() : NULL, dw.data(), with_bias ? db.data() : NULL, hd.data(), x.data(),
-                         hw.data(), N, C, OC);
+                         hw.data(), NULL, N, C, OC);
     std::vector<Output> outputs = {updated_float("dweight", dweight, before, dw, TENSOR_CORE_TOLERANCE)};
     if (with_dinp) outputs.push_back(overwritten("dinp", dinp, dx));
     if (with_bias) outputs.push_back(updated_float("dbias", dbias, before_b, db));
     check("matmul_backward " + shape, outputs,
-          [&] { matmul_backward(dinp, dweight, dbias, dout, inp, weight, N, C, OC); });
+          [&] { matmul_backward(dinp, dweight, dbias, dout, inp, weight, NULL, N, C, OC); });
+    if (with_dinp) {  // inp = GELU(x); the twin multiplies by GELU' before it rounds, as the tensor cores' epilogue does
+        Random before_gelu = {8, 2, 0};
+        floatX* gelu_inp = device_random<floatX>(N * C, before_gelu);
+        Floats hg = host_random<floatX>(N * C, before_gelu), dg(N * C), ignored((int64_t)OC * C);
+        cpu::matmul_backward(dg.data(), ignored.data(), NULL, hd.data(), x.data(), hw.data(), hg.data(), N, C, OC);
+        check("matmul_backward with GELU " + shape, {overwritten("dinp", dinp, dg)},
+              [&] { matmul_backward(dinp, dweight, NULL, dout, inp, weight, gelu_inp, N, C, OC); });
+    }
     free_device_arrays();
 }
 
@@ -484,9 +495,9 @@ void check_matmul_large() {
     gradient = add;
     floatX* dinp = device_array<floatX>(N * C);
     float *dweight = device_random<float>((int64_t)OC * C, before), *dbias = device_random<float>(OC, before_b);
-    matmul_backward(dinp, dweight, dbias, dout, inp, weight, N, C, OC);
+    matmul_backward(dinp, dweight, dbias, dout, inp, weight, NULL, N, C, OC);
     Floats hd = random_rows<floatX>(rows, OC, gradient), dx(R * C), ignored((int64_t)OC * C);
-    cpu::matmul_backward(dx.data(), ignored.data(), NULL, hd.data(), x.data(), hw.data(), R, C, OC);
+    cpu::matmul_backward(dx.data(), ignored.data(), NULL, hd.data(), x.data(), hw.data(), NULL, R, C, OC);
     check_sample("matmul_backward " + shape, "dinp", device_rows(dinp, rows, C), dx, TOLERANCE);
     Floats dw = floats_to_host(dweight, (int64_t)OC * C), db = floats_to_host(dbias, OC), got_w, want_w, got_b, want_b;
     for (int o : {0, 300, 1111, 2303}) {
@@ -507,6 +518,35 @@ void check_matmul_large() {
     // A million products a sum: 2^16 additions, each cut off below 2^-24 of the sum.
     check_sample("matmul_backward " + shape, "dweight", got_w, want_w, 4e-3);
     check_sample("matmul_backward " + shape, "dbias", got_b, want_b, FLOAT_TOLERANCE);
+    free_device_arrays();
+}
+
+// The kernels that training chooses by measuring give the same bits as cuBLASLt's first proposal, and measuring leaves
+// the results alone: gradients that were there are added to once.
+void check_matmul_tuning(int64_t N, int C, int OC) {
+    std::string shape = format("N=%lld C=%d OC=%d", (long long)N, C, OC);
+    need_scratch(std::max(matmul_backward_scratch_bytes(OC), matmul_tune_scratch_bytes(C, OC)));
+    floatX *inp = device_random<floatX>(N * C, {1, 1, 0}), *weight = device_random<floatX>((int64_t)OC * C, {2, 0.1f, 0}),
+           *bias = device_random<floatX>(OC, {3, 1, 0}), *gelu_inp = device_random<floatX>(N * C, {4, 1, 0}),
+           *out = device_array<floatX>(N * OC), *dinp = device_array<floatX>(N * C);
+    float* dweight = device_array<float>((int64_t)OC * C);
+    auto run = [&] {
+        fill_kernel<<<grid_for((int64_t)OC * C, 256), 256, 0, main_stream>>>(dweight, (int64_t)OC * C,
+                                                                             Random{5, 1, 0});
+        matmul_forward(out, inp, weight, bias, NULL, N, C, OC);
+        matmul_backward(dinp, dweight, NULL, out, inp, weight, gelu_inp, N, C, OC);
+        Floats all = floats_to_host(out, N * OC), a = floats_to_host(dinp, N * C),
+               b = floats_to_host(dweight, (int64_t)OC * C);
+        all.insert(all.end(), a.begin(), a.end());
+        all.insert(all.end(), b.begin(), b.end());
+        return all;
+    };
+    Floats first = run();
+    matmul_tuning = true;
+    Floats tuning = run(), tuned = run();
+    matmul_tuning = false;
+    report(!memcmp(first.data(), tuning.data(), first.size() * 4) && !memcmp(first.data(), tuned.data(), first.size() * 4),
+           "matmul tuning " + shape + ": the same bits before, while and after kernels are measured");
     free_device_arrays();
 }
 
@@ -626,14 +666,25 @@ void check_sums(int64_t n, int shift) {
         sum += v;
         squares += v * v;
     }
-    double got = sum_losses(x, n), got_squares = sum_squares(x, n);
-    report(fabs(got - sum) <= 1e-6 * fabs(squares) && got == sum_losses(x, n), "sum_losses " + shape +
+    double* total = device_array<double>(1);
+    auto added = [&](void (*op)(double*, const float*, int64_t), double start) {  // what op adds to start
+        copy_to_device(total, &start, sizeof start);
+        op(total, x, n);
+        double end;
+        copy_to_host(&end, total, sizeof end);
+        return end - start;
+    };
+    double got = added(sum_losses, 0), got_squares = added(sum_squares, 0);
+    report(fabs(got - sum) <= 1e-6 * fabs(squares) && got == added(sum_losses, 0), "sum_losses " + shape +
            format(": relative error %.1e, same bits again", fabs(got / sum - 1)));
-    report(fabs(got_squares / squares - 1) <= 1e-6 && got_squares == sum_squares(x, n), "sum_squares " + shape +
+    report(fabs(got_squares / squares - 1) <= 1e-6 && got_squares == added(sum_squares, 0), "sum_squares " + shape +
            format(": relative error %.1e, same bits again", fabs(got_squares / squares - 1)));
+    report(fabs(added(sum_squares, squares) / squares - 1) <= 1e-6, "sum_squares adds to its total " + shape);
     if (n <= 100000000) {
         Floats host = floats_to_host(x, n);
-        double twin = cpu::sum_squares(host.data(), n), twin_sum = cpu::sum_losses(host.data(), n);
+        double twin = 0, twin_sum = 0;
+        cpu::sum_squares(&twin, host.data(), n);
+        cpu::sum_losses(&twin_sum, host.data(), n);
         report(fabs(twin / got_squares - 1) <= 1e-6 && fabs(twin_sum - got) <= 1e-6 * squares,
                "sums as the twin's " + shape);
     }
@@ -728,6 +779,9 @@ void check_all() {
             check_matmul(257, 768, 50304, false, false, true);
             check_matmul(20000, 64, 1024, true, false, true);
             check_matmul_large();
+            check_matmul_tuning(8192, 768, 3072);
+            check_matmul_tuning(32768, 1024, 1024);
+            check_matmul_tuning(4100, 1600, 4800);
         }
     }
     if (is_wanted("gelu")) {
@@ -851,7 +905,7 @@ void time_layernorm(int64_t N, int C) {
     time_bytes("layernorm_forward " + shape, 2 * size,
                [&] { layernorm_forward(out, mean, rstd, inp, weight, bias, N, C); });
     time_bytes("layernorm_backward " + shape, 4 * size,
-               [&] { layernorm_backward(dinp, dweight, dbias, out, inp, weight, mean, rstd, N, C); });
+               [&] { layernorm_backward(dinp, dweight, dbias, dweight, out, inp, weight, mean, rstd, N, C); });
     free_device_arrays();
 }
 
@@ -868,9 +922,9 @@ void time_matmul(int64_t N, int C, int OC, bool with_bias, bool with_addend) {
         matmul_forward(out, inp, weight, with_bias ? bias : NULL, with_addend ? addend : NULL, N, C, OC);
     });
     time_flops("matmul_backward dinp and dweight, " + shape, 2 * flops,
-               [&] { matmul_backward(dinp, dweight, NULL, addend, inp, weight, N, C, OC); });
+               [&] { matmul_backward(dinp, dweight, NULL, addend, inp, weight, NULL, N, C, OC); });
     time_flops("matmul_backward only dweight, " + shape, flops,
-               [&] { matmul_backward(NULL, dweight, NULL, addend, inp, weight, N, C, OC); });
+               [&] { matmul_backward(NULL, dweight, NULL, addend, inp, weight, NULL, N, C, OC); });
     if (with_bias) {
         time_bytes("bias_backward " + shape, (double)N * OC * sizeof(floatX),
                    [&] { bias_backward(dbias, addend, N, OC); });
@@ -940,8 +994,7 @@ void time_all() {
         floatX* params = device_array<floatX>(n);
         double* result = device_array<double>(1);
         need_scratch(sum_scratch_bytes());
-        time_bytes("sum_squares n=429M", 4.0 * n, [&] { sum_async<true>(result, g, n); });
-        time_bytes("sum_squares n=429M, result to the host", 4.0 * n, [&] { sum_squares(g, n); });
+        time_bytes("sum_squares n=429M", 4.0 * n, [&] { sum_squares(result, g, n); });
         time_bytes("adamw_update n=429M", n * (28.0 + sizeof(floatX)), [&] {
             adamw_update(params, p, m, v, g, n, 1e-3f, 0.9f, 0.95f, 0.1f, 0.05f, 1e-8f, 0.1f, 1.0f);
         });

@@ -43,6 +43,12 @@ static double relative_error(const float* a, const float* b, int64_t n) {
     return norm > 0 ? sqrt(difference / norm) : sqrt(difference);
 }
 
+static double loss_sum(const Model* m) {
+    double sums[2];
+    copy_to_host(sums, m->sums, sizeof sums);
+    return sums[LOSS_SUM];
+}
+
 static void test_file(const char* path) {
     int fd = open_to_read(path);
     int h[64];
@@ -72,9 +78,10 @@ static void test_file(const char* path) {
 
     int64_t n = m->parameters;
     float *weights = (float*)host_alloc(n * 4), *logits[2], *grads[2], *mine = (float*)host_alloc(n * 4), *first = (float*)host_alloc(n * 4);
-    int* batch = (int*)host_alloc(2 * N * sizeof(int));
+    Batch* batch = &m->batch[0];
     read_at(fd, weights, n * 4, at, path); at += n * 4;
-    read_at(fd, batch, 2 * N * 4, at, path); at += 2 * N * 4;
+    read_at(fd, batch->tokens, N * 4, at, path); at += N * 4;
+    read_at(fd, batch->targets, N * 4, at, path); at += N * 4;
     for (int phase = DENSE; phase >= LIGHTHOUSE; phase--, at += N * V * 4) read_at(fd, logits[phase] = (float*)host_alloc(N * V * 4), N * V * 4, at, path);
     for (int phase = LIGHTHOUSE; phase <= DENSE; phase++, at += n * 4) read_at(fd, grads[phase] = (float*)host_alloc(n * 4), n * 4, at, path);
     if (at != file_size(fd, path)) fatal("%s: %lld bytes, %lld were expected", path, (long long)file_size(fd, path), (long long)at);
@@ -85,10 +92,12 @@ static void test_file(const char* path) {
         const char* kind = phase_name[phase];
         Run eval = {(int)B, T, (Phase)phase, false, 0};
         float* out = (float*)host_alloc(N * V * 4);
-        model_trunk(m, batch, eval);
+        device_zero(m->sums, 2 * sizeof(double));
+        model_trunk(m, batch->tokens, eval);
         model_logits(m, 0, N, out);
         double error = relative_error(out, logits[phase], N * V);
-        double loss = model_head(m, batch + N, eval, 0) / N;
+        model_head(m, batch->targets, eval, 0);
+        double loss = loss_sum(m) / N;
         bool compare = sizeof(floatX) == 4 || phase == DENSE;
         check((error < BOUND || !compare) && same_loss(loss, reference[1 + phase]), text("%s %s forward", path, kind),
               text("loss %.6f, PyTorch %.6f; logits differ by %.1e", loss, reference[1 + phase], error));
@@ -97,7 +106,9 @@ static void test_file(const char* path) {
             Run r = {(int)B, T, (Phase)phase, true, level};
             poison(m->arena.base, plan_part(&plan, "activations"));
             device_zero(m->grads, n * 4);
-            loss = model_micro_step(m, batch, batch + N, r, 1.0f / N) / N;
+            device_zero(m->sums, 2 * sizeof(double));
+            model_micro_step(m, batch, r, 1.0f / N);
+            loss = loss_sum(m) / N;
             copy_to_host(mine, m->grads, n * 4);
             if (level == 0) {
                 double worst = 0;
