@@ -356,7 +356,7 @@ void fp8_amax(Fp8Scale* scale, const floatX* x, const floatX* pre /*or NULL*/, i
 
 void fp8_quantize(Fp8Matrix y /*(N,C)*/, float* dbias /*(C) += or NULL*/, const floatX* x /*(N,C)*/,
                   const floatX* pre /*(N,C) or NULL*/, int64_t N, int C, bool gradient) {
-    float factor = std::min((gradient ? 57344 : 448) / (float)y.scale->amax, (float)0x1p120);
+    float factor = std::min((float)0x1p120, (gradient ? 57344 : 448) / (float)y.scale->amax);  // of a NaN 2^120
     y.scale->inverse = std::isfinite(y.scale->amax) ? 1 / factor : y.scale->amax;
     #pragma omp parallel for
     for (int64_t c = 0; c < C; c++) {
