@@ -1622,7 +1622,7 @@ static void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC
 // FP8 neither its result nor the gradient of its input exists in bf16.
 constexpr int FP8_TILE = 128;
 
-// The factor from the wider matrix to FP8. Its limit keeps it finite, also for a matrix of zeros.
+// The factor from the wider matrix to FP8. Its limit keeps it finite, also for a matrix of zeros or with a NaN.
 __device__ __forceinline__ float fp8_factor(float amax, bool gradient) {
     return fminf((gradient ? 57344.0f : 448.0f) / amax, 0x1p120f);
 }
@@ -1649,7 +1649,6 @@ __global__ void __launch_bounds__(256) fp8_amax_kernel(float* amax, const floatX
     if (threadIdx.x == 0) block_most = 0;
     __syncthreads();
     int most = 0;
-#pragma unroll 4
     for (int64_t i = n - 8 * (blockIdx.x * 256 + threadIdx.x + 1); i >= 0; i -= (int64_t)gridDim.x * 2048) {
         float y[8];
         fp8_source<GRADIENT, GELU>(y, x, pre, i);
