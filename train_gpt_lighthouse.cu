@@ -1350,6 +1350,7 @@ struct MatmulPlan {
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t a, b, d;
     cublasLtMatmulAlgo_t algo;
+    int proposals;  // 1 or 2: cuBLASLt knows one kernel, or more
     bool tuned;
 };
 constexpr int MATMUL_PLANS = 256, MATMUL_CANDIDATES = 8;
@@ -1414,9 +1415,9 @@ static MatmulPlan* matmul_plan(const MatmulShape& s) {
     // terms and longer sums, leave them for fp32 registers every few steps.
     int8_t fast = s.operands == FP8;
     cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof(fast)));
-    cublasLtMatmulHeuristicResult_t first;
-    matmul_candidates(p, &first, 1);
-    p->algo = first.algo;
+    cublasLtMatmulHeuristicResult_t found[2];
+    p->proposals = matmul_candidates(p, found, 2);
+    p->algo = found[0].algo;
     return p;
 }
 
@@ -1600,15 +1601,18 @@ static void gelu_backward(floatX* dinp /*may be dout*/, const floatX* dout, cons
     cudaCheck(cudaGetLastError());
 }
 
-// cuBLASLt multiplies by GELU' where it writes dinp, but not in fp32.
+// cuBLASLt multiplies by GELU' where it writes dinp, but not in fp32; and for some shapes it knows only one kernel that
+// does, which then is a slow one.
 static void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC,C) +=*/,
                             float* dbias /*(OC) += or NULL*/, const floatX* dout /*(N,OC)*/,
                             const floatX* inp /*(N,C)*/, const floatX* weight /*(OC,C)*/,
                             const floatX* gelu_inp /*(N,C) with inp = GELU(gelu_inp): dinp is its gradient; or NULL*/,
                             int64_t N, int C, int OC) {
-    bool fused = sizeof(floatX) == 2;
-    if (dinp) matmul_cublaslt({C, N, OC, false, false}, dinp, weight, dout, NULL, NULL, fused ? gelu_inp : NULL);
-    if (dinp && gelu_inp && !fused) gelu_backward(dinp, dinp, gelu_inp, N * C);
+    MatmulShape to_inp = {C, N, OC, false, false}, fused = to_inp;
+    fused.dgelu = true;
+    bool fuse = dinp && gelu_inp && sizeof(floatX) == 2 && matmul_plan(fused)->proposals > 1;
+    if (dinp) matmul_cublaslt(to_inp, dinp, weight, dout, NULL, NULL, fuse ? gelu_inp : NULL);
+    if (dinp && gelu_inp && !fuse) gelu_backward(dinp, dinp, gelu_inp, N * C);
     MatmulShape sum = {C, OC, N, false, true};
     sum.float_out = true;
     matmul_cublaslt(sum, dweight, inp, dout, NULL, dweight, NULL);
