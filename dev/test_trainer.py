@@ -319,13 +319,13 @@ def test_recompute_levels_are_bit_equal(lab, program, positions, fp8):
 
 @pytest.mark.parametrize("program", ["lighthouse", "dense"])
 def test_fp8_trains_like_fp32(lab, program):
-    """With FP8 operands the losses lie within 1% of those without and are not the same; evaluations are made without FP8."""
+    """With FP8 operands the losses lie within 0.2% of those without and are not the same; evaluations are made without FP8."""
     options = dict(program=program, steps=30, batch_size=4, learning_rate=3e-3, val_data=lab.data.val, val_every=10, val_batches=2)
     wide, fp8 = lab.train("wide", **options), lab.train("fp8", **options, fp8=1)
     a, b = ([e["loss"] for e in step_events(folder)] for folder in (wide, fp8))
-    assert max(abs(x / y - 1) for x, y in zip(a, b)) < 0.01 and a != b and a[-1] < a[0] - 1
+    assert max(abs(x / y - 1) for x, y in zip(a, b)) < 0.002 and a != b and a[-1] < a[0] - 0.3
     a, b = ([e["loss_dense"] for e in events(folder, "eval")] for folder in (wide, fp8))
-    assert a[0] == b[0] and max(abs(x / y - 1) for x, y in zip(a, b)) < 0.01
+    assert a[0] == b[0] and max(abs(x / y - 1) for x, y in zip(a, b)) < 0.002
     parts = events(fp8, "memory")[0]["parts"]
     assert parts["FP8 operands"] == 2 * 4 * T * 4 * 16 and parts["FP8 weights"] == 2 * 3 * 12 * 16 * 16 + 3 * 3 * 4 * 8
     assert not any("FP8" in part for part in events(wide, "memory")[0]["parts"])
