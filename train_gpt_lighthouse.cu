@@ -779,7 +779,7 @@ static uint64_t loader_fingerprint(const Loader* d) {
 // and transposed.
 typedef uint8_t fp8_t;
 struct Fp8Scale {
-    float amax;      // the largest magnitude of the wider matrix
+    float amax;      // the largest magnitude of the wider matrix, or a bound of it
     float inverse;   // FP8 number times inverse: the number it stands for
 };
 struct Fp8Matrix {
@@ -1622,8 +1622,8 @@ static void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC
 // ---- FP8 matrix products
 // Scaling is per tensor and from the tensor itself, not from earlier steps, so that nothing but the weights makes a
 // run's state. It takes two passes over each operand: one finds the largest magnitude, one rounds. The second writes
-// both layouts and sums a gradient's columns for the bias on its way, and GELU is computed in the passes' loads: with
-// FP8 neither its result nor the gradient of its input exists in bf16.
+// both layouts, sums a gradient's columns for the bias on its way and computes GELU where it loads: with FP8 neither
+// GELU's result nor the gradient of its input exists in bf16.
 constexpr int FP8_TILE = 128;
 
 // The factor from the wider matrix to FP8. Its limit keeps it finite, also for a matrix of zeros or with a NaN.
@@ -1631,47 +1631,31 @@ __device__ __forceinline__ float fp8_factor(float amax, bool gradient) {
     return fminf((gradient ? 57344.0f : 448.0f) / amax, 0x1p120f);
 }
 
-// Eight elements of the matrix in question: x, GELU(pre), or for a gradient x GELU'(pre).
-template <bool GRADIENT, bool GELU>
-__device__ __forceinline__ void fp8_source(float (&y)[8], const floatX* x, const floatX* pre, int64_t i) {
-    Pack8<floatX> a = {}, b = {};
-    if (!GELU || GRADIENT) a = load8(x + i);
-    if (GELU) b = load8(pre + i);
-    for (int j = 0; j < 8; j++) {
-        float v = (float)a.v[j], u = (float)b.v[j];
-        y[j] = !GELU ? v : GRADIENT ? v * gelu_slope(u) : u * gelu_sigmoid(u);
-    }
-}
-
 // From the last element to the first: the operation before wrote the end last, so the end is what the L2 still holds,
 // and the quantization after this finds the beginning there. Positive floats are ordered like the integers of the same
 // bits, infinity above all and NaN above that, and a maximum does not depend on the order.
-template <bool GRADIENT, bool GELU>
-__global__ void __launch_bounds__(256) fp8_amax_kernel(float* amax, const floatX* __restrict__ x,
-                                                       const floatX* __restrict__ pre, int64_t n) {
+__global__ void __launch_bounds__(256) fp8_amax_kernel(float* amax, const floatX* x, int64_t n, float times) {
     __shared__ int block_most;
     if (threadIdx.x == 0) block_most = 0;
     __syncthreads();
     int most = 0;
     for (int64_t i = n - 8 * (blockIdx.x * 256 + threadIdx.x + 1); i >= 0; i -= (int64_t)gridDim.x * 2048) {
-        float y[8];
-        fp8_source<GRADIENT, GELU>(y, x, pre, i);
-        for (int j = 0; j < 8; j++) most = max(most, __float_as_int(fabsf(y[j])));
+        Pack8<floatX> y = load8(x + i);
+        for (int j = 0; j < 8; j++) most = max(most, __float_as_int(fabsf((float)y.v[j])));
     }
     most = __reduce_max_sync(0xffffffffu, most);
     if (threadIdx.x % 32 == 0) atomicMax(&block_most, most);
     __syncthreads();
-    if (threadIdx.x == 0) atomicMax((int*)amax, block_most);
+    if (threadIdx.x == 0) atomicMax((int*)amax, __float_as_int(__int_as_float(block_most) * times));
 }
 
-// Raises scale->amax to the largest magnitude of the matrix: x (n elements), with pre GELU(pre), for a gradient
-// x GELU'(pre). It starts at 0.
-static void fp8_amax(Fp8Scale* scale, const floatX* x, const floatX* pre /*or NULL*/, int64_t n, bool gradient) {
+// Raises scale->amax, which starts at 0, to the largest magnitude of what fp8_quantize makes of x and pre, or where GELU
+// is in between to a bound: GELU(pre) is no larger than pre, GELU'(pre) than 1.13. That costs little of FP8's range,
+// which is 2^17 for e4m3 and 2^32 for e5m2, and no precision.
+static void fp8_amax(Fp8Scale* scale, const floatX* x /*(n) or NULL*/, const floatX* pre /*(n) or NULL*/, int64_t n) {
     opRequire(n % 8 == 0, "fp8_amax: %ld elements, not a multiple of 8", n);
     unsigned blocks = std::min(grid_for(n, 2048), (unsigned)(8 * device_sms));
-    auto kernel = gradient ? pre ? fp8_amax_kernel<true, true> : fp8_amax_kernel<true, false>
-                           : pre ? fp8_amax_kernel<false, true> : fp8_amax_kernel<false, false>;
-    kernel<<<blocks, 256, 0, main_stream>>>(&scale->amax, x, pre, n);
+    fp8_amax_kernel<<<blocks, 256, 0, main_stream>>>(&scale->amax, x ? x : pre, n, x && pre ? 1.13f : 1.0f);
     cudaCheck(cudaGetLastError());
 }
 
@@ -1681,6 +1665,18 @@ template <bool GRADIENT> __device__ __forceinline__ uint32_t fp8_pack4(const flo
     uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(y[0] * factor, y[1] * factor), __NV_SATFINITE, type);
     uint32_t high = __nv_cvt_float2_to_fp8x2(make_float2(y[2] * factor, y[3] * factor), __NV_SATFINITE, type);
     return low | high << 16;
+}
+
+// Eight elements of what is quantized: x, GELU(pre), or for a gradient x GELU'(pre).
+template <bool GRADIENT, bool GELU>
+__device__ __forceinline__ void fp8_source(float (&y)[8], const floatX* x, const floatX* pre, int64_t i) {
+    Pack8<floatX> a = {}, b = {};
+    if (!GELU || GRADIENT) a = load8(x + i);
+    if (GELU) b = load8(pre + i);
+    for (int j = 0; j < 8; j++) {
+        float v = (float)a.v[j], u = (float)b.v[j];
+        y[j] = !GELU ? v : GRADIENT ? v * gelu_slope(u) : u * gelu_sigmoid(u);
+    }
 }
 
 // A block goes down a range of rows, 128 columns wide, in tiles of 128 rows. A thread takes 8 columns of 4 rows, twice
@@ -1748,8 +1744,8 @@ __global__ void __launch_bounds__(256) fp8_quantize_kernel(fp8_t* __restrict__ r
     partial[(int64_t)blockIdx.y * C + first_column + thread] = total;
 }
 
-// y = the matrix that fp8_amax measured, in FP8; dbias += the sums of its columns, before the rounding.
-static void fp8_quantize(Fp8Matrix y /*(N,C)*/, float* dbias /*(C) += or NULL*/, const floatX* x /*(N,C)*/,
+// y = x in FP8, or GELU(pre), or for a gradient x GELU'(pre); dbias += the sums of its columns, before the rounding.
+static void fp8_quantize(Fp8Matrix y /*(N,C)*/, float* dbias /*(C) += or NULL*/, const floatX* x /*(N,C) or NULL*/,
                          const floatX* pre /*(N,C) or NULL*/, int64_t N, int C, bool gradient) {
     opRequire(N > 0 && N % 16 == 0 && C > 0 && C % 16 == 0, "fp8_quantize: %ld rows of %d, not multiples of 16", N, C);
     float* partial = dbias ? (float*)scratch(matmul_backward_scratch_bytes(C), "matmul_backward") : NULL;
@@ -3398,7 +3394,7 @@ static void fp8_weights_update(Model* m) {
             int C = products[p].in * m->dims.C, OC = products[p].out * m->dims.C;
             Fp8Matrix w = fp8_weight(m, p, l);
             const floatX* wide = weight(m, products[p].weight, l);
-            fp8_amax(w.scale, wide, NULL, (int64_t)OC * C, false);
+            fp8_amax(w.scale, wide, NULL, (int64_t)OC * C);
             fp8_quantize(w, NULL, wide, NULL, OC, C, false);
         }
 }
@@ -3426,7 +3422,7 @@ static void product_forward(Model* m, int l, int p, Run r, floatX* out /*(B,T,OC
     const floatX* pre = p == FCPROJ ? y->fch : NULL;
     if (!out) inp8.rows = NULL;
     if (again && r.recompute < products[p].again) inp8.columns = NULL;
-    if (!again) fp8_amax(inp8.scale, inp, pre, N * C, false);
+    if (!again) fp8_amax(inp8.scale, inp, pre, N * C);
     if (inp8.rows || inp8.columns) fp8_quantize(inp8, NULL, inp, pre, N, C, false);
     if (out) fp8_matmul_forward(out, inp8, fp8_weight(m, p, l), bias, addend, N, C, OC);
 }
@@ -3447,7 +3443,7 @@ static void product_backward(Model* m, int l, int p, Run r, floatX* dinp /*(B,T,
     }
     Fp8Matrix dout8 = fp8_gradient(m, p, l, N);
     const floatX* pre = p == FC ? y->fch : NULL;
-    fp8_amax(dout8.scale, dout, pre, N * OC, true);
+    fp8_amax(dout8.scale, dout, pre, N * OC);
     fp8_quantize(dout8, dbias, dout, pre, N, OC, true);
     fp8_matmul_backward(dinp, dweight, dout8, fp8_input(m, p, l), fp8_weight(m, p, l), N, C, OC);
 }

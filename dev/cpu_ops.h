@@ -335,26 +335,28 @@ static inline float fp8_value(uint8_t q, bool gradient) {
     return q & 0x80 ? -size : size;
 }
 
-// An element of the matrix in question: x, GELU(pre), or for a gradient x GELU'(pre).
+// The largest magnitude, or where GELU is in between a bound: GELU(pre) is no larger than pre, GELU'(pre) than 1.13.
+void fp8_amax(Fp8Scale* scale, const floatX* x /*(n) or NULL*/, const floatX* pre /*(n) or NULL*/, int64_t n) {
+    const floatX* source = x ? x : pre;
+    float most = 0, times = x && pre ? 1.13f : 1.0f;
+    bool nan = scale->amax != scale->amax;
+    #pragma omp parallel for reduction(max : most) reduction(|| : nan)
+    for (int64_t i = 0; i < n; i++) {
+        float size = std::fabs(source[i]);
+        most = std::max(most, size);
+        nan = nan || size != size;
+    }
+    scale->amax = nan ? NAN : std::max((float)scale->amax, most * times);
+}
+
+// What is quantized: x, GELU(pre), or for a gradient x GELU'(pre).
 static inline float fp8_source(const floatX* x, const floatX* pre, int64_t i, bool gradient) {
     if (!pre) return x[i];
     float u = pre[i], sigmoid = gelu_sigmoid(u), slope = (float)1.5957691216057308 * (1 + (float)0.134145 * u * u);
     return gradient ? x[i] * sigmoid * (1 + u * (1 - sigmoid) * slope) : u * sigmoid;
 }
 
-void fp8_amax(Fp8Scale* scale, const floatX* x, const floatX* pre /*or NULL*/, int64_t n, bool gradient) {
-    float most = scale->amax;
-    bool nan = most != most;
-    #pragma omp parallel for reduction(max : most) reduction(|| : nan)
-    for (int64_t i = 0; i < n; i++) {
-        float size = std::fabs(fp8_source(x, pre, i, gradient));
-        most = std::max(most, size);
-        nan = nan || size != size;
-    }
-    scale->amax = nan ? NAN : most;
-}
-
-void fp8_quantize(Fp8Matrix y /*(N,C)*/, float* dbias /*(C) += or NULL*/, const floatX* x /*(N,C)*/,
+void fp8_quantize(Fp8Matrix y /*(N,C)*/, float* dbias /*(C) += or NULL*/, const floatX* x /*(N,C) or NULL*/,
                   const floatX* pre /*(N,C) or NULL*/, int64_t N, int C, bool gradient) {
     float factor = std::min((float)0x1p120, (gradient ? 57344 : 448) / (float)y.scale->amax);  // of a NaN 2^120
     y.scale->inverse = std::isfinite(y.scale->amax) ? 1 / factor : y.scale->amax;
