@@ -31,6 +31,7 @@ found:
 	@echo "BLAS      $(PROBE_BLAS)"
 	@echo "MPI       $(PROBE_MPI)"
 	@echo "CUDA      $(PROBE_CUDA)"
+	@echo "NCCL      $(PROBE_NCCL)"
 
 # Each program is one source file; the compiler itself lists the files that it includes.
 CPU_COMPILE = $(CXX) $(CXXFLAGS) $(MARCH) $(OPENMP) -DCPU_BACKEND $(BLAS_FLAGS) $(MPI_FLAGS) -MMD -MP -MF build/$(@F).d -MT $@
@@ -43,11 +44,11 @@ build/%: dev/%.cu build/config.mk
 build/%: dev/%.cpp build/config.mk
 	$(CPU_COMPILE) $< -o $@ $(CPU_LINK)
 
-# The GPU programs run in one process until NCCL carries their collectives, so they are built without MPI.
+# The trainers take several processes where NCCL and MPI are both there; the tests and benches of the kernels take one.
 GPU_COMPILE = $(NVCC) -std=c++17 -O3 -lineinfo $(GENCODE) -Xcompiler "-O3 $(OPENMP)" -MMD -MP -MF build/$(@F).d -MT $@
 GPU_LINK = -lcublasLt -lcudnn
 $(GPU_TRAINERS): %: %.cu build/config.mk
-	$(GPU_COMPILE) $< -o $@ $(GPU_LINK)
+	$(GPU_COMPILE) $(NCCL_FLAGS) $< -o $@ $(GPU_LINK) $(NCCL_LIBS)
 build/bench_gpu: dev/bench_gpu.cu build/config.mk
 	$(GPU_COMPILE) $< -o $@ $(GPU_LINK)
 build/test_gpu_model: dev/test_model.cu build/config.mk

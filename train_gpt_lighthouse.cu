@@ -20,7 +20,8 @@ without Lighthouse, the baseline to compare with.
 11. main                   the loop
 
 Letters: B batch, T tokens of a sequence, C channels, NH heads, D head size, V vocabulary, Vp V padded to 128, L layers,
-S slots of the gathered Lighthouse sequence. Every pointer is declared with its shape.
+S slots of the gathered Lighthouse sequence, W processes that share each sequence (--cp), N = B T / W rows of one of
+them. Every pointer is declared with its shape.
 Build with make; every program has --help.
 */
 #include <ctype.h>
@@ -29,6 +30,7 @@ Build with make; every program has --help.
 #include <fcntl.h>
 #include <glob.h>
 #include <math.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -44,6 +46,7 @@ Build with make; every program has --help.
 #include <time.h>
 #include <unistd.h>
 #include <algorithm>
+#include <initializer_list>
 #ifdef USE_MPI
 #include <mpi.h>
 #endif
@@ -58,6 +61,7 @@ static const bool lighthouse_built = false;
 static const bool lighthouse_built = true;
 #define PROGRAM "lighthouse"
 #endif
+#define VERSION "2"  // of what the processes of a run must share: options, collectives, files
 
 struct Config {
     // data
@@ -86,7 +90,9 @@ struct Config {
     const char *prompt, *tokenizer;
     double temperature;
     // memory
-    int64_t recompute, deterministic, dry_run;
+    int64_t recompute, deterministic, dry_run, plan_ranks;
+    // processes
+    int64_t cp, hang_timeout, rank_logs;
 };
 
 enum OptionType { OPT_INT, OPT_REAL, OPT_TEXT, OPT_FLAG };
@@ -174,6 +180,13 @@ static const Option options[] = {
     {"deterministic", "", OPT_INT, AT(deterministic), "0", 0, 1,
      "1: dense attention's backward gives the same bits every run"},
     {"dry-run", "", OPT_FLAG, AT(dry_run), "0", 0, 1, "print the configuration and the memory plan, and stop"},
+    {"plan-ranks", "", OPT_INT, AT(plan_ranks), "0", 0, 1048576,
+     "with --dry-run: plan for this many processes; 0: as many as were started"},
+    {"cp", "", OPT_INT, AT(cp), "1", 1, 1024,
+     "[processes] context parallelism: processes that share each sequence, seq-len/cp consecutive tokens on each"},
+    {"hang-timeout", "", OPT_INT, AT(hang_timeout), "600", 0, 1e6,
+     "seconds to wait for another process before the job ends with its name; 0: no limit"},
+    {"rank-logs", "", OPT_INT, AT(rank_logs), "0", 0, 1, "1: every process writes rank_<r>.log in out-dir"},
 };
 static const int option_count = sizeof(options) / sizeof(options[0]);
 static bool option_given[sizeof(options) / sizeof(options[0])];  // on the command line
@@ -262,7 +275,17 @@ static bool lighthouse_defaults(LighthouseShape* s, const Config* c, int H, int 
 // ===================================================================================================================
 // 2. Errors and checks, files, time, randomness; the device and its memory, which on the CPU backend are the host's.
 
-static void stop_all_processes();  // section 3: a failing process must not leave the others waiting
+// Section 3. A failing process must not leave the others waiting. A hanging one must not either: whatever depends on
+// others is waited for by looking again and again, with a call of wait_a_moment between two looks, which has a limit.
+struct Wait {
+    int64_t looks;
+    double began;  // seconds(), once it takes longer
+};
+static void stop_all_processes();
+static void wait_a_moment(Wait* w);
+static bool waits_for_others;   // there are other processes
+static char process_name[32];   // "rank 3: " before errors, or empty if there is but one process
+static FILE* rank_log;          // this process's own log, or NULL
 
 // The compiler checks the arguments against the format, which is argument n. An int64_t is a long on 64-bit Linux: %ld.
 #define PRINTF_LIKE(n) __attribute__((format(printf, n, n + 1)))
@@ -271,11 +294,15 @@ static void stop_all_processes();  // section 3: a failing process must not leav
 PRINTF_LIKE(1) __attribute__((noreturn)) static void fatal(const char* format, ...) {
     va_list args;
     va_start(args, format);
-    fflush(stdout);
-    fprintf(stderr, "error: ");
-    vfprintf(stderr, format, args);
-    fprintf(stderr, "\n");
+    char* what;
+    if (vasprintf(&what, format, args) < 0) what = (char*)"out of host memory";
     va_end(args);
+    fflush(stdout);
+    for (FILE* f : {stderr, rank_log}) {
+        if (!f) continue;
+        fprintf(f, "error: %s%s\n", process_name, what);
+        fflush(f);
+    }
     stop_all_processes();
     exit(1);
 }
@@ -397,6 +424,7 @@ static void copy_to_device_async(void* device, const void* host, size_t bytes) {
 struct DeviceEvent {};
 static void event_record(DeviceEvent*) {}
 static void event_wait(DeviceEvent*) {}
+static void limit_lead() {}
 static void device_open(int) {}
 static void device_synchronize() {}
 static size_t device_memory_free() {
@@ -483,7 +511,11 @@ static void* scratch(size_t bytes, const char* op) {
     return op_scratch;
 }
 
-static void device_open(int device) {
+// Takes the local_rank-th GPU. A launcher that shows each process one GPU only has chosen already.
+static void device_open(int local_rank) {
+    int devices, device;
+    cudaCheck(cudaGetDeviceCount(&devices));
+    device = local_rank % devices;
     cudaCheck(cudaSetDevice(device));
     cudaCheck(cudaDeviceGetAttribute(&device_sms, cudaDevAttrMultiProcessorCount, device));
     cudaCheck(cudaStreamCreateWithFlags(&main_stream, cudaStreamNonBlocking));
@@ -491,7 +523,14 @@ static void device_open(int device) {
     cudaCheck(cudaMemGetInfo(&device_free_at_start, &total));
     cublasCheck(cublasLtCreate(&cublaslt_handle));
 }
-static void device_synchronize() { cudaCheck(cudaStreamSynchronize(main_stream)); }
+// What the device does may wait for other processes' devices: so the host looks whether it is done, and only then calls
+// what waits without a limit. "Not ready" counts as the last error, and is none.
+static void device_synchronize() {
+    Wait w = {0, 0};
+    while (waits_for_others && cudaStreamQuery(main_stream) == cudaErrorNotReady) wait_a_moment(&w);
+    (void)cudaGetLastError();
+    cudaCheck(cudaStreamSynchronize(main_stream));
+}
 static void* device_alloc(size_t bytes) {  // zeroed
     void* p;
     cudaCheck(cudaMalloc(&p, bytes ? bytes : 1));
@@ -499,11 +538,14 @@ static void* device_alloc(size_t bytes) {  // zeroed
     return p;
 }
 static void device_zero(void* p, size_t bytes) { cudaCheck(cudaMemsetAsync(p, 0, bytes, main_stream)); }
+// A copy may wait inside the library, without a limit, for what the stream does before it: so wait for that first.
 static void copy_to_device(void* device, const void* host, size_t bytes) {
+    if (waits_for_others) device_synchronize();
     cudaCheck(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, main_stream));
     device_synchronize();  // the caller may change its copy at once
 }
 static void copy_to_host(void* host, const void* device, size_t bytes) {
+    if (waits_for_others) device_synchronize();
     cudaCheck(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, main_stream));
     device_synchronize();
 }
@@ -523,7 +565,23 @@ static void event_record(DeviceEvent* e) {
     if (!e->event) cudaCheck(cudaEventCreateWithFlags(&e->event, cudaEventDisableTiming));
     cudaCheck(cudaEventRecord(e->event, main_stream));
 }
-static void event_wait(DeviceEvent* e) { if (e->event) cudaCheck(cudaEventSynchronize(e->event)); }
+static void event_wait(DeviceEvent* e) {
+    if (!e->event) return;
+    Wait w = {0, 0};
+    while (waits_for_others && cudaEventQuery(e->event) == cudaErrorNotReady) wait_a_moment(&w);
+    (void)cudaGetLastError();
+    cudaCheck(cudaEventSynchronize(e->event));
+}
+// Keeps the host at most four calls of this function ahead of the device where other processes may hang: a launch
+// behind too many others would wait without a limit.
+static void limit_lead() {
+    static DeviceEvent events[4];
+    static int next;
+    if (!waits_for_others) return;
+    event_wait(&events[next]);
+    event_record(&events[next]);
+    next = (next + 1) % 4;
+}
 static size_t device_memory_free() {
     size_t free_bytes, total;
     cudaCheck(cudaMemGetInfo(&free_bytes, &total));
@@ -561,75 +619,407 @@ static void* take(Arena* a, size_t bytes) {
 #define TAKE(arena, type, count) ((type*)take(arena, (size_t)(count) * sizeof(type)))
 
 // ===================================================================================================================
-// 3. Processes: one per device. MPI starts them and carries the collectives of the CPU backend.
+// 3. Processes: one per device, world = dp x cp of them. The cp ranks of a group hold consecutive slices of the same
+// sequences (context parallel), the dp groups hold different sequences (data parallel); rank = dp_rank * cp + cp_rank.
+// mpirun or srun starts them. MPI carries what is small and on the host; what is large and on the device is carried by
+// NCCL between GPUs and by MPI on the CPU backend, in the same few calls. Every sum adds the ranks in a fixed order.
 
 struct Processes {
     int rank, world;
+    int cp, cp_rank, dp, dp_rank;
+    int local_rank, local_world;  // on this machine
+    bool connected;               // by MPI, be it to no other process; otherwise no collective does anything
 };
-static Processes procs = {0, 1};
+static Processes procs = {0, 1, 1, 0, 1, 0, 0, 1, false};
+enum Group { WORLD_GROUP, CP_GROUP };
+static double hang_timeout = 600;  // seconds that a process waits for others, 0: no limit
+static int64_t step_begun;         // the step that this process is in, for that message; 0: the start
 
-// How many processes the launcher says that it started.
+// How many processes the launcher says that it started: mpirun's first, since srun may in turn have started mpirun.
 static int processes_started() {
-    const char* names[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"};
-    for (int i = 0; i < 3; i++) if (getenv(names[i]) && atoi(getenv(names[i])) != 1) return atoi(getenv(names[i]));
+    const char* names[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"};
+    for (const char* name : names) if (getenv(name)) return atoi(getenv(name));
     return 1;
 }
 
+// Splits the world into dp groups of cp ranks.
+static void processes_split(int64_t cp) {
+    if (procs.world % cp)
+        fatal("--cp is %ld; it must divide the number of processes, %d", cp, procs.world);
+    procs.cp = (int)cp;
+    procs.cp_rank = procs.rank % procs.cp;
+    procs.dp = procs.world / procs.cp;
+    procs.dp_rank = procs.rank / procs.cp;
+}
+
 #ifdef USE_MPI  // with MPI; below, without
-static bool mpi_running() {
-    int initialized = 0;
-    MPI_Initialized(&initialized);
-    return initialized;
-}
+static MPI_Comm cp_comm = MPI_COMM_NULL, local_comm = MPI_COMM_NULL, hang_comm = MPI_COMM_NULL;
 
-static void processes_start(int* argc, char*** argv) {
-    // A single process needs no MPI, and starts faster without.
-    if (processes_started() <= 1 && !getenv("OMPI_COMM_WORLD_SIZE")) return;
-    MPI_Init(argc, argv);
-    MPI_Comm_rank(MPI_COMM_WORLD, &procs.rank);
-    MPI_Comm_size(MPI_COMM_WORLD, &procs.world);
-}
-static void processes_end() { if (mpi_running()) MPI_Finalize(); }
-static void stop_all_processes() { if (procs.world > 1 && mpi_running()) MPI_Abort(MPI_COMM_WORLD, 1); }
+static void stop_all_processes() { if (waits_for_others) MPI_Abort(MPI_COMM_WORLD, 1); }
 
-// Sums over the processes, in place, in rank order on every process. Counts may exceed 2^31.
-static void all_sum(float* x, int64_t n) {
-    for (int64_t i = 0; procs.world > 1 && i < n; i += 1 << 26) {
-        int count = (int)std::min<int64_t>(n - i, 1 << 26);
-        MPI_Allreduce(MPI_IN_PLACE, x + i, count, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
+// ---- waiting, with a limit
+// MPI's own waits have no end, so every wait here looks whether it is over, again and again. A process that has waited
+// for hang_timeout seconds asks all others whether they wait too, as whoever waits looks for such questions. Those that
+// do not answer are the ones that hang: they are named, and the job ends.
+
+struct ProcessName {
+    char host[56];
+    int64_t pid;
+};
+static ProcessName* process_names;  // (world)
+static const double ANSWER_S = 3;   // an answer takes as long as the other's pause between two looks: milliseconds
+
+enum { QUESTION = 1, ANSWER = 2 };
+static bool lower_rank_asked;
+
+// Answers questions. Notes in waits[rank], unless NULL, who waits.
+static void answer_questions(bool* waits) {
+    for (int found;;) {
+        MPI_Status s;
+        MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, hang_comm, &found, &s);
+        if (!found) return;
+        MPI_Recv(NULL, 0, MPI_BYTE, s.MPI_SOURCE, s.MPI_TAG, hang_comm, MPI_STATUS_IGNORE);
+        if (waits) waits[s.MPI_SOURCE] = true;
+        if (s.MPI_TAG == ANSWER) continue;
+        lower_rank_asked |= s.MPI_SOURCE < procs.rank;
+        MPI_Request sent;
+        MPI_Isend(NULL, 0, MPI_BYTE, s.MPI_SOURCE, ANSWER, hang_comm, &sent);
+        MPI_Request_free(&sent);
     }
 }
-static double all_sum(double x) {
-    if (procs.world > 1) MPI_Allreduce(MPI_IN_PLACE, &x, 1, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
-    return x;
+
+__attribute__((noreturn)) static void name_who_hangs() {
+    bool* waits = (bool*)host_alloc(procs.world);
+    for (int i = 0; i < procs.world; i++) {
+        waits[i] = i == procs.rank;
+        if (waits[i]) continue;
+        MPI_Request sent;
+        MPI_Isend(NULL, 0, MPI_BYTE, i, QUESTION, hang_comm, &sent);
+        MPI_Request_free(&sent);
+    }
+    for (double began = seconds(); seconds() - began < ANSWER_S; usleep(1000)) answer_questions(waits);
+    if (lower_rank_asked)  // the lowest that asks speaks, and ends this process too
+        for (double began = seconds(); seconds() - began < 3 * ANSWER_S;) usleep(100000);
+    char *who = text("%s", ""), *place = step_begun ? text("step %ld", step_begun) : text("the start");
+    int named = 0;
+    for (int i = 0; i < procs.world; i++) {
+        if (waits[i] || named++ >= 16) continue;  // 16 say enough
+        char* more = text("%s%srank %d (pid %ld on %s)", who, *who ? ", " : "", i, process_names[i].pid,
+                          process_names[i].host);
+        free(who);
+        who = more;
+    }
+    if (named)
+        fatal("no sign of %s for the %g s of --hang-timeout, in %s: the job ends here. No checkpoint is damaged; "
+              "--resume 1 goes on from the newest", who, hang_timeout, place);
+    fatal("all %d processes wait for each other since the %g s of --hang-timeout, in %s: a device or the network "
+          "between them hangs. No checkpoint is damaged; --resume 1 goes on from the newest", procs.world,
+          hang_timeout, place);
 }
-static void barrier() { if (procs.world > 1) MPI_Barrier(MPI_COMM_WORLD); }
+
+// Between two looks at something that other processes bring about: at first no pause, then longer ones, which leave
+// the processor to whoever is awaited.
+static void wait_a_moment(Wait* w) {
+    if (++w->looks < 100) return;
+    if (w->looks < 1000) {
+        sched_yield();
+        return;
+    }
+    usleep(w->looks < 10000 ? 50 : 500);
+    if (w->began == 0) w->began = seconds();
+    answer_questions(NULL);
+    if (hang_timeout > 0 && seconds() - w->began > hang_timeout) name_who_hangs();
+}
+
+static void wait_for(MPI_Request* requests, int n) {
+    Wait w = {0, 0};
+    for (int done = 0;;) {
+        MPI_Testall(n, requests, &done, MPI_STATUSES_IGNORE);
+        if (done) return;
+        wait_a_moment(&w);
+    }
+}
+
+// ---- small things on the host
+
+static MPI_Comm group_comm(Group g) { return g == CP_GROUP ? cp_comm : MPI_COMM_WORLD; }
+
+// The bytes of rank `root` of the group, to all of the group.
+static void broadcast(void* data, int64_t bytes, Group g, int root) {
+    for (int64_t i = 0; procs.connected && i < bytes; i += 1 << 30) {
+        MPI_Request r;
+        MPI_Ibcast((char*)data + i, (int)std::min<int64_t>(bytes - i, 1 << 30), MPI_BYTE, root, group_comm(g), &r);
+        wait_for(&r, 1);
+    }
+}
+
+// Everybody's `bytes` bytes, in rank order, to every process: all (world, bytes).
+static void gather_to_all(void* all, const void* mine, int bytes) {
+    memcpy(all, mine, bytes);
+    if (!procs.connected) return;
+    MPI_Request r;
+    MPI_Iallgather(mine, bytes, MPI_BYTE, all, bytes, MPI_BYTE, MPI_COMM_WORLD, &r);
+    wait_for(&r, 1);
+}
+
+// Sums of x (n) over all processes, in place, in rank order, so the same bits everywhere. For few numbers.
+template <typename Number> static void all_sum(Number* x, int64_t n) {
+    if (!procs.connected) return;
+    Number* all = (Number*)host_alloc(procs.world * n * sizeof(Number));
+    gather_to_all(all, x, (int)(n * sizeof(Number)));
+    for (int64_t i = 0; i < n; i++) {
+        x[i] = 0;
+        for (int rank = 0; rank < procs.world; rank++) x[i] += all[rank * n + i];
+    }
+    free(all);
+}
+
+static void barrier() {
+    if (!procs.connected) return;
+    MPI_Request r;
+    MPI_Ibarrier(MPI_COMM_WORLD, &r);
+    wait_for(&r, 1);
+}
+
+// ---- start and end
+
+static void processes_start(int* argc, char*** argv) {
+    // A single process needs no MPI, and starts faster without; under mpirun -n 1 it is a group of one.
+    if (processes_started() <= 1 && !getenv("OMPI_COMM_WORLD_SIZE")) return;
+    int level;
+    MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &level);
+    MPI_Comm_rank(MPI_COMM_WORLD, &procs.rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &procs.world);
+    if (processes_started() > 1 && procs.world == 1)
+        fatal("started as %d processes that MPI does not connect: start them with the mpirun of the MPI that this "
+              "program was built with, or with srun --mpi=pmix", processes_started());
+    MPI_Comm_dup(MPI_COMM_WORLD, &hang_comm);
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, procs.rank, MPI_INFO_NULL, &local_comm);
+    MPI_Comm_rank(local_comm, &procs.local_rank);
+    MPI_Comm_size(local_comm, &procs.local_world);
+    procs.connected = true;
+    if (procs.world > 1) snprintf(process_name, sizeof process_name, "rank %d: ", procs.rank);
+    waits_for_others = procs.world > 1;
+    ProcessName mine;
+    memset(&mine, 0, sizeof mine);
+    gethostname(mine.host, sizeof mine.host - 1);
+    mine.pid = getpid();
+    process_names = (ProcessName*)host_alloc(procs.world * sizeof mine);
+    gather_to_all(process_names, &mine, sizeof mine);
+}
+
+static void processes_end() {
+    if (!procs.connected) return;
+    barrier();  // MPI_Finalize waits without a limit
+    MPI_Finalize();
+}
+
+#ifdef USE_NCCL  // on GPUs; below, on the CPU backend
+#include <nccl.h>
+
+static void nccl_check(ncclResult_t result, const char* call, const char* file, int line) {
+    if (result == ncclSuccess) return;
+    fatal("%s:%d: %s failed: %s: %s; NCCL_DEBUG=INFO says more", file, line, call, ncclGetErrorString(result),
+          ncclGetLastError(NULL));
+}
+#define ncclCheck(call) nccl_check((call), #call, __FILE__, __LINE__)
+
+// The collectives of gradients and parameters run beside the backward pass, on their own stream and communicator; those
+// inside the model run on main_stream, in order with the kernels.
+static ncclComm_t nccl_world, nccl_cp;
+static cudaStream_t collective_stream;
+static cudaEvent_t collective_event;
+
+static ncclComm_t nccl_open(MPI_Comm comm) {
+    int rank, size;
+    MPI_Comm_rank(comm, &rank);
+    MPI_Comm_size(comm, &size);
+    ncclUniqueId id;
+    if (rank == 0) ncclCheck(ncclGetUniqueId(&id));
+    MPI_Request r;
+    MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, comm, &r);
+    wait_for(&r, 1);
+    ncclComm_t nccl;
+    ncclCheck(ncclCommInitRank(&nccl, size, id, rank));
+    return nccl;
+}
+
+// Refuses two processes on one device: NCCL would fail on them, with a message that names no cause.
+static void check_devices() {
+    int device;
+    cudaDeviceProp properties;
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaGetDeviceProperties(&properties, device));
+    cudaUUID_t* uuids = (cudaUUID_t*)host_alloc(procs.local_world * sizeof(cudaUUID_t));
+    MPI_Request r;
+    MPI_Iallgather(&properties.uuid, sizeof(cudaUUID_t), MPI_BYTE, uuids, sizeof(cudaUUID_t), MPI_BYTE, local_comm, &r);
+    wait_for(&r, 1);
+    int devices = 0;
+    for (int i = 0; i < procs.local_world; i++) {
+        bool first = true;
+        for (int j = 0; j < i; j++) first &= memcmp(&uuids[i], &uuids[j], sizeof(cudaUUID_t)) != 0;
+        devices += first;
+    }
+    if (devices < procs.local_world)
+        fatal("%d processes on %s share %d GPU(s): every process needs its own, so start at most as many on a machine "
+              "as it has GPUs (mpirun -n, --map-by ppr:N:node; CUDA_VISIBLE_DEVICES may hide some)",
+              procs.local_world, process_names[procs.rank].host, devices);
+    free(uuids);
+}
+
+// Starts x (n) being summed over all processes, rank r's piece r of n / world for itself: x + r n / world holds the sum
+// after collectives_join(), the rest of x nothing of use. x is on the device; n is a multiple of world.
+static void reduce_scatter_start(float* x, int64_t n) {
+    if (!procs.connected) return;
+    cudaCheck(cudaEventRecord(collective_event, main_stream));
+    cudaCheck(cudaStreamWaitEvent(collective_stream, collective_event));
+    int64_t piece = n / procs.world;
+    ncclCheck(ncclReduceScatter(x, x + procs.rank * piece, piece, ncclFloat32, ncclSum, nccl_world, collective_stream));
+}
+
+// Starts the pieces of x being gathered: rank r's piece r of bytes / world is sent to all. x is on the device.
+static void all_gather_start(void* x, int64_t bytes) {
+    if (!procs.connected) return;
+    cudaCheck(cudaEventRecord(collective_event, main_stream));
+    cudaCheck(cudaStreamWaitEvent(collective_stream, collective_event));
+    int64_t piece = bytes / procs.world;
+    ncclCheck(ncclAllGather((char*)x + procs.rank * piece, x, piece, ncclInt8, nccl_world, collective_stream));
+}
+
+// What follows on main_stream runs after the collectives started so far.
+static void collectives_join() {
+    if (!procs.connected) return;
+    cudaCheck(cudaEventRecord(collective_event, collective_stream));
+    cudaCheck(cudaStreamWaitEvent(main_stream, collective_event));
+}
+
+// Piece p of send goes to cp rank p, piece p of recv comes from it: recv, send (cp, bytes_per_peer) on the device, not
+// the same memory. On main_stream.
+static void all_to_all(void* recv, const void* send, int64_t bytes_per_peer) {
+    ncclCheck(ncclGroupStart());
+    for (int p = 0; p < procs.cp; p++) {
+        ncclCheck(ncclSend((const char*)send + p * bytes_per_peer, bytes_per_peer, ncclInt8, p, nccl_cp, main_stream));
+        ncclCheck(ncclRecv((char*)recv + p * bytes_per_peer, bytes_per_peer, ncclInt8, p, nccl_cp, main_stream));
+    }
+    ncclCheck(ncclGroupEnd());
+}
+
+// Connects the device's collectives; device_open comes before. NCCL takes its buffers at the first call of each kind,
+// so every kind is called here once, before the memory plan asks what is free.
+static void collectives_open() {
+    if (!procs.connected) return;
+    barrier();  // NCCL waits for the others without a limit
+    MPI_Comm_split(MPI_COMM_WORLD, procs.dp_rank, procs.cp_rank, &cp_comm);
+    check_devices();
+    cudaCheck(cudaStreamCreateWithFlags(&collective_stream, cudaStreamNonBlocking));
+    cudaCheck(cudaEventCreateWithFlags(&collective_event, cudaEventDisableTiming));
+    nccl_world = nccl_open(MPI_COMM_WORLD);
+    if (procs.cp > 1) nccl_cp = nccl_open(cp_comm);
+    int64_t piece = 1 << 20;
+    char* x = (char*)device_alloc(2 * procs.world * piece);
+    reduce_scatter_start((float*)x, procs.world * piece / sizeof(float));
+    all_gather_start(x, procs.world * piece);
+    collectives_join();
+    if (procs.cp > 1) all_to_all(x + procs.world * piece, x, piece);
+    device_synchronize();
+    cudaCheck(cudaFree(x));
+}
+#else
+// Sends piece p of send to process p of the group and receives its piece into piece p of recv; pieces begin
+// send_stride and recv_stride bytes apart. A process's own piece is copied, where it is not in place already.
+static void exchange(Group g, char* recv, int64_t recv_stride, const char* send, int64_t send_stride, int64_t bytes) {
+    int size = g == CP_GROUP ? procs.cp : procs.world, rank = g == CP_GROUP ? procs.cp_rank : procs.rank;
+    MPI_Request* requests = (MPI_Request*)host_alloc(2 * size * sizeof(MPI_Request));
+    for (int64_t i = 0; i < bytes; i += 1 << 30) {  // MPI counts in int
+        int part = (int)std::min<int64_t>(bytes - i, 1 << 30), n = 0;
+        for (int p = 0; p < size; p++)
+            if (p != rank) MPI_Irecv(recv + p * recv_stride + i, part, MPI_BYTE, p, 0, group_comm(g), &requests[n++]);
+        for (int p = 0; p < size; p++)
+            if (p != rank) MPI_Isend(send + p * send_stride + i, part, MPI_BYTE, p, 0, group_comm(g), &requests[n++]);
+        wait_for(requests, n);
+    }
+    free(requests);
+    if (recv + rank * recv_stride != send + rank * send_stride)
+        memcpy(recv + rank * recv_stride, send + rank * send_stride, bytes);
+}
+
+// Sums x (n) over all processes, rank r's piece r of n / world for itself: x + r n / world then holds the sum, the rest
+// of x nothing of use. n is a multiple of world. Here a collective is complete when its start returns.
+static void reduce_scatter_start(float* x, int64_t n) {
+    if (procs.world == 1) return;
+    int64_t piece = n / procs.world, chunk = std::min<int64_t>(piece, ceil_div(4 << 20, procs.world));
+    float *mine = x + procs.rank * piece, *all = (float*)host_alloc(procs.world * chunk * sizeof(float));
+    for (int64_t i = 0; i < piece; i += chunk) {
+        int64_t part = std::min(piece - i, chunk);
+        exchange(WORLD_GROUP, (char*)all, part * sizeof(float), (char*)(x + i), piece * sizeof(float),
+                 part * sizeof(float));
+        for (int64_t j = 0; j < part; j++) {
+            float sum = 0;
+            for (int rank = 0; rank < procs.world; rank++) sum += all[rank * part + j];
+            mine[i + j] = sum;
+        }
+    }
+    free(all);
+}
+
+// Gathers the pieces of x: rank r's piece r of bytes / world is sent to all.
+static void all_gather_start(void* x, int64_t bytes) {
+    int64_t piece = bytes / procs.world;
+    if (procs.world > 1) exchange(WORLD_GROUP, (char*)x, piece, (char*)x + procs.rank * piece, 0, piece);
+}
+
+static void collectives_join() {}
+
+// Piece p of send goes to cp rank p, piece p of recv comes from it: recv, send (cp, bytes_per_peer), not the same
+// memory.
+static void all_to_all(void* recv, const void* send, int64_t bytes_per_peer) {
+    exchange(CP_GROUP, (char*)recv, bytes_per_peer, (const char*)send, bytes_per_peer, bytes_per_peer);
+}
+
+static void collectives_open() {
+    if (procs.connected) MPI_Comm_split(MPI_COMM_WORLD, procs.dp_rank, procs.cp_rank, &cp_comm);
+}
+#endif
 #else
 static void processes_start(int*, char***) {
-    if (processes_started() > 1 && !getenv("SLURM_NTASKS"))
-        fatal("started as %d processes, but this program was built without MPI: install libopenmpi-dev and run make "
-              "again", processes_started());
+    if (processes_started() > 1)
+        fatal("started as %d processes, but this program was built for one: install libopenmpi-dev and openmpi-bin, "
+              "for GPUs libnccl-dev too, and run make again", processes_started());
 }
 static void processes_end() {}
 static void stop_all_processes() {}
-static void all_sum(float*, int64_t) {}
-static double all_sum(double x) { return x; }
+static void wait_a_moment(Wait*) {}
+static void broadcast(void*, int64_t, Group, int) {}
+static void gather_to_all(void* all, const void* mine, int bytes) { memcpy(all, mine, bytes); }
+template <typename Number> static void all_sum(Number*, int64_t) {}
 static void barrier() {}
+static void reduce_scatter_start(float*, int64_t) {}
+static void all_gather_start(void*, int64_t) {}
+static void collectives_join() {}
+static void all_to_all(void*, const void*, int64_t) {}  // not called: cp is 1
+static void collectives_open() {}
 #endif
 
+static double all_sum(double x) {
+    all_sum(&x, 1);
+    return x;
+}
+
 PRINTF_LIKE(1) static void say(const char* format, ...) {  // rank 0 speaks for all
-    if (procs.rank) return;
-    va_list args;
-    va_start(args, format);
-    vprintf(format, args);
-    va_end(args);
-    fflush(stdout);
+    for (FILE* f : {procs.rank ? NULL : stdout, rank_log}) {
+        if (!f) continue;
+        va_list args;
+        va_start(args, format);
+        vfprintf(f, format, args);
+        va_end(args);
+        fflush(f);
+    }
 }
 
 // ===================================================================================================================
 // 4. Data: token shards in llm.c's format, mapped read-only; windows of T+1 tokens out.
-// A window is T consecutive tokens of one shard and the one after. Sequence i of the run is window i mod W of epoch
-// i / W; with shuffling each epoch visits the W windows by its own keyed permutation. So the whole position is i.
+// A window is T consecutive tokens of one shard and the one after. Sequence i of the run is window i mod n of epoch
+// i / n; with shuffling each epoch visits the n windows by its own keyed permutation. So the whole position is i.
 
 static const int shard_header_ints = 256;
 
@@ -742,15 +1132,16 @@ static int64_t permute(int64_t i, int64_t n, uint64_t key) {
     return (int64_t)x;
 }
 
-// Writes sequence i of the run: inputs (T) and targets (T), the inputs shifted by one.
+// Writes this process's tokens of sequence i of the run: inputs (T/W) and targets (T/W), the inputs shifted by one.
 static void loader_sequence(const Loader* d, int64_t i, int* inputs, int* targets) {
     int64_t epoch = i / d->windows, w = i % d->windows;
     if (d->shuffle) w = permute(w, d->windows, mix64(d->seed) ^ (uint64_t)epoch);
     const Shard* s = d->shards;
     while (w >= s->windows) w -= (s++)->windows;
-    for (int64_t t = 0; t < d->T; t++) {
-        inputs[t] = shard_token(s, w * d->T + t);
-        targets[t] = shard_token(s, w * d->T + t + 1);
+    int64_t rows = d->T / procs.cp, first = w * d->T + procs.cp_rank * rows;
+    for (int64_t t = 0; t < rows; t++) {
+        inputs[t] = shard_token(s, first + t);
+        targets[t] = shard_token(s, first + t + 1);
     }
 }
 
@@ -794,7 +1185,7 @@ using namespace cpu;
 
 // On a CPU the operations take every shape and need no memory beside their tensors.
 static void operations_open(int, int, bool) {}
-static size_t operations_bytes(int, int64_t, int, int) { return 0; }
+static size_t operations_bytes(int64_t, int, int) { return 0; }
 static size_t sdpa_prepare(int, int64_t, int, int, bool, bool) { return 0; }
 static void operations_allocate(size_t, size_t) {}
 static void fp8_open() {}
@@ -1649,9 +2040,9 @@ __global__ void __launch_bounds__(256) fp8_amax_kernel(float* amax, const floatX
     if (threadIdx.x == 0) atomicMax((int*)amax, __float_as_int(__int_as_float(block_most) * times));
 }
 
-// Raises scale->amax, which starts at 0, to the largest magnitude of what fp8_quantize makes of x and pre, or where GELU
-// is in between to a bound: GELU(pre) is no larger than pre, GELU'(pre) than 1.13. That costs little of FP8's range,
-// which is 2^17 for e4m3 and 2^32 for e5m2, and no precision.
+// Raises scale->amax, which starts at 0, to the largest magnitude of what fp8_quantize makes of x and pre, or where
+// GELU is in between to a bound: GELU(pre) is no larger than pre, GELU'(pre) than 1.13. That costs a little of FP8's
+// range, which is 2^17 for e4m3 and 2^32 for e5m2, and no precision.
 static void fp8_amax(Fp8Scale* scale, const floatX* x /*(n) or NULL*/, const floatX* pre /*(n) or NULL*/, int64_t n) {
     opRequire(n % 8 == 0, "fp8_amax: %ld elements, not a multiple of 8", n);
     unsigned blocks = std::min(grid_for(n, 2048), (unsigned)(8 * device_sms));
@@ -1975,6 +2366,33 @@ static void rope_rotate(floatX* qkv /*(B,T,3,H,D), q and k in place*/, const flo
     opRequire(D >= 16 && D <= 256 && (D & (D - 1)) == 0, "rope_rotate: head size %d, not 16, 32, 64, 128 or 256", D);
     int64_t N = B * T;
     rope_rotate_kernel<<<grid_for(N, 8), dim3(32, 8), 0, main_stream>>>(qkv, table, (float)direction, N, T, H, D);
+    cudaCheck(cudaGetLastError());
+}
+
+// ---- context parallelism: blocks of heads
+// A row of all heads is W blocks of n elements, one block for each process. Packed, all rows of a process's block lie
+// together. A warp a row: it reads or writes the row's W blocks one behind the other.
+template <bool PACK>
+__global__ void __launch_bounds__(256) heads_pack_kernel(floatX* __restrict__ out, const floatX* __restrict__ inp,
+                                                         int64_t rows /*B R*/, int64_t R, int W, int n) {
+    int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+    if (row >= rows) return;
+    int64_t b = row / R, r = row % R;
+    for (int i = threadIdx.x * 8; i < W * n; i += 256) {
+        int64_t in_row = row * W * n + i, packed = ((b * W + i / n) * R + r) * n + i % n;
+        store8(out + (PACK ? packed : in_row), load8_stream(inp + (PACK ? in_row : packed)));
+    }
+}
+
+static void heads_pack(floatX* out /*(B,W,R,n)*/, const floatX* inp /*(B,R,W,n)*/, int B, int64_t R, int W, int n) {
+    opRequireRows("heads_pack", n);
+    heads_pack_kernel<true><<<grid_for(B * R, 8), dim3(32, 8), 0, main_stream>>>(out, inp, B * R, R, W, n);
+    cudaCheck(cudaGetLastError());
+}
+
+static void heads_unpack(floatX* out /*(B,R,W,n)*/, const floatX* inp /*(B,W,R,n)*/, int B, int64_t R, int W, int n) {
+    opRequireRows("heads_unpack", n);
+    heads_pack_kernel<false><<<grid_for(B * R, 8), dim3(32, 8), 0, main_stream>>>(out, inp, B * R, R, W, n);
     cudaCheck(cudaGetLastError());
 }
 
@@ -2490,18 +2908,15 @@ static void sdpa_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dout /*(B,
 // Refuses what the kernels do not do.
 static void operations_open(int C, int NH, bool deterministic) {
     int D = C / NH;
-    if (procs.world > 1)
-        fatal("%d processes were started; on GPUs this version trains in one: the _cpu program takes several",
-              procs.world);
     if (D != 64 && D != 128)
         fatal("--channels %d with --heads %d makes heads of %d channels; on the GPU they have 64 or 128", C, NH, D);
     sdpa_deterministic = deterministic;
     matmul_tuning = true;
 }
 
-// Bytes for the operations of a pass over (B, T) rows.
-static size_t operations_bytes(int B, int64_t T, int C, int Vp) {
-    size_t need[] = {encoder_backward_scratch_bytes(B * T, C), layernorm_backward_scratch_bytes(C),
+// Bytes for the operations of a pass over N rows.
+static size_t operations_bytes(int64_t N, int C, int Vp) {
+    size_t need[] = {encoder_backward_scratch_bytes(N, C), layernorm_backward_scratch_bytes(C),
                      matmul_backward_scratch_bytes(4 * C), sum_scratch_bytes(),
                      matmul_tune_scratch_bytes(C, std::max(4 * C, Vp))};
     return *std::max_element(need, need + 5) + cublaslt_workspace_bytes;
@@ -3158,66 +3573,80 @@ static const struct {
     int again;    // the recompute level from which the input is no longer kept
 } products[PRODUCTS] = {{QKVW, 1, 3, 0, 2}, {ATTPROJW, 1, 1, 3, 2}, {FCW, 1, 4, 4, 2}, {FCPROJW, 4, 1, 8, 1}};
 
-// Activations of one layer. What the recompute level does not keep points to buffers that all layers share.
+// Activations of one layer. What the recompute level does not keep points to buffers that all layers share. A process
+// has its T/W tokens of all heads everywhere but in attention, where it has all T tokens of its NH/W heads.
 struct LayerActs {
-    floatX* x;                 // (B, T, C) input of the block
-    floatX* ln1;               // (B, T, C)
-    float *ln1_mean, *ln1_rstd;  // (B, T)
-    floatX* qkv;               // (B, T, 3, NH, D) rotated in a dense layer, raw in a Lighthouse layer
-    floatX* att;               // (B, T, C)
-    float* stats;              // (B, NH, T) dense layers only
-    LighthouseBuffers lh;      // Lighthouse layers only
-    floatX* x2;                // (B, T, C) after the attention residual
-    floatX* ln2;               // (B, T, C)
-    float *ln2_mean, *ln2_rstd;  // (B, T)
-    floatX* fch;               // (B, T, 4C) before GELU
-    floatX* gelu;              // (B, T, 4C) not with FP8
-    fp8_t* columns[PRODUCTS];  // (C or 4C, B T) FP8 only: each product's input, as the weight's gradient reads it
+    floatX* x;                 // (B, T/W, C) input of the block
+    floatX* ln1;               // (B, T/W, C)
+    float *ln1_mean, *ln1_rstd;  // (B, T/W)
+    floatX* qkv;               // (B, T, 3, NH/W, D) rotated in a dense layer, raw in a Lighthouse layer
+    floatX* att;               // (B, T/W, C)
+    floatX* att_heads;         // (B, T, NH/W, D) what att is made of; att itself if the backward pass needs one only
+    float* stats;              // (B, NH/W, T) dense layers only
+    LighthouseBuffers lh;      // Lighthouse layers only, of NH/W heads
+    floatX* x2;                // (B, T/W, C) after the attention residual
+    floatX* ln2;               // (B, T/W, C)
+    float *ln2_mean, *ln2_rstd;  // (B, T/W)
+    floatX* fch;               // (B, T/W, 4C) before GELU
+    floatX* gelu;              // (B, T/W, 4C) not with FP8; before GELU and after its backward, the room for exchanges
+    fp8_t* columns[PRODUCTS];  // (C or 4C, B T/W) FP8 only: each product's input, as the weight's gradient reads it
 };
 
 // What a pass runs over. The same arena holds the activations of every kind of pass, one after the other.
 struct Run {
     int B;
-    int64_t T;
+    int64_t T;      // of the whole sequences; a process has T/W of each
     Phase phase;
     bool train;     // activations are kept, gradients are made
     int recompute;  // 0..4, see the option
     bool fp8;       // only where train: what is evaluated is the model that is written, in floatX
+    bool last;      // of the step's micro-steps: gradients are complete, and summed over the processes
 };
+static int64_t run_rows(Run r) { return r.B * (r.T / procs.cp); }               // N
+static int64_t first_token(Run r) { return procs.cp_rank * (r.T / procs.cp); }  // of this process, in each sequence
 
 struct Activations {
     LayerActs layer[MAX_LAYERS];
-    floatX* x_final;           // (B, T, C) output of the last block
-    floatX* lnf;               // (B, T, C)
-    float *lnf_mean, *lnf_rstd;  // (B, T)
+    floatX* x_final;           // (B, T/W, C) output of the last block
+    floatX* lnf;               // (B, T/W, C)
+    float *lnf_mean, *lnf_rstd;  // (B, T/W)
     floatX* logits;            // (head_rows, Vp) one chunk of rows
-    float* losses;             // (B, T)
-    floatX* dres;              // (B, T, C) gradient of the residual stream
-    floatX* dbtc;              // (B, T, C)
-    floatX* dwide;             // (B, T, 4C) gradient of fch, then of qkv
+    float* losses;             // (B, T/W)
+    floatX* dres;              // (B, T/W, C) gradient of the residual stream
+    floatX* dbtc;              // (B, T/W, C), in attention (B, T, NH/W, D)
+    floatX* dwide;             // (B, T/W, 4C) gradient of fch, then of qkv (B, T, 3, NH/W, D), (B, T/W, 3, NH, D)
 };
 
 // A batch on its way to the device: pinned host memory, and the event behind the copies from it.
 struct Batch {
-    int *tokens, *targets;     // (B, T)
+    int *tokens, *targets;     // (B, T/W)
     DeviceEvent copied;
 };
 
+// Parameters lie in memory group by group: group 0 is the embeddings and the final LayerNorm, group 1 + l is layer l. A
+// group is what is reduced, updated and gathered at once, as soon as its part of the backward pass is done; its
+// matrices come first, since weight decay falls on them only. It is cut into world equal slices: rank r holds master
+// weights and moments of slice r of every group (ZeRO stage 1), and updates that. Files are in llm.c's order, tensor by
+// tensor, without padding, whatever the number of processes.
 struct Model {
     Dims dims;
-    int64_t size[TENSORS], offset[TENSORS];  // elements
-    int64_t parameters;
+    int64_t size[TENSORS], file_offset[TENSORS];  // elements, all layers
+    int64_t parameters;                           // elements of a file
+    int64_t within[TENSORS];                      // where a tensor begins in its group
+    int64_t group_size[2], group_matrices[2];     // of group 0 and of a layer's: elements, and those before its vectors
+    int64_t padded, owned;                        // elements of all groups; of this process's slices
     bool lighthouse_layer[MAX_LAYERS];       // in the Lighthouse phase; in the dense phase no layer is
     bool has_lighthouse;                     // at least one layer is, for part of the run
-    LighthouseShape shape;
-    floatX* params;            // (parameters) what the operations read
-    float* master;             // (parameters) fp32; on the CPU the same memory as params
-    float *grads, *m, *v;      // (parameters) gradient, first and second moment
+    LighthouseShape shape;                   // of the NH/W heads of this process
+    floatX* params;            // (padded) what the operations read
+    float* grads;              // (padded)
+    float* master;             // (owned) fp32; NULL if params are fp32 themselves
+    float *m, *v;              // (owned) first and second moment
     float* rope;               // (1024 + T/1024, D/2, 2) or NULL
     fp8_t* fp8_weights;        // (2, L, 12 C C) FP8 only: each layer's four matrices, then all of them transposed
     Fp8Scale* fp8_scales;      // (3, L, PRODUCTS) of the weights, the inputs, the gradients of the outputs
-    fp8_t* fp8_operand;        // (2, B T, 4C) a product's input or gradient; the gradient's transpose
-    int *tokens, *targets;     // (B, T)
+    fp8_t* fp8_operand;        // (2, B T/W, 4C) a product's input or gradient; the gradient's transpose
+    int *tokens, *targets;     // (B, T/W)
     Arena arena;               // the activations
     Activations acts;
     Batch batch[3];            // training alternates between two of them, evaluation has the third
@@ -3225,12 +3654,23 @@ struct Model {
 };
 enum { LOSS_SUM, NORM_SUM };
 
-// Where layer l of tensor t begins among the parameters.
+// One layer of a stacked tensor, all of another.
+static int64_t layer_size(const Model* m, int t) { return tensor_is_stacked(t) ? m->size[t] / m->dims.L : m->size[t]; }
+static int64_t group_size(const Model* m, int g) { return m->group_size[g > 0]; }
+static int64_t group_begin(const Model* m, int g) {
+    return g == 0 ? 0 : m->group_size[0] + (g - 1) * m->group_size[1];
+}
+// Where layer l of tensor t begins in params and grads.
 static int64_t layer_offset(const Model* m, int t, int l) {
-    return m->offset[t] + (tensor_is_stacked(t) ? l * (m->size[t] / m->dims.L) : 0);
+    return group_begin(m, tensor_is_stacked(t) ? 1 + l : 0) + m->within[t];
 }
 static floatX* weight(const Model* m, int t, int l) { return m->params + layer_offset(m, t, l); }
 static float* gradient(const Model* m, int t, int l) { return m->grads + layer_offset(m, t, l); }
+
+// This process's slice of group g: its elements, where it begins in params and grads, and where in master, m and v.
+static int64_t slice_size(const Model* m, int g) { return group_size(m, g) / procs.world; }
+static int64_t slice_begin(const Model* m, int g) { return group_begin(m, g) + procs.rank * slice_size(m, g); }
+static int64_t slice_owned(const Model* m, int g) { return group_begin(m, g) / procs.world; }
 
 static void model_layout(Model* m, Dims d) {
     m->dims = d;
@@ -3243,22 +3683,98 @@ static void model_layout(Model* m, Dims d) {
     m->parameters = 0;
     for (int t = 0; t < TENSORS; t++) {
         m->size[t] = size[t];
-        m->offset[t] = m->parameters;
+        m->file_offset[t] = m->parameters;
         m->parameters += size[t];
     }
+    const int64_t align = 128;  // elements: 256 bytes in bf16, what loads of 16 bytes and the libraries like best
+    for (int kind = 0; kind < 2; kind++) {
+        int64_t end = 0;
+        for (int matrices = 1; matrices >= 0; matrices--) {
+            for (int t = 0; t < TENSORS; t++) {
+                if (tensor_is_stacked(t) != (kind == 1) || tensor_is_matrix(t) != (matrices == 1)) continue;
+                m->within[t] = end;
+                end += ceil_div(layer_size(m, t), align) * align;
+            }
+            if (matrices) m->group_matrices[kind] = end;
+        }
+        m->group_size[kind] = ceil_div(end, align * procs.world) * align * procs.world;
+    }
+    m->padded = group_begin(m, 1 + d.L);
+    m->owned = m->padded / procs.world;
+}
+
+// A run of elements that are neighbours in memory and in the files, inside one tensor of one layer and one slice.
+struct Piece {
+    int tensor;
+    int64_t count;
+    int64_t file;    // where it begins in a file
+    int64_t memory;  // in params and grads
+    int64_t owned;   // in master, m and v
+};
+
+// The pieces that make up this process's slices, to be freed.
+static Piece* own_pieces(const Model* m, int* count) {
+    Piece* pieces = (Piece*)host_alloc(TENSORS * m->dims.L * sizeof(Piece));
+    *count = 0;
+    for (int t = 0; t < TENSORS; t++)
+        for (int l = 0; l < (tensor_is_stacked(t) ? m->dims.L : 1); l++) {
+            int g = tensor_is_stacked(t) ? 1 + l : 0;
+            int64_t begin = layer_offset(m, t, l), slice = slice_begin(m, g);
+            int64_t first = std::max(begin, slice);
+            int64_t last = std::min(begin + layer_size(m, t), slice + slice_size(m, g));
+            if (first < last)
+                pieces[(*count)++] = {t, last - first, m->file_offset[t] + l * layer_size(m, t) + first - begin, first,
+                                      slice_owned(m, g) + first - slice};
+        }
+    return pieces;
+}
+
+// The weights that this process updates, in fp32.
+static float* own_master(const Model* m, const Piece* p) {
+    return m->master ? m->master + p->owned : (float*)m->params + p->memory;
+}
+
+// Sets n weights of a piece, from its i-th on.
+static void set_weights(Model* m, const Piece* p, int64_t i, const float* host, int64_t n) {
+    copy_to_device(own_master(m, p) + i, host, n * sizeof(float));
+    if (!m->master) return;
+    floatX* rounded = (floatX*)host_alloc(n * sizeof(floatX));
+    #pragma omp parallel for
+    for (int64_t j = 0; j < n; j++) rounded[j] = (floatX)host[j];
+    copy_to_device(m->params + p->memory + i, rounded, n * sizeof(floatX));
+    free(rounded);
+}
+
+// Every process's slice of the parameters, to all.
+static void gather_params(Model* m, int g) {
+    all_gather_start(m->params + group_begin(m, g), group_size(m, g) * sizeof(floatX));
+}
+static void gather_all_params(Model* m) {
+    for (int g = 0; g <= m->dims.L; g++) gather_params(m, g);
+    collectives_join();
 }
 
 // GPT-2's: 0.02, projections into the residual stream smaller by 1/sqrt(2L). Every element is a function of the seed
-// and its place, so any number of processes makes the same model.
-static void model_initialize(Model* m, float* host, uint64_t seed) {
-    for (int t = 0; t < TENSORS; t++) {
+// and its place in the file, so any number of processes makes the same model.
+static void model_initialize(Model* m, uint64_t seed) {
+    const int64_t room = 4 << 20;
+    float* host = (float*)host_alloc(room * sizeof(float));
+    int pieces;
+    Piece* piece = own_pieces(m, &pieces);
+    for (Piece* p = piece; p < piece + pieces; p++) {
+        int t = p->tensor;
         float scale = t == ATTPROJW || t == FCPROJW ? 0.02f / sqrtf(2.0f * m->dims.L) : 0.02f;
         bool ones = t == LN1W || t == LN2W || t == LNFW;
-        float* w = host + m->offset[t];
-        #pragma omp parallel for
-        for (int64_t i = 0; i < m->size[t]; i++)
-            w[i] = tensor_is_matrix(t) ? scale * (float)gaussian(seed, m->offset[t] + i) : ones ? 1.0f : 0.0f;
+        for (int64_t i = 0; i < p->count; i += room) {
+            int64_t n = std::min(p->count - i, room);
+            #pragma omp parallel for
+            for (int64_t j = 0; j < n; j++)
+                host[j] = tensor_is_matrix(t) ? scale * (float)gaussian(seed, p->file + i + j) : ones ? 1.0f : 0.0f;
+            set_weights(m, p, i, host, n);
+        }
     }
+    free(piece); free(host);
+    gather_all_params(m);
 }
 
 // The one place that says which attention a layer uses.
@@ -3276,12 +3792,14 @@ static int64_t head_rows(const Model* m, int64_t rows) {
 // layer; one that it does not keep is placed once, for layer 0, and shared.
 static void activations_layout(Activations* a, Arena* arena, const Model* m, Run r) {
     const Dims* d = &m->dims;
-    int64_t N = r.B * r.T, C = d->C, NH = d->NH;
+    int64_t N = run_rows(r), C = d->C, NH = d->NH;
     const LighthouseShape* s = &m->shape;
-    int64_t entries = r.B * NH * s->off[s->levels], slots = r.B * s->S;
+    int64_t entries = r.B * s->H * s->off[s->levels], slots = r.B * s->S * s->H;  // of all heads here
     bool any_lighthouse = false, any_dense = false;
     for (int l = 0; l < d->L; l++) (attention_kind(m, l, r.phase) == LIGHTHOUSE ? any_lighthouse : any_dense) = true;
     int level = r.train ? r.recompute : 5;  // 5: nothing is kept
+    // A dense layer's backward needs att in both forms; from level 2 on the one of heads is kept, and exchanged again.
+    bool two_forms = r.train && procs.cp > 1;
     // With FP8 the products' inputs are kept as the columns that the weights' gradients read. GELU's result is then
     // never made, LayerNorm's only on the way there.
     bool keep_norms = level < 2 && !r.fp8;
@@ -3290,7 +3808,7 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
     memset(&shared, 0, sizeof shared);
     floatX* ping_pong = NULL;
     if (!r.train) ping_pong = TAKE(arena, floatX, N * C);
-    if (level >= 1 && !r.fp8) shared.gelu = TAKE(arena, floatX, N * 4 * C);
+    if (r.fp8 ? procs.cp > 1 : level >= 1) shared.gelu = TAKE(arena, floatX, N * 4 * C);
     for (int p = 0; p < PRODUCTS; p++)
         if (r.fp8 && level >= products[p].again) shared.columns[p] = TAKE(arena, fp8_t, N * products[p].in * C);
     if (!keep_norms) {
@@ -3298,8 +3816,9 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
         shared.ln2 = TAKE(arena, floatX, N * C);
     }
     if (level >= 2) {
-        if (any_lighthouse) shared.lh.slots = TAKE(arena, floatX, slots * 3 * C);
-        if (any_lighthouse || level >= 4) shared.att = TAKE(arena, floatX, N * C);
+        if (any_lighthouse) shared.lh.slots = TAKE(arena, floatX, slots * 3 * s->D);
+        if (any_lighthouse || two_forms || level >= 4) shared.att = TAKE(arena, floatX, N * C);
+        if (two_forms && any_dense && level >= 4) shared.att_heads = TAKE(arena, floatX, N * C);
     }
     if (level >= 3) {
         shared.qkv = TAKE(arena, floatX, N * 3 * C);
@@ -3311,8 +3830,8 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
         shared.lh.scores = TAKE(arena, float, 2 * entries);
         shared.lh.slot = TAKE(arena, int32_t, entries);
         if (r.train) {
-            shared.lh.dslots = TAKE(arena, floatX, slots * 3 * C);
-            shared.lh.dattn = TAKE(arena, floatX, slots * C);
+            shared.lh.dslots = TAKE(arena, floatX, slots * 3 * s->D);
+            shared.lh.dattn = TAKE(arena, floatX, slots * s->D);
         }
     }
     for (int l = 0; l < d->L; l++) {
@@ -3337,8 +3856,10 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
             y->ln1 = TAKE(arena, floatX, N * C);
             y->ln2 = TAKE(arena, floatX, N * C);
         }
-        if (level < 2 && lighthouse) y->lh.slots = TAKE(arena, floatX, slots * 3 * C);
-        if (level < (lighthouse ? 2 : 4)) y->att = TAKE(arena, floatX, N * C);
+        if (level < 2 && lighthouse) y->lh.slots = TAKE(arena, floatX, slots * 3 * s->D);
+        if (level < (lighthouse || two_forms ? 2 : 4)) y->att = TAKE(arena, floatX, N * C);
+        if (lighthouse || !two_forms) y->att_heads = y->att;
+        else if (level < 4) y->att_heads = TAKE(arena, floatX, N * C);
         if (level < 3) {
             y->qkv = TAKE(arena, floatX, N * 3 * C);
             y->x2 = TAKE(arena, floatX, N * C);
@@ -3346,9 +3867,9 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
         }
         if (level < 4 && !lighthouse) y->stats = TAKE(arena, float, N * NH);
         if (lighthouse || (!r.train && any_lighthouse)) {  // S rows, not T: always kept
-            y->lh.attn = TAKE(arena, floatX, slots * C);
-            y->lh.stats = TAKE(arena, float, slots * NH);
-            y->lh.index = TAKE(arena, int32_t, slots * NH);
+            y->lh.attn = TAKE(arena, floatX, slots * s->D);
+            y->lh.stats = TAKE(arena, float, slots);
+            y->lh.index = TAKE(arena, int32_t, slots);
         }
     }
     a->x_final = r.train ? TAKE(arena, floatX, N * C) : d->L % 2 ? ping_pong : a->layer[0].x;
@@ -3369,6 +3890,30 @@ static size_t activations_bytes(const Model* m, Run r) {
     Arena count = {NULL, 0};
     activations_layout(&a, &count, m, r);
     return count.used;
+}
+
+// ---- context parallelism: round attention, processes give their tokens of the others' heads for the others' of theirs
+// Both forms have N parts C elements, parts being 3 for q, k and v together, and may be one buffer; with one process
+// they always are. `room` has as many elements.
+
+// From this process's tokens of all heads to all tokens of its heads.
+static void tokens_to_heads(floatX* heads /*(B,T,parts,NH/W,D)*/, const floatX* tokens /*(B,T/W,parts,NH,D)*/,
+                            floatX* room, Run r, int parts, int C) {
+    int W = procs.cp, n = C / W;
+    if (W == 1) return;
+    int64_t rows = r.T / W * parts;
+    heads_pack(room, tokens, r.B, rows, W, n);  // (B, W, T/W, parts, NH/W, D)
+    for (int b = 0; b < r.B; b++) all_to_all(heads + b * rows * C, room + b * rows * C, rows * n * sizeof(floatX));
+}
+
+// And back.
+static void heads_to_tokens(floatX* tokens /*(B,T/W,parts,NH,D)*/, const floatX* heads /*(B,T,parts,NH/W,D)*/,
+                            floatX* room, Run r, int parts, int C) {
+    int W = procs.cp, n = C / W;
+    if (W == 1) return;
+    int64_t rows = r.T / W * parts;
+    for (int b = 0; b < r.B; b++) all_to_all(room + b * rows * C, heads + b * rows * C, rows * n * sizeof(floatX));
+    heads_unpack(tokens, room, r.B, rows, W, n);
 }
 
 // ---- the matrix products of the layers, in floatX or with FP8 operands
@@ -3399,20 +3944,20 @@ static void fp8_weights_update(Model* m) {
         }
 }
 
-// What product p of a layer reads. With FP8 there is no gelu: it is made from fch while it is quantized.
-static const floatX* product_input(const LayerActs* y, int p) {
-    const floatX* inputs[PRODUCTS] = {y->ln1, y->att, y->ln2, y->gelu};
+// What product p of a layer reads. With FP8 GELU of fch is only made while it is quantized.
+static const floatX* product_input(const LayerActs* y, int p, bool fp8) {
+    const floatX* inputs[PRODUCTS] = {y->ln1, y->att, y->ln2, fp8 ? NULL : y->gelu};
     return inputs[p];
 }
 
 // out = input weight^T + bias + addend. With again out is NULL if it was kept; what of the input the backward pass
 // needs is made again unless the recompute level kept it.
-static void product_forward(Model* m, int l, int p, Run r, floatX* out /*(B,T,OC) or NULL*/,
-                            const floatX* addend /*(B,T,OC) or NULL*/, bool again) {
+static void product_forward(Model* m, int l, int p, Run r, floatX* out /*(B,T/W,OC) or NULL*/,
+                            const floatX* addend /*(B,T/W,OC) or NULL*/, bool again) {
     LayerActs* y = &m->acts.layer[l];
-    const floatX *inp = product_input(y, p), *w = weight(m, products[p].weight, l);
+    const floatX *inp = product_input(y, p, r.fp8), *w = weight(m, products[p].weight, l);
     const floatX* bias = weight(m, products[p].weight + 1, l);
-    int64_t N = r.B * r.T;
+    int64_t N = run_rows(r);
     int C = products[p].in * m->dims.C, OC = products[p].out * m->dims.C;
     if (!r.fp8) {
         if (out) matmul_forward(out, inp, w, bias, addend, N, C, OC);
@@ -3430,14 +3975,15 @@ static void product_forward(Model* m, int l, int p, Run r, floatX* out /*(B,T,OC
 // From dout the gradients of product p's input and weight, and of QKV's and FC's bias: the bias of a product into the
 // residual stream has the sums of dres as its gradient, and whoever wrote dres made them. FCPROJ leaves the gradient of
 // fch; with FP8 that of GELU's result, which FC turns into that of fch while it quantizes.
-static void product_backward(Model* m, int l, int p, Run r, floatX* dinp /*(B,T,C)*/, const floatX* dout /*(B,T,OC)*/) {
+static void product_backward(Model* m, int l, int p, Run r, floatX* dinp /*(B,T/W,C)*/,
+                             const floatX* dout /*(B,T/W,OC)*/) {
     LayerActs* y = &m->acts.layer[l];
     float* dweight = gradient(m, products[p].weight, l);
     float* dbias = p == QKV || p == FC ? gradient(m, products[p].weight + 1, l) : NULL;
-    int64_t N = r.B * r.T;
+    int64_t N = run_rows(r);
     int C = products[p].in * m->dims.C, OC = products[p].out * m->dims.C;
     if (!r.fp8) {
-        matmul_backward(dinp, dweight, dbias, dout, product_input(y, p), weight(m, products[p].weight, l),
+        matmul_backward(dinp, dweight, dbias, dout, product_input(y, p, false), weight(m, products[p].weight, l),
                         p == FCPROJ ? y->fch : NULL, N, C, OC);
         return;
     }
@@ -3452,17 +3998,22 @@ static void product_backward(Model* m, int l, int p, Run r, floatX* dinp /*(B,T,
 // recompute level did not keep: the same operations on the same numbers, so the same bits.
 static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
     const Dims* d = &m->dims;
-    int64_t N = r.B * r.T;
-    int C = d->C, D = d->C / d->NH;
+    int64_t N = run_rows(r);
+    int C = d->C, D = d->C / d->NH, heads = d->NH / procs.cp;
     LayerActs* y = &m->acts.layer[l];
     bool lighthouse = attention_kind(m, l, r.phase) == LIGHTHOUSE;
+    limit_lead();
     #define NEEDED(level) (!again || r.recompute >= (level))
     if (NEEDED(2))
         layernorm_forward(y->ln1, y->ln1_mean, y->ln1_rstd, y->x, weight(m, LN1W, l), weight(m, LN1B, l), N, C);
     product_forward(m, l, QKV, r, NEEDED(3) ? y->qkv : NULL, NULL, again);
-    if (NEEDED(3) && d->rope && !lighthouse) rope_rotate(y->qkv, m->rope, +1, r.B, r.T, d->NH, D);
-    if (lighthouse) lighthouse_forward(y->att, &y->lh, y->qkv, m->rope, r.B, &m->shape, again, NEEDED(2));
-    else if (NEEDED(4)) sdpa_forward(y->att, y->stats, y->qkv, r.B, r.T, d->NH, D);
+    if (NEEDED(3)) {
+        tokens_to_heads(y->qkv, y->qkv, y->gelu, r, 3, C);
+        if (d->rope && !lighthouse) rope_rotate(y->qkv, m->rope, +1, r.B, r.T, heads, D);
+    }
+    if (lighthouse) lighthouse_forward(y->att_heads, &y->lh, y->qkv, m->rope, r.B, &m->shape, again, NEEDED(2));
+    else if (NEEDED(4)) sdpa_forward(y->att_heads, y->stats, y->qkv, r.B, r.T, heads, D);
+    if (NEEDED(2)) heads_to_tokens(y->att, y->att_heads, y->gelu, r, 1, C);
     product_forward(m, l, ATTPROJ, r, NEEDED(3) ? y->x2 : NULL, y->x, again);
     if (NEEDED(2))
         layernorm_forward(y->ln2, y->ln2_mean, y->ln2_rstd, y->x2, weight(m, LN2W, l), weight(m, LN2B, l), N, C);
@@ -3475,11 +4026,12 @@ static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
 // dres comes in as the gradient of the block's output and leaves as that of its input.
 static void block_backward(Model* m, int l, Run r) {
     const Dims* d = &m->dims;
-    int64_t N = r.B * r.T;
-    int C = d->C, D = d->C / d->NH;
+    int64_t N = run_rows(r);
+    int C = d->C, D = d->C / d->NH, heads = d->NH / procs.cp;
     Activations* a = &m->acts;
     LayerActs* y = &a->layer[l];
     bool lighthouse = attention_kind(m, l, r.phase) == LIGHTHOUSE;
+    limit_lead();
     if (r.recompute > 0 || lighthouse) block_forward(m, l, r, NULL, true);
 
     product_backward(m, l, FCPROJ, r, a->dwide, a->dres);
@@ -3489,38 +4041,41 @@ static void block_backward(Model* m, int l, Run r) {
 
     product_backward(m, l, ATTPROJ, r, a->dbtc, a->dres);
     floatX* dqkv = a->dwide;
+    tokens_to_heads(a->dbtc, a->dbtc, y->gelu, r, 1, C);
     if (lighthouse) {
         lighthouse_backward(dqkv, a->dbtc, &y->lh, m->rope, r.B, &m->shape);
     } else {
-        sdpa_backward(dqkv, a->dbtc, y->qkv, y->att, y->stats, r.B, r.T, d->NH, D);
-        if (d->rope) rope_rotate(dqkv, m->rope, -1, r.B, r.T, d->NH, D);
+        sdpa_backward(dqkv, a->dbtc, y->qkv, y->att_heads, y->stats, r.B, r.T, heads, D);
+        if (d->rope) rope_rotate(dqkv, m->rope, -1, r.B, r.T, heads, D);
     }
+    heads_to_tokens(dqkv, dqkv, y->gelu, r, 3, C);
     product_backward(m, l, QKV, r, a->dbtc, dqkv);
     layernorm_backward(a->dres, gradient(m, LN1W, l), gradient(m, LN1B, l), l > 0 ? gradient(m, FCPROJB, l - 1) : NULL,
                        a->dbtc, y->x, weight(m, LN1W, l), y->ln1_mean, y->ln1_rstd, N, C);
 }
 
 // From tokens to the final LayerNorm's output.
-static void model_trunk(Model* m, const int* host_tokens, Run r) {
+static void model_trunk(Model* m, const int* host_tokens /*(B, T/W)*/, Run r) {
     const Dims* d = &m->dims;
+    int64_t N = run_rows(r);
     m->arena.used = 0;
     activations_layout(&m->acts, &m->arena, m, r);
     if (r.fp8)  // the weights' scales stay
         device_zero(m->fp8_scales + d->L * PRODUCTS, 2 * d->L * PRODUCTS * sizeof(Fp8Scale));
-    copy_to_device_async(m->tokens, host_tokens, r.B * r.T * sizeof(int));
+    copy_to_device_async(m->tokens, host_tokens, N * sizeof(int));
     Activations* a = &m->acts;
-    encoder_forward(a->layer[0].x, m->tokens, weight(m, WTE, 0), d->rope ? NULL : weight(m, WPE, 0), r.B, r.T, d->C, 0);
+    encoder_forward(a->layer[0].x, m->tokens, weight(m, WTE, 0), d->rope ? NULL : weight(m, WPE, 0), r.B,
+                    r.T / procs.cp, d->C, first_token(r));
     for (int l = 0; l < d->L; l++) block_forward(m, l, r, l + 1 < d->L ? a->layer[l + 1].x : a->x_final, false);
-    layernorm_forward(a->lnf, a->lnf_mean, a->lnf_rstd, a->x_final, weight(m, LNFW, 0), weight(m, LNFB, 0), r.B * r.T,
-                      d->C);
+    layernorm_forward(a->lnf, a->lnf_mean, a->lnf_rstd, a->x_final, weight(m, LNFW, 0), weight(m, LNFB, 0), N, d->C);
 }
 
 // The head and its cross-entropy, chunk by chunk; with r.train the gradients too, in the same pass, each row's loss
 // with the weight dloss. Leaves the gradient of lnf in dbtc. Adds the loss of the rows with a target >= 0 to the sum.
-static void model_head(Model* m, const int* host_targets, Run r, float dloss) {
+static void model_head(Model* m, const int* host_targets /*(B, T/W)*/, Run r, float dloss) {
     const Dims* d = &m->dims;
     Activations* a = &m->acts;
-    int64_t N = r.B * r.T, chunk = head_rows(m, N);
+    int64_t N = run_rows(r), chunk = head_rows(m, N);
     copy_to_device_async(m->targets, host_targets, N * sizeof(int));
     for (int64_t i = 0; i < N; i += chunk) {
         int64_t rows = std::min(N - i, chunk);
@@ -3534,16 +4089,26 @@ static void model_head(Model* m, const int* host_targets, Run r, float dloss) {
     sum_losses(m->sums + LOSS_SUM, a->losses, N);
 }
 
+// Starts the sum of group g's gradients over the processes; each gets it for its slice.
+static void reduce_gradients(Model* m, int g) {
+    reduce_scatter_start(m->grads + group_begin(m, g), group_size(m, g));
+}
+
+// In the last micro-step every group's gradients are on their way to the other processes while the pass goes on.
 static void model_backward(Model* m, Run r) {
     const Dims* d = &m->dims;
     Activations* a = &m->acts;
-    int64_t N = r.B * r.T;
+    int64_t N = run_rows(r);
     device_zero(a->dres, N * d->C * sizeof(floatX));
     layernorm_backward(a->dres, gradient(m, LNFW, 0), gradient(m, LNFB, 0), gradient(m, FCPROJB, d->L - 1), a->dbtc,
                        a->x_final, weight(m, LNFW, 0), a->lnf_mean, a->lnf_rstd, N, d->C);
-    for (int l = d->L - 1; l >= 0; l--) block_backward(m, l, r);
-    encoder_backward(gradient(m, WTE, 0), d->rope ? NULL : gradient(m, WPE, 0), a->dres, m->tokens, r.B, r.T, d->C, 0,
-                     d->Vp);
+    for (int l = d->L - 1; l >= 0; l--) {
+        block_backward(m, l, r);
+        if (r.last) reduce_gradients(m, 1 + l);
+    }
+    encoder_backward(gradient(m, WTE, 0), d->rope ? NULL : gradient(m, WPE, 0), a->dres, m->tokens, r.B,
+                     r.T / procs.cp, d->C, first_token(r), d->Vp);
+    if (r.last) reduce_gradients(m, 0);
 }
 
 // One micro-step: adds sum(loss) to the sum of losses and the gradients of sum(loss) * dloss to grads. On a GPU the work
@@ -3555,16 +4120,20 @@ static void model_micro_step(Model* m, Batch* b, Run r, float dloss) {
     model_backward(m, r);
 }
 
-// Logits of `rows` rows from row `first` on, of the last trunk, to host memory: (rows, V).
-static void model_logits(Model* m, int64_t first, int64_t rows, float* host) {
+// Logits of token t of sequence b of the last trunk, to the host memory (V) of all processes that share the sequence.
+static void model_logits(Model* m, int64_t b, int64_t t, Run r, float* host) {
     const Dims* d = &m->dims;
-    floatX* chunk = (floatX*)host_alloc((size_t)d->Vp * sizeof(floatX));
-    for (int64_t i = 0; i < rows; i++) {
-        matmul_forward(m->acts.logits, m->acts.lnf + (first + i) * d->C, weight(m, WTE, 0), NULL, NULL, 1, d->C, d->Vp);
-        copy_to_host(chunk, m->acts.logits, d->Vp * sizeof(floatX));
-        for (int v = 0; v < d->V; v++) host[i * d->V + v] = (float)chunk[v];
+    int64_t rows = r.T / procs.cp;
+    int owner = (int)(t / rows);
+    if (procs.cp_rank == owner) {
+        floatX* row = (floatX*)host_alloc((size_t)d->Vp * sizeof(floatX));
+        matmul_forward(m->acts.logits, m->acts.lnf + (b * rows + t % rows) * d->C, weight(m, WTE, 0), NULL, NULL, 1,
+                       d->C, d->Vp);
+        copy_to_host(row, m->acts.logits, d->Vp * sizeof(floatX));
+        for (int v = 0; v < d->V; v++) host[v] = (float)row[v];
+        free(row);
     }
-    free(chunk);
+    if (procs.cp > 1) broadcast(host, d->V * sizeof(float), CP_GROUP, owner);
 }
 
 // Floating-point operations of a step over `tokens` tokens, forward and backward (twice the forward), nothing
@@ -3617,36 +4186,35 @@ static size_t rope_table_bytes(int64_t T, int D) {
 static size_t fp8_weights_bytes(const Model* m) { return (size_t)2 * m->dims.L * 12 * m->dims.C * m->dims.C; }
 static size_t fp8_scales_bytes(const Model* m) { return (size_t)3 * m->dims.L * PRODUCTS * sizeof(Fp8Scale); }
 static size_t fp8_operand_bytes(const Model* m, const Config* c, int B) {
-    return (size_t)2 * B * c->seq_len * 4 * m->dims.C;
+    return (size_t)2 * B * (c->seq_len / procs.cp) * 4 * m->dims.C;
 }
 
 static Plan memory_plan(const Model* m, const Config* c, int64_t sample_T, int recompute, int B) {
     Plan p;
     memset(&p, 0, sizeof p);
-    int64_t n = m->parameters;
-    int D = m->dims.C / m->dims.NH;
-    plan_add(&p, "parameters", n * sizeof(floatX));
-    if (sizeof(floatX) != sizeof(float)) plan_add(&p, "fp32 masters", n * sizeof(float));
-    plan_add(&p, "gradients", n * sizeof(float));
-    plan_add(&p, "AdamW moments", 2 * n * sizeof(float));
+    int D = m->dims.C / m->dims.NH, heads = m->dims.NH / procs.cp;
+    plan_add(&p, "parameters", m->padded * sizeof(floatX));
+    if (sizeof(floatX) != sizeof(float)) plan_add(&p, "fp32 masters", m->owned * sizeof(float));
+    plan_add(&p, "gradients", m->padded * sizeof(float));
+    plan_add(&p, "AdamW moments", 2 * m->owned * sizeof(float));
     if (m->dims.rope) plan_add(&p, "rotary table", rope_table_bytes(c->seq_len, D));
     if (c->fp8) {
         plan_add(&p, "FP8 weights", fp8_weights_bytes(m) + fp8_scales_bytes(m));
         plan_add(&p, "FP8 operands", fp8_operand_bytes(m, c, B));
     }
-    plan_add(&p, "tokens", 2 * (size_t)B * c->seq_len * sizeof(int) + 2 * sizeof(double));
+    plan_add(&p, "tokens", 2 * (size_t)B * c->seq_len / procs.cp * sizeof(int) + 2 * sizeof(double));
     Passes passes = run_passes(m, c, sample_T, recompute, B);
     size_t activations = 0, operations = 0, attention = 0;
     for (int i = 0; i < passes.count; i++) {
         Run r = passes.run[i];
         activations = std::max(activations, activations_bytes(m, r));
-        operations = std::max(operations, operations_bytes(r.B, r.T, m->dims.C, m->dims.Vp));
+        operations = std::max(operations, operations_bytes(run_rows(r), m->dims.C, m->dims.Vp));
         bool kinds[2] = {false, false};
         for (int l = 0; l < m->dims.L; l++) kinds[attention_kind(m, l, r.phase)] = true;
         for (int kind = LIGHTHOUSE; kind <= DENSE; kind++) {  // on a GPU this builds cuDNN's plans
             if (!kinds[kind]) continue;
             int64_t rows = kind == LIGHTHOUSE ? m->shape.S : r.T;
-            attention = std::max(attention, (size_t)sdpa_prepare(r.B, rows, m->dims.NH, D, true, r.train));
+            attention = std::max(attention, (size_t)sdpa_prepare(r.B, rows, heads, D, true, r.train));
         }
     }
     plan_add(&p, "activations", activations);
@@ -3661,18 +4229,17 @@ static size_t plan_part(const Plan* p, const char* name) {
 }
 
 static void model_allocate(Model* m, const Config* c, const Plan* p) {
-    int64_t n = m->parameters;
-    m->params = (floatX*)device_alloc(n * sizeof(floatX));
-    m->master = sizeof(floatX) == sizeof(float) ? (float*)m->params : (float*)device_alloc(n * sizeof(float));
-    m->grads = (float*)device_alloc(n * sizeof(float));
-    m->m = (float*)device_alloc(n * sizeof(float));
-    m->v = (float*)device_alloc(n * sizeof(float));
+    m->params = (floatX*)device_alloc(m->padded * sizeof(floatX));
+    m->grads = (float*)device_alloc(m->padded * sizeof(float));
+    m->master = sizeof(floatX) == sizeof(float) ? NULL : (float*)device_alloc(m->owned * sizeof(float));
+    m->m = (float*)device_alloc(m->owned * sizeof(float));
+    m->v = (float*)device_alloc(m->owned * sizeof(float));
     if (c->fp8) {
         m->fp8_weights = (fp8_t*)device_alloc(fp8_weights_bytes(m));
         m->fp8_scales = (Fp8Scale*)device_alloc(fp8_scales_bytes(m));
         m->fp8_operand = (fp8_t*)device_alloc(fp8_operand_bytes(m, c, (int)c->batch_size));
     }
-    size_t batch = (size_t)c->batch_size * c->seq_len;
+    size_t batch = (size_t)c->batch_size * c->seq_len / procs.cp;
     m->tokens = (int*)device_alloc(batch * sizeof(int));
     m->targets = (int*)device_alloc(batch * sizeof(int));
     for (Batch& b : m->batch) {
@@ -3732,15 +4299,35 @@ static double detector_score(Detector* d, double x) {
     return z;
 }
 
-// One AdamW update; `update` counts from 1. Weight decay falls on the matrices only.
-static void model_update(Model* m, const Config* c, double lr, double grad_scale, int64_t update) {
-    for (int t = 0; t < TENSORS; t++) {
-        int64_t i = m->offset[t];
-        if (m->size[t] == 0) continue;
-        adamw_update(m->params + i, sizeof(floatX) == sizeof(float) ? NULL : m->master + i, m->m + i, m->v + i,
-                     m->grads + i, m->size[t], lr, c->beta1, c->beta2, 1 - pow(c->beta1, update),
-                     1 - pow(c->beta2, update), c->adam_eps, tensor_is_matrix(t) ? c->weight_decay : 0, grad_scale);
+// Adds the squares of the gradient to the step's sums: those of this process's slices, for one process all in one.
+static void add_gradient_squares(Model* m) {
+    if (procs.world == 1) {
+        sum_squares(m->sums + NORM_SUM, m->grads, m->padded);
+        return;
     }
+    for (int g = 0; g <= m->dims.L; g++)
+        sum_squares(m->sums + NORM_SUM, m->grads + slice_begin(m, g), slice_size(m, g));
+}
+
+// One AdamW update of this process's slices, whose weights then go to all; `update` counts from 1. Weight decay falls
+// on the matrices only.
+static void model_update(Model* m, const Config* c, double lr, double grad_scale, int64_t update) {
+    for (int g = 0; g <= m->dims.L; g++) {
+        int64_t begin = slice_begin(m, g), owned = slice_owned(m, g), n = slice_size(m, g);
+        int64_t vectors = group_begin(m, g) + m->group_matrices[g > 0];  // where they begin
+        int64_t matrices = std::min(std::max<int64_t>(vectors - begin, 0), n);
+        const struct { int64_t at, n; double decay; } parts[] = {{0, matrices, c->weight_decay},
+                                                                 {matrices, n - matrices, 0}};
+        for (auto& p : parts) {
+            if (p.n == 0) continue;
+            float* master = m->master ? m->master + owned + p.at : NULL;
+            adamw_update(m->params + begin + p.at, master, m->m + owned + p.at, m->v + owned + p.at,
+                         m->grads + begin + p.at, p.n, lr, c->beta1, c->beta2, 1 - pow(c->beta1, update),
+                         1 - pow(c->beta2, update), c->adam_eps, p.decay, grad_scale);
+        }
+        gather_params(m, g);
+    }
+    collectives_join();
 }
 
 // ===================================================================================================================
@@ -3748,11 +4335,13 @@ static void model_update(Model* m, const Config* c, double lr, double grad_scale
 // - a model file, llm.c's: 256 int32 header, then the tensors in the order of enum Tensor. Versions 3 (fp32) and 5
 //   (bf16); RoPE models have 103 and 105, no WPE, and the bits of theta in header[8]. header[9] is the step.
 // - a checkpoint, the state of a run: header (4096 bytes) | RunState | checksum of each 16 MiB of the body | body. The
-//   body is the fp32 weights, first and second moments, by parameter offset and not by process, so any number of
-//   processes reads it.
+//   body is the fp32 weights, first and second moments, each in the order of a model file.
+// All processes write their slices into one file, and read them from it, at once. A place in the body is a parameter's,
+// not a process's, and a checksum is a sum over elements, so the same state makes the same file on any number of
+// processes, and any number of processes reads it.
 // Files are written beside, fsynced and renamed, so a file with its final name is whole unless the disk failed.
 
-static const int CHECKPOINT_MAGIC = 20260511, CHECKPOINT_VERSION = 1, MODEL_MAGIC = 20240326;
+static const int CHECKPOINT_MAGIC = 20260511, CHECKPOINT_VERSION = 2, MODEL_MAGIC = 20240326;
 static const int64_t CHUNK = 16 << 20;
 
 struct RunState {
@@ -3811,16 +4400,30 @@ static char* checkpoint_front(int fd, const char* path, const CheckpointHeader* 
     return text("%s is damaged: wrong checksum of the run's state", path);
 }
 
-// Reads and checks chunk i of a checkpoint's body. Returns NULL or what is wrong.
-static char* checkpoint_chunk(int fd, const char* path, const CheckpointHeader* h, const char* front, int64_t i,
-                              char* buffer, int64_t* bytes) {
-    int64_t body = h->file_bytes - h->weights_offset, at = h->weights_offset + i * CHUNK;
-    *bytes = std::min(body - i * CHUNK, CHUNK);
-    uint64_t sum;
-    memcpy(&sum, front + h->state_bytes + 8 * i, 8);
-    read_at(fd, buffer, *bytes, at, path);
-    if (sum == checksum(buffer, *bytes)) return NULL;
-    return text("%s is damaged: wrong checksum of bytes %ld to %ld", path, at, at + *bytes);
+// Adds 4-byte words of a checkpoint's body, from its byte `at` on, to the sums of their chunks. Any change of one word
+// changes its term, since mix64 is a bijection, and so the sum.
+static void add_to_sums(uint64_t* sums, const void* data, int64_t at, int64_t bytes) {
+    for (int64_t done = 0; done < bytes;) {
+        int64_t chunk = (at + done) / CHUNK, part = std::min(bytes - done, (chunk + 1) * CHUNK - (at + done));
+        const uint32_t* words = (const uint32_t*)((const char*)data + done);
+        uint64_t place = (at + done) % CHUNK / 4, sum = 0;
+        #pragma omp parallel for reduction(+ : sum)
+        for (int64_t i = 0; i < part / 4; i++) sum += mix64(words[i] | (place + i) << 32);
+        sums[chunk] += sum;
+        done += part;
+    }
+}
+
+// Compares the sums of a body that all processes have read part of with the file's. Returns NULL or what is wrong.
+static char* check_sums(uint64_t* sums, int64_t chunks, const char* path, const CheckpointHeader* h,
+                        const char* front) {
+    all_sum(sums, chunks);
+    for (int64_t i = 0; i < chunks; i++) {
+        if (!memcmp(&sums[i], front + h->state_bytes + 8 * i, 8)) continue;
+        int64_t at = h->weights_offset + i * CHUNK;
+        return text("%s is damaged: wrong checksum of bytes %ld to %ld", path, at, std::min(at + CHUNK, h->file_bytes));
+    }
+    return NULL;
 }
 
 // Reads and checks the header of a model file or checkpoint. Returns where the weights begin; *bf16: 2-byte weights.
@@ -3856,14 +4459,32 @@ static int64_t model_file_open(const char* path, int* fd, Dims* d, bool* bf16) {
     return offset;
 }
 
-static void params_from_host(Model* m, const float* host) {
-    copy_to_device(m->master, host, m->parameters * sizeof(float));
-    if ((void*)m->master == (void*)m->params) return;
-    floatX* rounded = (floatX*)host_alloc(m->parameters * sizeof(floatX));
-    #pragma omp parallel for
-    for (int64_t i = 0; i < m->parameters; i++) rounded[i] = (floatX)host[i];
-    copy_to_device(m->params, rounded, m->parameters * sizeof(floatX));
-    free(rounded);
+// The three parts of a checkpoint's body; a model file has the first only.
+enum Section { WEIGHTS, FIRST_MOMENT, SECOND_MOMENT, SECTIONS };
+
+static float* own_section(const Model* m, int section, const Piece* p) {
+    return section == WEIGHTS ? own_master(m, p) : (section == FIRST_MOMENT ? m->m : m->v) + p->owned;
+}
+
+// Reads this process's pieces of a section. body: where the weights begin in the file. Adds what it read to sums,
+// unless NULL. With bf16 the file's weights have 2 bytes, the upper half of a float.
+static void section_read(Model* m, int section, int fd, const char* path, int64_t body, uint64_t* sums, bool bf16) {
+    float* host = (float*)host_alloc(CHUNK);
+    int pieces;
+    Piece* piece = own_pieces(m, &pieces);
+    for (Piece* p = piece; p < piece + pieces; p++)
+        for (int64_t i = 0, room = CHUNK / sizeof(float); i < p->count; i += room) {
+            int64_t n = std::min(p->count - i, room), at = section * m->parameters + p->file + i;
+            read_at(fd, host, n * (bf16 ? 2 : 4), body + at * (bf16 ? 2 : 4), path);
+            for (int64_t j = bf16 ? n - 1 : -1; j >= 0; j--) {  // widen from the end, in place
+                uint32_t bits = (uint32_t)((uint16_t*)host)[j] << 16;
+                memcpy(&host[j], &bits, 4);
+            }
+            if (sums) add_to_sums(sums, host, at * sizeof(float), n * sizeof(float));
+            if (section == WEIGHTS) set_weights(m, p, i, host, n);
+            else copy_to_device(own_section(m, section, p) + i, host, n * sizeof(float));
+        }
+    free(piece); free(host);
 }
 
 // The weights of a model file or checkpoint whose sizes are the model's.
@@ -3871,64 +4492,91 @@ static void model_load(Model* m, const char* path) {
     int fd;
     Dims d;
     bool bf16;
-    int64_t offset = model_file_open(path, &fd, &d, &bf16), n = m->parameters;
-    float* host = (float*)host_alloc(n * sizeof(float));
+    int64_t body = model_file_open(path, &fd, &d, &bf16), bytes = m->parameters * sizeof(float);
     CheckpointHeader h;
     read_at(fd, &h.magic, sizeof h.magic, 0, path);
     if (h.magic == CHECKPOINT_MAGIC) {
         read_at(fd, &h, sizeof h, 0, path);
-        char *front, *buffer = (char*)host_alloc(CHUNK), *why = checkpoint_front(fd, path, &h, &front);
-        int64_t bytes, all = n * sizeof(float);
-        for (int64_t i = 0; !why && i * CHUNK < all; i++) {
-            why = checkpoint_chunk(fd, path, &h, front, i, buffer, &bytes);
-            memcpy((char*)host + i * CHUNK, buffer, std::min(all - i * CHUNK, bytes));
-        }
+        char *front, *rest = (char*)host_alloc(CHUNK), *why = checkpoint_front(fd, path, &h, &front);
         if (why) fatal("%s", why);
-        free(front); free(buffer);
-    } else read_at(fd, host, n * (bf16 ? 2 : 4), offset, path);
-    if (bf16) {  // widen from the end, in place: a bf16 is the upper half of a float
-        for (int64_t i = n - 1; i >= 0; i--) {
-            uint32_t bits = (uint32_t)((uint16_t*)host)[i] << 16;
-            memcpy(&host[i], &bits, 4);
+        int64_t chunks = ceil_div(bytes, CHUNK), after = std::min(chunks * CHUNK, h.file_bytes - body) - bytes;
+        uint64_t* sums = (uint64_t*)host_alloc(chunks * sizeof(uint64_t));
+        memset(sums, 0, chunks * sizeof(uint64_t));
+        section_read(m, WEIGHTS, fd, path, body, sums, false);
+        if (procs.rank == 0) {  // the last chunk goes on behind the weights
+            read_at(fd, rest, after, body + bytes, path);
+            add_to_sums(sums, rest, bytes, after);
         }
-    }
+        why = check_sums(sums, chunks, path, &h, front);
+        if (why) fatal("%s", why);
+        free(front); free(rest); free(sums);
+    } else section_read(m, WEIGHTS, fd, path, body, NULL, bf16);
     close(fd);
-    params_from_host(m, host);
-    free(host);
+    gather_all_params(m);
 }
 
-// A file on its way to its final name.
+// A file on its way to its final name, which all processes write to.
 struct NewFile {
     char *path, *partial;
     int fd;
+    int error;         // errno of this process's first failure, or 0
+    int64_t error_at;  // the byte that it could not write
 };
 
 static NewFile new_file(const char* path) {
-    NewFile f = {text("%s", path), text("%s.partial", path), -1};
-    f.fd = open(f.partial, O_RDWR | O_CREAT | O_TRUNC, 0666);
+    NewFile f = {text("%s", path), text("%s.partial", path), -1, 0, 0};
+    if (procs.rank == 0) f.fd = open(f.partial, O_RDWR | O_CREAT | O_TRUNC, 0666);
+    barrier();  // rank 0 makes it
+    if (procs.rank > 0) f.fd = open(f.partial, O_RDWR);
     if (f.fd < 0) fatal("cannot write %s: %s", f.partial, strerror(errno));
     return f;
 }
 
+// A failure is kept until all processes can hear of it.
 static void new_file_write(NewFile* f, const void* data, size_t bytes, int64_t offset) {
-    if (write_at(f->fd, data, bytes, offset)) return;
-    int why = errno;
-    unlink(f->partial);
-    fatal("writing %s at byte %ld: %s. Earlier checkpoints are untouched; make room and resume", f->partial, offset,
-          strerror(why));
+    if (f->error || write_at(f->fd, data, bytes, offset)) return;
+    f->error = errno;
+    f->error_at = offset;
 }
 
+// Gives the file its name once every process's part is on the disk. If a part is not, the run ends.
 static void new_file_finish(NewFile* f) {
-    if (fsync(f->fd) || close(f->fd) || rename(f->partial, f->path)) {
+    if (!f->error && fsync(f->fd)) f->error = errno;
+    close(f->fd);
+    if (all_sum((double)(f->error != 0)) > 0) {
+        if (procs.rank == 0) unlink(f->partial);
+        barrier();
+        if (f->error)
+            fatal("writing %s at byte %ld: %s. Earlier checkpoints are untouched; make room and resume", f->partial,
+                  f->error_at, strerror(f->error));
+        barrier();  // the process that failed says why and ends the job
+    }
+    if (procs.rank == 0 && rename(f->partial, f->path)) {
         int why = errno;
         unlink(f->partial);
         fatal("finishing %s: %s. Earlier checkpoints are untouched", f->path, strerror(why));
     }
     char* slash = strrchr(f->path, '/');
     char* dir = slash ? text("%.*s", (int)(slash - f->path), f->path) : text(".");
-    int fd = open(*dir ? dir : "/", O_RDONLY);
+    int fd = procs.rank == 0 ? open(*dir ? dir : "/", O_RDONLY) : -1;
     if (fd >= 0) { fsync(fd); close(fd); }
     free(dir); free(f->path); free(f->partial);
+    barrier();  // it has its name
+}
+
+// Writes this process's pieces of a section; arguments as for section_read.
+static void section_write(const Model* m, int section, NewFile* f, int64_t body, uint64_t* sums) {
+    float* host = (float*)host_alloc(CHUNK);
+    int pieces;
+    Piece* piece = own_pieces(m, &pieces);
+    for (Piece* p = piece; p < piece + pieces; p++)
+        for (int64_t i = 0, room = CHUNK / sizeof(float); i < p->count; i += room) {
+            int64_t n = std::min(p->count - i, room), at = section * m->parameters + p->file + i;
+            copy_to_host(host, own_section(m, section, p) + i, n * sizeof(float));
+            if (sums) add_to_sums(sums, host, at * sizeof(float), n * sizeof(float));
+            new_file_write(f, host, n * sizeof(float), body + at * sizeof(float));
+        }
+    free(piece); free(host);
 }
 
 // The plain dense model file: what llm.c and scripts/export_hf read.
@@ -3936,38 +4584,18 @@ static void model_write(const Model* m, const char* path, int64_t step) {
     int32_t header[256];
     model_header(header, &m->dims, step);
     NewFile f = new_file(path);
-    new_file_write(&f, header, sizeof header, 0);
-    char* buffer = (char*)host_alloc(CHUNK);
-    int64_t bytes = m->parameters * sizeof(float);
-    for (int64_t i = 0; i < bytes; i += CHUNK) {
-        int64_t n = std::min(bytes - i, CHUNK);
-        copy_to_host(buffer, (char*)m->master + i, n);
-        new_file_write(&f, buffer, n, sizeof header + i);
-    }
-    free(buffer);
+    if (procs.rank == 0) new_file_write(&f, header, sizeof header, 0);
+    section_write(m, WEIGHTS, &f, sizeof header, NULL);
     new_file_finish(&f);
 }
 
-// The body's bytes [i, i + n) lie in one of three arrays; a chunk may span two.
-static void checkpoint_body(const Model* m, char* host, int64_t i, int64_t n, bool write_to_device) {
-    int64_t section = m->parameters * sizeof(float);
-    char* arrays[3] = {(char*)m->master, (char*)m->m, (char*)m->v};
-    while (n > 0) {
-        int64_t at = i % section, part = std::min(section - at, n);
-        char* device = arrays[i / section] + at;
-        if (write_to_device) copy_to_device(device, host, part);
-        else copy_to_host(host, device, part);
-        i += part; n -= part; host += part;
-    }
-}
-
 static int64_t checkpoint_bytes(const Model* m) {
-    int64_t body = 3 * m->parameters * sizeof(float);
+    int64_t body = SECTIONS * m->parameters * sizeof(float);
     return ceil_div(sizeof(CheckpointHeader) + sizeof(RunState) + ceil_div(body, CHUNK) * 8, 4096) * 4096 + body;
 }
 
 static void checkpoint_write(const Model* m, const char* path, const RunState* state) {
-    int64_t body = 3 * m->parameters * sizeof(float);
+    int64_t body = SECTIONS * m->parameters * sizeof(float);
     CheckpointHeader h;
     memset(&h, 0, sizeof h);
     h.magic = CHECKPOINT_MAGIC; h.version = CHECKPOINT_VERSION;
@@ -3979,52 +4607,54 @@ static void checkpoint_write(const Model* m, const char* path, const RunState* s
     h.chunks = ceil_div(body, CHUNK);
     size_t front_bytes = sizeof(RunState) + h.chunks * 8;
     char* front = (char*)host_alloc(front_bytes);
+    memset(front, 0, front_bytes);
     memcpy(front, state, sizeof(RunState));
-    char* buffer = (char*)host_alloc(CHUNK);
+    uint64_t* sums = (uint64_t*)(front + sizeof(RunState));
     NewFile f = new_file(path);
-    for (int64_t i = 0; i < h.chunks; i++) {
-        int64_t n = std::min(body - i * CHUNK, CHUNK);
-        checkpoint_body(m, buffer, i * CHUNK, n, false);
-        uint64_t sum = checksum(buffer, n);
-        memcpy(front + sizeof(RunState) + 8 * i, &sum, 8);
-        new_file_write(&f, buffer, n, h.weights_offset + i * CHUNK);
-    }
+    for (int section = 0; section < SECTIONS; section++) section_write(m, section, &f, h.weights_offset, sums);
+    all_sum(sums, h.chunks);
     h.state_checksum = checksum(front, front_bytes);
     h.header_checksum = checksum(&h, sizeof h - 8);
-    new_file_write(&f, front, front_bytes, sizeof h);
-    new_file_write(&f, &h, sizeof h, 0);
+    if (procs.rank == 0) {
+        new_file_write(&f, front, front_bytes, sizeof h);
+        new_file_write(&f, &h, sizeof h, 0);
+    }
     new_file_finish(&f);
-    free(front); free(buffer);
+    free(front);
 }
 
 // Reads a checkpoint into the model and the state. Returns NULL, or a sentence on why the file cannot be used, with
-// nothing of the state changed; the weights may then be partly overwritten.
+// nothing of the state changed; the weights may then be partly overwritten. All processes return alike.
 static char* checkpoint_read(Model* m, const char* path, RunState* state) {
-    int fd = open(path, O_RDONLY);
-    if (fd < 0) return text("%s: %s", path, strerror(errno));
     CheckpointHeader h;
-    char *front = NULL, *why = checkpoint_header(fd, path, &h);
-    if (why) {
-        close(fd);
-        return why;
+    char *front = NULL, *why = NULL;
+    int fd = open(path, O_RDONLY);
+    if (fd < 0) why = text("%s: %s", path, strerror(errno));
+    if (!why) why = checkpoint_header(fd, path, &h);
+    if (!why) {
+        int32_t want[256];
+        model_header(want, &m->dims, h.model[9]);
+        if (memcmp(want, h.model, sizeof want) || h.parameters != m->parameters || h.state_bytes != sizeof(RunState))
+            fatal("%s holds another model: T %d, V %d, layers %d, heads %d, channels %d, %s positions; this run's has "
+                  "T %ld, V %d, layers %d, heads %d, channels %d, %s (and the same theta): use the same options, or "
+                  "--model %s in another out-dir to start from its weights", path, h.model[2], h.model[3], h.model[4],
+                  h.model[5], h.model[6], h.model[1] > 100 ? "rope" : "learned", m->dims.maxT, m->dims.V, m->dims.L,
+                  m->dims.NH, m->dims.C, m->dims.rope ? "rope" : "learned", path);
+        why = checkpoint_front(fd, path, &h, &front);
     }
-    int32_t want[256];
-    model_header(want, &m->dims, h.model[9]);
-    if (memcmp(want, h.model, sizeof want) || h.parameters != m->parameters || h.state_bytes != sizeof(RunState))
-        fatal("%s holds another model: T %d, V %d, layers %d, heads %d, channels %d, %s positions; this run's has T "
-              "%ld, V %d, layers %d, heads %d, channels %d, %s (and the same theta): use the same options, or --model "
-              "%s in another out-dir to start from its weights", path, h.model[2], h.model[3], h.model[4], h.model[5],
-              h.model[6], h.model[1] > 100 ? "rope" : "learned", m->dims.maxT, m->dims.V, m->dims.L, m->dims.NH,
-              m->dims.C, m->dims.rope ? "rope" : "learned", path);
-    char* buffer = (char*)host_alloc(CHUNK);
-    why = checkpoint_front(fd, path, &h, &front);
-    for (int64_t i = 0, n; !why && i < h.chunks; i++) {
-        why = checkpoint_chunk(fd, path, &h, front, i, buffer, &n);
-        if (!why) checkpoint_body(m, buffer, i * CHUNK, n, true);
+    if (all_sum((double)(why != NULL)) > 0) {
+        if (!why) why = text("%s cannot be used by all processes", path);
+    } else {
+        uint64_t* sums = (uint64_t*)host_alloc(h.chunks * sizeof(uint64_t));
+        memset(sums, 0, h.chunks * sizeof(uint64_t));
+        for (int section = 0; section < SECTIONS; section++)
+            section_read(m, section, fd, path, h.weights_offset, sums, false);
+        why = check_sums(sums, h.chunks, path, &h, front);
+        free(sums);
     }
     if (!why) memcpy(state, front, sizeof(RunState));
-    free(front); free(buffer);
-    close(fd);
+    free(front);
+    if (fd >= 0) close(fd);
     return why;
 }
 
@@ -4079,11 +4709,13 @@ static void checkpoint_prune(const Config* c, int64_t written) {
     if (d) closedir(d);
 }
 
-// The newest whole checkpoint of out-dir, into the model and the state. Names and passes over damaged ones. Rank 0
-// reads the directory last to write to it, so all processes see the same files.
+// The newest whole checkpoint of out-dir, into the model and the state. Names and passes over damaged ones.
 static bool checkpoint_resume(Model* m, const Config* c, RunState* state, char** path) {
     int count;
     int64_t* steps = checkpoint_list(c->out_dir, &count);
+    broadcast(&count, sizeof count, WORLD_GROUP, 0);  // what rank 0 sees of the directory counts for all
+    steps = (int64_t*)realloc(steps, count * sizeof(int64_t));
+    broadcast(steps, count * sizeof(int64_t), WORLD_GROUP, 0);
     bool found = false;
     for (int i = 0; i < count && !found; i++) {
         *path = checkpoint_path(c, steps[i]);
@@ -4094,34 +4726,29 @@ static bool checkpoint_resume(Model* m, const Config* c, RunState* state, char**
     }
     free(steps);
     if (count > 0 && !found) fatal("%s: none of the %d checkpoints is whole", c->out_dir, count);
-    if (found && sizeof(floatX) != sizeof(float)) {
-        float* host = (float*)host_alloc(m->parameters * sizeof(float));
-        copy_to_host(host, m->master, m->parameters * sizeof(float));
-        params_from_host(m, host);
-        free(host);
-    }
+    if (found) gather_all_params(m);
     return found;
 }
 
 // ===================================================================================================================
 // 10. Evaluation and sampling; logs and progress.
 
-// Mean loss over the validation data, each process taking every world-th sequence. A batch that is not full has its
-// rest filled with targets of -1, which do not count.
+// Mean loss over the validation data, each data-parallel group taking every dp-th sequence. A batch that is not full
+// has its rest filled with targets of -1, which do not count.
 static double evaluate(Model* m, const Config* c, const Loader* data, Phase phase) {
     Run r = {(int)c->batch_size, c->seq_len, phase, false, 0};
-    int64_t T = c->seq_len, B = r.B;
-    int64_t sequences = std::min(c->val_batches * B * procs.world, data->windows);
+    int64_t T = c->seq_len, B = r.B, rows = T / procs.cp;
+    int64_t sequences = std::min(c->val_batches * B * procs.dp, data->windows);
     Batch* batch = &m->batch[2];
     device_zero(m->sums, 2 * sizeof(double));
-    for (int64_t i = 0; i < sequences; i += B * procs.world) {
+    for (int64_t i = 0; i < sequences; i += B * procs.dp) {
         int64_t valid = 0;
         event_wait(&batch->copied);
         for (int64_t b = 0; b < B; b++) {
-            int64_t sequence = i + b * procs.world + procs.rank;
-            loader_sequence(data, sequence % data->windows, batch->tokens + b * T, batch->targets + b * T);
+            int64_t sequence = i + b * procs.dp + procs.dp_rank;
+            loader_sequence(data, sequence % data->windows, batch->tokens + b * rows, batch->targets + b * rows);
             if (sequence < sequences) valid++;
-            else for (int64_t t = 0; t < T; t++) batch->targets[b * T + t] = -1;
+            else for (int64_t t = 0; t < rows; t++) batch->targets[b * rows + t] = -1;
         }
         if (valid == 0) continue;
         model_trunk(m, batch->tokens, r);
@@ -4217,10 +4844,12 @@ static int tokenizer_encode(const Tokenizer* k, const char* s, int* out, int roo
     return count;
 }
 
-// Length of the window that samples are drawn in: the prompt and the new tokens, to the next multiple of 64, at most T.
+// Length of the window that samples are drawn in: the prompt and the new tokens, to the next multiple of 64 on each
+// process, at most T.
 static int64_t sample_length(const Config* c) {
     if (c->sample_every == 0) return 0;
-    return std::min(ceil_div(1 + (int64_t)strlen(c->prompt) + c->sample_tokens, 64) * 64, c->seq_len);
+    int64_t unit = 64 * procs.cp;
+    return std::min(ceil_div(1 + (int64_t)strlen(c->prompt) + c->sample_tokens, unit) * unit, c->seq_len);
 }
 
 // Continues the prompt with dense attention, one whole forward pass a token. Returns the text, to be freed.
@@ -4237,8 +4866,8 @@ static char* sample(Model* m, const Config* c, const Tokenizer* k, int64_t step)
     char* out = text("%s", c->prompt);
     size_t out_length = strlen(out);
     for (; length < end; length++) {
-        model_trunk(m, tokens, r);
-        model_logits(m, length - 1, 1, logits);
+        model_trunk(m, tokens + first_token(r), r);
+        model_logits(m, 0, length - 1, r, logits);
         float threshold = -INFINITY;
         if (c->sample_top_k > 0 && c->sample_top_k < V) {  // the k-th largest, by partial selection
             memcpy(sorted, logits, V * sizeof(float));
@@ -4407,6 +5036,13 @@ static void set_option(Config* c, const Option* o, const char* value) {
     else *(int64_t*)field = (int64_t)x;
 }
 
+// An option's value as it would be typed; to be freed.
+static char* option_text(const Config* c, const Option* o) {
+    const char* field = (const char*)c + o->offset;
+    return o->type == OPT_TEXT ? text("%s", *(const char**)field)
+         : o->type == OPT_REAL ? text("%.9g", *(const double*)field) : text("%ld", *(const int64_t*)field);
+}
+
 static void parse_options(Config* c, int argc, char** argv) {
     for (int i = 0; i < option_count; i++) set_option(c, &options[i], options[i].fallback);
     if (!lighthouse_built) {
@@ -4551,7 +5187,7 @@ static double gib(double bytes) { return bytes / (1024.0 * 1024 * 1024); }
 // Chooses the recompute level if it is left to us and refuses what does not fit, with what would.
 static Plan choose_plan(Model* m, Config* c, int64_t sample_T) {
     size_t room = device_memory_free();
-    if (!strcmp(backend_name, "cpu")) room /= procs.world;
+    if (!strcmp(backend_name, "cpu")) room /= procs.local_world;
     Plan p;
     int B = (int)c->batch_size, first = c->recompute < 0 ? 0 : (int)c->recompute, last = c->recompute < 0 ? 4 : first;
     for (int level = first; level <= last; level++) {
@@ -4598,9 +5234,7 @@ static void log_configuration(const Trainer* t, const Plan* plan, const char* de
     for (int i = 0; i < option_count; i++) {
         const Option* o = &options[i];
         const char* field = (const char*)c + o->offset;
-        char* value = o->type == OPT_TEXT ? json_string(*(const char**)field)
-                    : o->type == OPT_REAL ? text("%.9g", *(const double*)field)
-                    : text("%ld", *(const int64_t*)field);
+        char* value = o->type == OPT_TEXT ? json_string(*(const char**)field) : option_text(c, o);
         fprintf(f, "%s\"%s\":%s", i ? "," : "", o->name, value);
         free(value);
     }
@@ -4615,9 +5249,9 @@ static void log_configuration(const Trainer* t, const Plan* plan, const char* de
         fprintf(f, "]}");
     } else fprintf(f, "null");
     char* device_json = json_string(device);
-    log_line(f, ",\"steps\":%ld,\"switch_step\":%ld,\"tokens_per_step\":%ld,\"processes\":%d,\"device\":%s,"
-             "\"backend\":\"%s\",\"measured_flops\":%.6g}", t->steps, t->switch_step, c->total_batch_size, procs.world,
-             device_json, backend_name, t->device_flops);
+    log_line(f, ",\"steps\":%ld,\"switch_step\":%ld,\"tokens_per_step\":%ld,\"processes\":%d,\"cp\":%d,"
+             "\"device\":%s,\"backend\":\"%s\",\"measured_flops\":%.6g}", t->steps, t->switch_step,
+             c->total_batch_size, procs.world, procs.cp, device_json, backend_name, t->device_flops);
     free(device_json);
     fprintf(f, "{\"event\":\"memory\",\"total_bytes\":%zu,\"parts\":{", plan->total);
     for (int i = 0; i < plan->parts; i++) fprintf(f, "%s\"%s\":%zu", i ? "," : "", plan->name[i], plan->bytes[i]);
@@ -4628,13 +5262,15 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
     const Config* c = &t->config;
     const Model* m = &t->model;
     const Dims* d = &m->dims;
-    say("device      %s (%s), %d process(es)\n", device, backend_name, procs.world);
+    say("device      %s (%s), %d process(es)", device, backend_name, procs.world);
+    if (procs.cp > 1) say(": %d data-parallel groups of %d that share each sequence", procs.dp, procs.cp);
+    say("\n");
     say("model       %s: %d layers, %d channels, %d heads of %d, %d tokens (padded %d), %s positions, %ld parameters\n",
         c->model, d->L, d->C, d->NH, d->C / d->NH, d->V, d->Vp, d->rope ? "rotary" : "learned", m->parameters);
     say("data        %s: %d shard(s), %ld windows of %ld tokens\n", c->train_data, t->train.count, t->train.windows,
         c->seq_len);
-    say("batch       %ld tokens a step: %ld micro-step(s) of %ld x %ld on %d process(es)\n", c->total_batch_size,
-        t->accumulation, c->batch_size, c->seq_len, procs.world);
+    say("batch       %ld tokens a step: %ld micro-step(s) of %ld x %ld on %d %s\n", c->total_batch_size,
+        t->accumulation, c->batch_size, c->seq_len, procs.dp, procs.cp > 1 ? "group(s)" : "process(es)");
     double tokens = (double)t->steps * c->total_batch_size;
     say("run         %ld steps, %.3g tokens, %.2f epochs; learning rate up to %.3g, %s\n", t->steps, tokens,
         tokens / c->seq_len / t->train.windows, c->learning_rate, c->lr_schedule);
@@ -4654,25 +5290,41 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
         if (phase == DENSE || t->switch_step > 0)
             say("operations  %.4g TFLOP a %s step\n",
                 step_flops(m, (Phase)phase, c->seq_len, (double)c->total_batch_size) * 1e-12, phase_name[phase]);
-    say("memory      %.2f GiB of %.2f GiB free, recompute level %ld:", gib(plan->total), gib(device_memory_free()),
-        c->recompute);
+    say("memory      %.2f GiB%s of %.2f GiB free, recompute level %ld:", gib(plan->total),
+        procs.world > 1 ? " per process" : "", gib(device_memory_free()), c->recompute);
     for (int i = 0; i < plan->parts; i++) say("%s %s %.2f", i ? "," : "", plan->name[i], gib(plan->bytes[i]));
     say("\n");
+}
+
+// Each process of a group takes as many tokens of a sequence as the others, and as many heads.
+static void check_context_parallel(const Config* c, const Dims* d) {
+    if (d->NH % c->cp == 0 && c->seq_len % c->cp == 0) return;
+    char* fitting = text("1");
+    for (int W = 2; W <= d->NH && W <= procs.world; W++) {
+        if (d->NH % W || c->seq_len % W || procs.world % W) continue;
+        char* more = text("%s, %d", fitting, W);
+        free(fitting);
+        fitting = more;
+    }
+    fatal("--cp is %ld; it must divide the model's %d heads and --seq-len, %ld. On %d processes --cp can be %s", c->cp,
+          d->NH, c->seq_len, procs.world, fitting);
 }
 
 // Checks the batch, the steps and Lighthouse's settings, and chooses those that were left open.
 static void setup_run(Trainer* t) {
     Config* c = &t->config;
     Model* m = &t->model;
-    int64_t micro = c->batch_size * c->seq_len * procs.world;
+    check_context_parallel(c, &m->dims);
+    int64_t micro = c->batch_size * c->seq_len * procs.dp;
     if (c->total_batch_size == 0) c->total_batch_size = micro;
     if (c->total_batch_size % micro)
-        fatal("--total-batch-size is %ld; it must be a multiple of batch-size x seq-len x processes = %ld: try %ld",
+        fatal("--total-batch-size is %ld; it must be a multiple of batch-size x seq-len x processes / cp = %ld: try "
+              "%ld",
               c->total_batch_size, micro, ceil_div(c->total_batch_size, micro) * micro);
     t->accumulation = c->total_batch_size / micro;
-    if (c->fp8 && c->batch_size * c->seq_len % 16)
-        fatal("--fp8 1 with batch-size x seq-len = %ld x %ld: their product must be a multiple of 16", c->batch_size,
-              c->seq_len);
+    if (c->fp8 && c->batch_size * c->seq_len / procs.cp % 16)
+        fatal("--fp8 1 with batch-size x seq-len / cp = %ld x %ld / %d tokens: they must be a multiple of 16",
+              c->batch_size, c->seq_len, procs.cp);
     t->steps = c->steps >= 0 ? c->steps : t->train.windows * c->seq_len / c->total_batch_size;
     if (t->steps == 0 && c->steps < 0)
         fatal("one epoch, %ld tokens, is less than one step of %ld: lower --total-batch-size, or give --steps",
@@ -4687,8 +5339,44 @@ static void setup_run(Trainer* t) {
     }
     m->has_lighthouse = t->switch_step > 0;
     char why[512];
-    if (m->has_lighthouse && !lighthouse_defaults(&m->shape, c, m->dims.NH, m->dims.C / m->dims.NH, why, sizeof why))
+    int heads = m->dims.NH / procs.cp, D = m->dims.C / m->dims.NH;
+    if (m->has_lighthouse && !lighthouse_defaults(&m->shape, c, heads, D, why, sizeof why))
         fatal("Lighthouse attention at seq-len %ld: %s", c->seq_len, why);
+}
+
+// All processes must be built and started alike: rank 0's options are compared with this process's.
+static void compare_options(const Config* c) {
+    char* value[1 + sizeof(options) / sizeof(options[0])];
+    value[0] = text("train_gpt_" PROGRAM " " VERSION " (%s, %zu-byte weights)", backend_name, sizeof(floatX));
+    for (int i = 0; i < option_count; i++) value[i + 1] = option_text(c, &options[i]);
+    for (int i = 0; i <= option_count; i++) {
+        int64_t length = strlen(value[i]) + 1;
+        broadcast(&length, sizeof length, WORLD_GROUP, 0);
+        char* first = (char*)host_alloc(length);  // rank 0's
+        memcpy(first, value[i], std::min<int64_t>(length, strlen(value[i]) + 1));
+        broadcast(first, length, WORLD_GROUP, 0);
+        if (strcmp(first, value[i]))
+            fatal("%s%s is \"%s\" here but \"%s\" on rank 0: start all processes with the same program and options",
+                  i ? "--" : "the program", i ? options[i - 1].name : "", value[i], first);
+        free(first); free(value[i]);
+    }
+    barrier();  // nobody goes on, perhaps into an error that hides this one
+}
+
+static void setup_processes(const Config* c) {
+    hang_timeout = c->hang_timeout;
+    if (c->plan_ranks) {
+        if (!c->dry_run) fatal("--plan-ranks is %ld; it goes with --dry-run: mpirun starts processes", c->plan_ranks);
+        if (procs.world > 1) fatal("--plan-ranks is %ld; start one process to plan for others", c->plan_ranks);
+        procs.world = (int)c->plan_ranks;
+    }
+    compare_options(c);
+    processes_split(c->cp);
+    if (!c->rank_logs || c->dry_run) return;
+    make_directories(c->out_dir);
+    char* path = text("%s/rank_%d.log", c->out_dir, procs.rank);
+    rank_log = log_open(path);
+    free(path);
 }
 
 static void setup_tokenizer(Trainer* t) {
@@ -4735,12 +5423,7 @@ static char* setup_state(Trainer* t, bool from_file) {
     char* path = NULL;
     if (!c->resume || !checkpoint_resume(m, c, s, &path)) {
         if (from_file) model_load(m, c->model);
-        else {
-            float* host = (float*)host_alloc(m->parameters * sizeof(float));
-            model_initialize(m, host, c->seed);
-            params_from_host(m, host);
-            free(host);
-        }
+        else model_initialize(m, c->seed);
         s->seq_len = c->seq_len; s->total_batch = c->total_batch_size;
         s->windows = t->train.windows; s->seed = c->seed; s->shuffle = c->shuffle;
         s->data = loader_fingerprint(&t->train);
@@ -4767,6 +5450,7 @@ static void setup(Trainer* t, int argc, char** argv) {
     memset(t, 0, sizeof *t);
     t->started = seconds();
     parse_options(c, argc, argv);
+    setup_processes(c);
 
     loader_open(&t->train, c->train_data, c->seq_len, 0, c->shuffle, c->seed);
     bool from_file;
@@ -4781,7 +5465,8 @@ static void setup(Trainer* t, int argc, char** argv) {
     setup_run(t);
     if (c->sample_every) setup_tokenizer(t);
 
-    device_open(0);
+    device_open(procs.local_rank);
+    collectives_open();
     operations_open(dims.C, dims.NH, c->deterministic);
     if (c->fp8) fp8_open();
     int64_t sample_T = sample_length(c);
@@ -4845,11 +5530,8 @@ static void save_checkpoint(Trainer* t) {
     double start = seconds();
     t->state.wall_s = wall_seconds(t);
     char* path = checkpoint_path(c, t->state.step);
-    if (procs.rank == 0) {
-        checkpoint_write(&t->model, path, &t->state);
-        checkpoint_prune(c, t->state.step);
-    }
-    barrier();
+    checkpoint_write(&t->model, path, &t->state);
+    if (procs.rank == 0) checkpoint_prune(c, t->state.step);
     progress_clear(&t->logs);
     say("step %ld | checkpoint %s (%.2f GiB, %.1f s)\n", t->state.step, path, gib(checkpoint_bytes(&t->model)),
         seconds() - start);
@@ -4888,12 +5570,12 @@ static double seconds_left(const Trainer* t) {
 // Reads the batch of this process for a micro-step, counted from the step that the state is at, into the buffer that
 // training did not use last.
 static void read_batch(Trainer* t, int64_t micro) {
-    int64_t T = t->config.seq_len, B = t->config.batch_size;
+    int64_t rows = t->config.seq_len / procs.cp, B = t->config.batch_size;
     Batch* batch = &t->model.batch[t->ready == &t->model.batch[0]];
     event_wait(&batch->copied);
     for (int64_t b = 0; b < B; b++)
-        loader_sequence(&t->train, t->state.sequences + (micro * procs.world + procs.rank) * B + b,
-                        batch->tokens + b * T, batch->targets + b * T);
+        loader_sequence(&t->train, t->state.sequences + (micro * procs.dp + procs.dp_rank) * B + b,
+                        batch->tokens + b * rows, batch->targets + b * rows);
     t->ready = batch;
 }
 
@@ -4904,24 +5586,27 @@ static void train_step(Trainer* t) {
     const Config* c = &t->config;
     Model* m = &t->model;
     RunState* s = &t->state;
+    step_begun = s->step + 1;
     Phase phase = phase_at(t, s->step);
     int64_t T = c->seq_len, B = c->batch_size, total = c->total_batch_size;
     Run r = {(int)B, T, phase, true, (int)c->recompute, c->fp8 != 0};
 
-    device_zero(m->grads, m->parameters * sizeof(float));
+    device_zero(m->grads, m->padded * sizeof(float));
     device_zero(m->sums, 2 * sizeof(double));
     if (!t->ready) read_batch(t, 0);
     for (int64_t micro = 0; micro < t->accumulation; micro++) {
+        r.last = micro == t->accumulation - 1;
         model_micro_step(m, t->ready, r, 1.0f / total);
         if (micro + 1 < t->accumulation || s->step + 1 < t->steps) read_batch(t, micro + 1);
     }
-    all_sum(m->grads, m->parameters);
-    sum_squares(m->sums + NORM_SUM, m->grads, m->parameters);
-    double sums[2];
+    collectives_join();
+    add_gradient_squares(m);
+    double sums[2], queued = seconds();  // how long the host waits now is how far it was ahead of the device
     copy_to_host(sums, m->sums, sizeof sums);
+    all_sum(sums, 2);
     double now = seconds(), elapsed = now - t->clock;
     t->clock = now;
-    double loss = all_sum(sums[LOSS_SUM]) / total, norm = sqrt(sums[NORM_SUM]);
+    double loss = sums[LOSS_SUM] / total, norm = sqrt(sums[NORM_SUM]);
     double lr = learning_rate(c, s->step, t->steps);
 
     double loss_z = detector_score(&s->loss, loss), norm_z = detector_score(&s->norm, norm);
@@ -4952,16 +5637,17 @@ static void train_step(Trainer* t) {
     log_line(t->logs.main, "s:%ld trl:%.6f lr:%.8f norm:%.6f ms:%.2f tps:%.0f ph:%s", s->step - 1, loss, lr, norm,
              elapsed * 1e3, total / elapsed, phase_name[phase]);
     log_line(t->logs.jsonl, "{\"event\":\"step\",\"step\":%ld,\"loss\":%s,\"lr\":%.9g,\"norm\":%s,\"ms\":%.3f,"
-             "\"tokens_per_second\":%.1f,\"mfu\":%.4f,\"phase\":\"%s\",\"tokens\":%ld,\"train_s\":%.3f,\"wall_s\":%.3f,"
-             "\"skipped\":%s}", s->step, json_number(loss).s, lr, json_number(norm).s, elapsed * 1e3, total / elapsed,
-             mfu, phase_name[phase], s->step * total, s->train_s, wall_seconds(t), skip ? "true" : "false");
+             "\"host_ahead_ms\":%.3f,\"tokens_per_second\":%.1f,\"mfu\":%.4f,\"phase\":\"%s\",\"tokens\":%ld,"
+             "\"train_s\":%.3f,\"wall_s\":%.3f,\"skipped\":%s}", s->step, json_number(loss).s, lr, json_number(norm).s,
+             elapsed * 1e3, (now - queued) * 1e3, total / elapsed, mfu, phase_name[phase], s->step * total, s->train_s,
+             wall_seconds(t), skip ? "true" : "false");
 }
 
 static void finish(Trainer* t, double val_loss) {
     const RunState* s = &t->state;
     int64_t total = t->config.total_batch_size;
     char* path = text("%s/model.bin", t->config.out_dir);
-    if (procs.rank == 0) model_write(&t->model, path, s->step);
+    model_write(&t->model, path, s->step);
     say("\n%-12s %8s %14s %12s %12s\n", "phase", "steps", "tokens", "seconds", "tok/s");
     char* phases[2];
     for (int p = 0; p < 2; p++) {

@@ -851,6 +851,28 @@ void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dslo
     }
 }
 
+// ---- context parallelism --------------------------------------------------------------------------------------
+// A row of all heads is W blocks of n elements, one block for each process. Packed, all rows of a process's block lie
+// together.
+
+void heads_pack(floatX* out /*(B,W,R,n)*/, const floatX* inp /*(B,R,W,n)*/, int B, int64_t R, int W, int n) {
+    #pragma omp parallel for
+    for (int64_t br = 0; br < B * R; br++) {
+        int64_t b = br / R, r = br % R;
+        for (int64_t w = 0; w < W; w++)
+            memcpy(out + ((b * W + w) * R + r) * n, inp + (br * W + w) * n, n * sizeof(floatX));
+    }
+}
+
+void heads_unpack(floatX* out /*(B,R,W,n)*/, const floatX* inp /*(B,W,R,n)*/, int B, int64_t R, int W, int n) {
+    #pragma omp parallel for
+    for (int64_t br = 0; br < B * R; br++) {
+        int64_t b = br / R, r = br % R;
+        for (int64_t w = 0; w < W; w++)
+            memcpy(out + (br * W + w) * n, inp + ((b * W + w) * R + r) * n, n * sizeof(floatX));
+    }
+}
+
 // ---- sums and the optimizer -----------------------------------------------------------------------------------
 
 // Partial sums over fixed pieces, added in order: the same bits with any number of threads.

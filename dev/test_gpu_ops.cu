@@ -909,6 +909,44 @@ void check_rope(int B, int64_t T, int H, int D, bool large) {
     free_device_arrays();
 }
 
+// ---- context parallelism --------------------------------------------------------------------------------------------
+void check_heads(int B, int64_t R, int W, int n) {
+    std::string shape = format("B=%d R=%lld W=%d n=%d", B, (long long)R, W, n);
+    int64_t size = B * R * W * n;
+    Random input = {1, 1, 0};
+    floatX *inp = device_random<floatX>(size, input), *out = device_array<floatX>(size);
+    Floats x = host_random<floatX>(size, input), y(size);
+    auto moved = [&] {  // bit for bit
+        Output o = overwritten("out", out, y);
+        o.tolerance = 0;
+        return o;
+    };
+    cpu::heads_pack(y.data(), x.data(), B, R, W, n);
+    check("heads_pack " + shape, {moved()}, [&] { heads_pack(out, inp, B, R, W, n); });
+    cpu::heads_unpack(y.data(), x.data(), B, R, W, n);
+    check("heads_unpack " + shape, {moved()}, [&] { heads_unpack(out, inp, B, R, W, n); });
+    free_device_arrays();
+}
+
+void check_heads_large() {
+    int W = 4, n = 256;
+    int64_t R = (1 << 20) + 3, blocks = R * W;
+    std::string shape = format("R=%lld W=%d n=%d", (long long)R, W, n);
+    Random input = {1, 1, 0};
+    floatX *inp = device_random<floatX>(2 * blocks * n, input), *out = device_array<floatX>(2 * blocks * n);
+    std::vector<int64_t> rows = sample_rows(2 * blocks, n), packed, unpacked;  // where each block of out comes from
+    for (int64_t i : rows) {
+        int64_t b = i / blocks * blocks, j = i % blocks;
+        packed.push_back(b + j % R * W + j / R);
+        unpacked.push_back(b + j % W * R + j / W);
+    }
+    heads_pack(out, inp, 2, R, W, n);
+    check_sample("heads_pack " + shape, "out", device_rows(out, rows, n), random_rows<floatX>(packed, n, input), 0);
+    heads_unpack(out, inp, 2, R, W, n);
+    check_sample("heads_unpack " + shape, "out", device_rows(out, rows, n), random_rows<floatX>(unpacked, n, input), 0);
+    free_device_arrays();
+}
+
 // ---- sums, AdamW ----------------------------------------------------------------------------------------------------
 void check_sums(int64_t n, int shift) {
     std::string shape = format("n=%lld, %d elements off alignment", (long long)n, shift);
@@ -1072,6 +1110,15 @@ void check_all() {
             check_rope(1, (1 << 20) + 1, 8, 128, true);
         }
     }
+    if (is_wanted("heads")) {
+        check_heads(1, 1, 1, 8);
+        check_heads(2, 9, 3, 64);
+        check_heads(3, 33, 2, 320);
+        if (!small_only) {
+            check_heads(2, 4099, 8, 128);
+            check_heads_large();
+        }
+    }
     if (is_wanted("sum")) {
         check_sums(1, 0);
         check_sums(13, 3);
@@ -1228,6 +1275,15 @@ void time_rope(int64_t T, int H, int D) {
     free_device_arrays();
 }
 
+void time_heads(int64_t R, int W, int n) {
+    floatX *inp = device_random<floatX>(R * W * n, {1, 1, 0}), *out = device_array<floatX>(R * W * n);
+    std::string shape = format("R=%lld W=%d n=%d", (long long)R, W, n);
+    double bytes = 2.0 * R * W * n * sizeof(floatX);
+    time_bytes("heads_pack " + shape, bytes, [&] { heads_pack(out, inp, 1, R, W, n); });
+    time_bytes("heads_unpack " + shape, bytes, [&] { heads_unpack(out, inp, 1, R, W, n); });
+    free_device_arrays();
+}
+
 void time_all() {
     time_copy();
     int64_t N = 98304;
@@ -1272,6 +1328,10 @@ void time_all() {
         time_rope(N, 8, 128);
         time_rope(N, 12, 64);
         time_rope(1 << 20, 8, 128);
+    }
+    if (is_wanted("heads")) {
+        for (int W : {2, 8}) time_heads(3 * (1 << 17), W, 1024 / W);
+        time_heads(3 * (1 << 17), 4, 192);
     }
     if (is_wanted("sum") || is_wanted("adamw")) {
         int64_t n = 429000000;

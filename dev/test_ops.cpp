@@ -498,6 +498,25 @@ static void test_rope(int B, int64_t T, int H, int D, double theta) {
     test.at_most("backward is the transpose", fabs(dot(d[0], dout) - dot(qkv, d[1])) / sqrt((double)n), DOUBLE_BOUND);
 }
 
+static void test_heads_pack(int B, int64_t R, int W, int n) {
+    Test test(text("heads_pack B %d R %d W %d n %d", B, (int)R, W, n));
+    Doubles rows = random_numbers(B * R * W * n), packed(rows.size());
+    for (size_t i = 0; i < rows.size(); i++) {  // element i is (b, r, w, k)
+        size_t k = i % n, w = i / n % W, r = i / n / W % R, b = i / n / W / R;
+        packed[((b * W + w) * R + r) * n + k] = rows[i];
+    }
+    auto run = [&](auto zero) -> Results {
+        typedef decltype(zero) Real;
+        std::vector<Real> x = to<Real>(rows), y = poison<Real>(x.size()), back = poison<Real>(x.size());
+        heads_pack(y.data(), x.data(), B, R, W, n);
+        heads_unpack(back.data(), y.data(), B, R, W, n);
+        return {wide(y), wide(back)};
+    };
+    Results d = run(0.0), f = run(0.0f);
+    test.that(d[0] == packed && f[0] == packed, "packed");
+    test.that(d[1] == rows && f[1] == rows, "unpacked");
+}
+
 static void test_rope_far() {  // the table at positions of a million
     Test test("rope table T 2097152 D 8");
     const int64_t T = 1 << 21;
@@ -960,6 +979,11 @@ int main() {
     test_rope(2, 37, 3, 20, 500000);
     test_rope(1, 2500, 1, 16, 10000);
     test_rope_far();
+
+    test_heads_pack(1, 1, 1, 1);
+    test_heads_pack(1, 6, 2, 5);
+    test_heads_pack(3, 5, 4, 7);
+    test_heads_pack(2, 50, 3, 64);
 
     test_attention(1, 1, 1, 4, 1);
     test_attention(1, 70, 1, 1, 1);

@@ -116,7 +116,7 @@ def checkpoint(path, config, tensors, offset=8192, **changes):
     """As the trainer's: header, optimizer state before and after the fp32 weights."""
     body = b"".join(x.tobytes() for x in tensors.values())
     head = bytearray(4096)
-    struct.pack_into("<2i", head, 0, changes.get("magic", 20260511), changes.get("version", 1))
+    struct.pack_into("<2i", head, 0, changes.get("magic", 20260511), changes.get("version", 2))
     head[1024:2048] = changes.get("model", model_file.pack_header(config))
     struct.pack_into("<2q", head, 2048, changes.get("at", offset), changes.get("count", len(body) // 4))
     raw = bytes(head).ljust(offset, b"\xaa") + body + b"\xbb" * 1000
@@ -222,7 +222,7 @@ def test_checkpoint_weights(tmp_path, positions):
 
 
 @pytest.mark.parametrize("changes,message", [
-    (dict(version=2), "the checkpoint's version is 2, wanted 1"),
+    (dict(version=1), "the checkpoint's version is 1, wanted 2"),
     (dict(count=5), "the checkpoint has 5 weights, wanted "),
     (dict(at=100), "the weights begin at byte 100, wanted at least 4096"),
     (dict(size=3000), "the size is 3000 bytes, a checkpoint has a header of 4096"),

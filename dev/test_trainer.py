@@ -713,6 +713,19 @@ def test_the_last_of_repeated_options_counts(lab):
     assert "run         5 steps" in result.out
 
 
+def test_a_plan_for_more_processes(lab):
+    """--plan-ranks shows each process's memory: an N-th of the moments, all of the parameters; it starts and writes nothing."""
+    def planned(ranks):
+        result = execute(lab.command("planned", depth=24, channels=512, steps=1, plan_ranks=ranks, rank_logs=1) + ["--dry-run"])
+        assert result.code == 0 and f"{max(ranks, 1)} process(es)" in result.out, result.err
+        return [float(re.search(rf"{part} ([\d.]+)", result.out).group(1)) for part in ("parameters", "AdamW moments")]
+    one, eight = planned(0), planned(8)
+    assert planned(1) == one and eight[0] == one[0] > 0 and abs(eight[1] - one[1] / 8) <= 0.01 < one[1]
+    assert not (lab.folder / "planned").exists()
+    lab.refused("--cp is 2; it must divide the number of processes, 3", cp=2, plan_ranks=3)
+    lab.fails(lab.run("planned", plan_ranks=2), "--plan-ranks is 2", "--dry-run")
+
+
 def test_dry_run_writes_nothing(lab):
     """--dry-run prints the plan and leaves no file and no folder, and touches no earlier run."""
     result = execute(lab.command("dry/run", steps=100) + ["--dry-run"])
@@ -802,7 +815,7 @@ def test_sizes_that_do_not_go_together(lab):
     lab.refused("even", heads=16)  # one channel a head cannot be rotated
     lab.refused("--warmup-steps is 11", "10", steps=10, warmup_steps=11)
     lab.refused("seq-len + 1 = 4097", seq_len=4096)
-    lab.refused("--fp8 1", "1 x 40", "multiple of 16", fp8=1, seq_len=40, switch_step=0)
+    lab.refused("--fp8 1", "1 x 40 / 1", "multiple of 16", fp8=1, seq_len=40, switch_step=0)
     lab.refused("GiB", "too few", channels=65536, heads=2, depth=1024)
 
 

@@ -100,6 +100,19 @@ static void test_loader() {
     check(order, "loader: without shuffling the windows come in the order of the shards, the same in every epoch");
     check(shifted, "loader: targets are the inputs one token on");
     check(shared, "loader: a window's last target is the next window's first input, and nothing else is shared");
+    bool slices = true;
+    for (int cp : {2, 5}) {  // each process of a group reads its part
+        for (int rank = 0; rank < cp; rank++) {
+            procs.cp = cp;
+            procs.cp_rank = rank;
+            loader_sequence(&d, 5, inputs, targets);
+            for (int t = 0, at = 100 + rank * T / cp; t < T / cp; t++)
+                slices &= inputs[t] == (at + t) % 251 && targets[t] == (at + t + 1) % 251;
+        }
+    }
+    procs.cp = 1;
+    procs.cp_rank = 0;
+    check(slices, "loader: the slices of 2 and of 5 processes are the window");
     loader_close(&d);
 
     loader_open(&d, pattern, T, 257, true, 1);
@@ -239,6 +252,76 @@ static void test_checksum() {
     check(lengths, "checksum: of zeros of every length differs from one byte less");
 }
 
+// The sums of a checkpoint's chunks: a body written in parts, in any order, by any process.
+static void test_sums() {
+    const int64_t bytes = CHUNK + 4096;  // two chunks
+    char* data = (char*)host_alloc(bytes);
+    for (int64_t i = 0; i < bytes / 8; i++) ((uint64_t*)data)[i] = mix64(i);
+    uint64_t whole[2] = {0, 0}, parts[2] = {0, 0};
+    add_to_sums(whole, data, 0, bytes);
+    const int64_t cut[] = {0, 4, 400, CHUNK - 8, CHUNK + 12, bytes};
+    for (int i = 4; i >= 0; i--) add_to_sums(parts, data + cut[i], cut[i], cut[i + 1] - cut[i]);
+    check(whole[0] == parts[0] && whole[1] == parts[1], "chunk sums: of parts, last part first, are those of the whole");
+    bool noticed = true;
+    for (int i = 0; i < 32 * 1024; i++) {
+        data[CHUNK + i / 8] ^= 1 << i % 8;
+        uint64_t sums[2] = {0, 0};
+        add_to_sums(sums, data + CHUNK, CHUNK, 4096);
+        noticed &= sums[0] == 0 && sums[1] != whole[1];
+        data[CHUNK + i / 8] ^= 1 << i % 8;
+    }
+    check(noticed, "chunk sums: every flipped bit of 4096 bytes is noticed, in its chunk only");
+    std::swap(((uint32_t*)data)[0], ((uint32_t*)data)[1]);
+    uint64_t swapped[2] = {0, 0};
+    add_to_sums(swapped, data, 0, bytes);
+    check(swapped[0] != whole[0], "chunk sums: two exchanged words are noticed");
+    free(data);
+}
+
+// ---- the parameters' layout
+
+static void test_layout() {
+    Processes before = procs;
+    const Dims shapes[] = {{64, 257, 384, 3, 2, 16, true, 1e4f}, {100, 300, 384, 2, 3, 48, false, 0},
+                           {64, 131, 131, 1, 1, 6, true, 1e4f}};
+    for (const Dims& d : shapes) {
+        for (int world : {1, 2, 3, 4, 7, 64}) {
+            procs.world = world;
+            static Model m;
+            model_layout(&m, d);
+            char* seen = (char*)host_alloc(m.parameters);
+            memset(seen, 0, m.parameters);
+            bool inside = true, same_place = true, aligned = m.owned * world == m.padded, decayed = true;
+            for (procs.rank = 0; procs.rank < world; procs.rank++) {
+                int pieces;
+                Piece* piece = own_pieces(&m, &pieces);
+                for (Piece* p = piece; p < piece + pieces; p++) {
+                    inside &= p->owned >= 0 && p->owned + p->count <= m.owned && p->memory + p->count <= m.padded;
+                    for (int64_t i = 0; i < p->count; i++) seen[p->file + i]++;
+                    int64_t size = layer_size(&m, p->tensor), element = p->file - m.file_offset[p->tensor];
+                    int l = (int)(element / size);
+                    same_place &= p->memory == layer_offset(&m, p->tensor, l) + element % size;
+                    int g = tensor_is_stacked(p->tensor) ? 1 + l : 0;
+                    decayed &= tensor_is_matrix(p->tensor) ==
+                               (p->memory - group_begin(&m, g) < m.group_matrices[g > 0]);
+                    same_place &= p->memory - slice_begin(&m, g) == p->owned - slice_owned(&m, g);
+                }
+                free(piece);
+            }
+            for (int t = 0; t < TENSORS; t++)
+                for (int l = 0; l < d.L; l++) aligned &= layer_offset(&m, t, l) % 128 == 0;
+            int once = 0;
+            for (int64_t i = 0; i < m.parameters; i++) once += seen[i] == 1;
+            check(once == m.parameters && inside, "layout of %ld parameters on %d processes: every one has one owner", m.parameters,
+                  world);
+            check(same_place && aligned && decayed, "layout of %ld parameters on %d processes: slices, tensors and matrices begin where they "
+                  "should", m.parameters, world);
+            free(seen);
+        }
+    }
+    procs = before;
+}
+
 static void test_random() {
     const int n = 200000;
     double mean = 0, var = 0, fourth = 0, lowest = 1, highest = 0, u = 0;
@@ -308,6 +391,8 @@ int main(int argc, char** argv) {
     test_words();
     test_json();
     test_checksum();
+    test_sums();
+    test_layout();
     test_random();
     printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;

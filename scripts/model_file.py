@@ -14,6 +14,7 @@ import numpy as np
 
 MODEL_MAGIC = 20240326
 CHECKPOINT_MAGIC = 20260511
+CHECKPOINT_VERSION = 2
 TOKENIZER_MAGIC = 20240328
 HEADER_BYTES = 1024
 CHECKPOINT_HEADER_BYTES = 4096
@@ -179,8 +180,8 @@ def unpack_checkpoint(head, path):
         raise FileError(f"{path}: the size is {len(head)} bytes, a checkpoint has a header of "
                         f"{CHECKPOINT_HEADER_BYTES}: the file is cut off")
     version = int(np.frombuffer(head[4:8], "<i4")[0])
-    if version != 1:
-        raise FileError(f"{path}: the checkpoint's version is {version}, wanted 1")
+    if version != CHECKPOINT_VERSION:
+        raise FileError(f"{path}: the checkpoint's version is {version}, wanted {CHECKPOINT_VERSION}")
     config = unpack_header(head[1024:2048], f"{path} (model header inside the checkpoint)")
     if config.dtype != "float32":
         raise FileError(f"{path}: the model header inside the checkpoint has version {config.version()}, wanted 3 "
