@@ -74,6 +74,7 @@ struct Config {
     const char *model, *positions;
     int64_t depth, channels, heads, vocab_size;
     double rope_theta;
+    int64_t fp8;
     // batch and length of the run
     int64_t batch_size, seq_len, total_batch_size, steps;
     // optimizer
@@ -131,6 +132,8 @@ static const Option options[] = {
      "token ids; 0: 257 if the data holds bytes, 50257 if it fits GPT-2's ids"},
     {"positions", "", OPT_TEXT, AT(positions), "rope", 0, 0, "rope, or learned as in GPT-2"},
     {"rope-theta", "", OPT_REAL, AT(rope_theta), "500000", 1, 1e12, "base of the rotary frequencies"},
+    {"fp8", "", OPT_INT, AT(fp8), "0", 0, 1,
+     "1: train with FP8 operands in the layers' matrix products (GPUs from compute capability 8.9 on)"},
     {"batch-size", "b", OPT_INT, AT(batch_size), "1", 1, 65536, "[batch] sequences per process and micro-step"},
     {"seq-len", "t", OPT_INT, AT(seq_len), "32768", 1, 1073741824, "tokens of a sequence"},
     {"total-batch-size", "d", OPT_INT, AT(total_batch_size), "0", 0, 1e12,
@@ -164,7 +167,7 @@ static const Option options[] = {
 #endif
     {"val-every", "v", OPT_INT, AT(val_every), "250", 0, 1e12,
      "[evaluation] steps between validations; 0: at the end only"},
-    {"val-batches", "m", OPT_INT, AT(val_batches), "20", 1, 1e9, "micro-batches of a validation"},
+    {"val-batches", "m", OPT_INT, AT(val_batches), "20", 1, 1e9, "micro-batches of a validation, over all processes"},
     {"sample-every", "s", OPT_INT, AT(sample_every), "0", 0, 1e12, "steps between samples; 0: never"},
     {"sample-tokens", "g", OPT_INT, AT(sample_tokens), "64", 1, 65536, "tokens to generate"},
     {"sample-top-k", "", OPT_INT, AT(sample_top_k), "50", 0, 16777216, "draw from this many likeliest tokens; 0: all"},
@@ -447,6 +450,7 @@ static void device_name(char* name, size_t size) {
 #else
 #include <cublasLt.h>
 #include <cuda_bf16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 #ifndef FLOATX_FP32
 #include <cudnn.h>
@@ -1161,6 +1165,20 @@ static uint64_t loader_fingerprint(const Loader* d) {
 // 5. Operations: forward and backward of each, dense causal attention (cuDNN's) the last of them. Here the device
 // kernels with their launchers; plain-C twins of the same signatures are the CPU backend and the oracle of the tests.
 
+// A matrix in FP8: a gradient's numbers are e5m2 (largest 57344), all others e4m3 (448), made by a factor that takes
+// the matrix's largest magnitude there. GPUs multiply FP8 rows by rows only, so a matrix may lie there twice, as it is
+// and transposed.
+typedef uint8_t fp8_t;
+struct Fp8Scale {
+    float amax;      // the largest magnitude of the wider matrix, or a bound of it
+    float inverse;   // FP8 number times inverse: the number it stands for
+};
+struct Fp8Matrix {
+    fp8_t* rows;     // (N, C), or NULL: not wanted
+    fp8_t* columns;  // (C, N), or NULL: not wanted
+    Fp8Scale* scale;
+};
+
 #ifdef CPU_BACKEND  // the twins; below, down to the end of the section, CUDA
 #include "dev/cpu_ops.h"
 using namespace cpu;
@@ -1170,6 +1188,7 @@ static void operations_open(int, int, bool) {}
 static size_t operations_bytes(int64_t, int, int) { return 0; }
 static size_t sdpa_prepare(int, int64_t, int, int, bool, bool) { return 0; }
 static void operations_allocate(size_t, size_t) {}
+static void fp8_open() {}
 #else
 // ---- loads of 8 elements, reductions
 // Eight neighbouring elements: one 128-bit access in bf16, two in fp32. Rows are multiples of 8 everywhere. They stay
@@ -1705,12 +1724,15 @@ static void layernorm_backward(floatX* dinp /*(N,C) +=*/, float* dweight /*(C) +
 // ---- matmul
 // cuBLASLt's matrices are column major, so a row-major (N,C) is its (C,N), and D = op(A) op(B) is written for the
 // transposes. Sums are fp32; in the fp32 build without TF32.
+enum MatmulOperands { FLOATX, FP8, FP8_GRADIENT };  // A and B: both floatX; both e4m3; A e4m3, B e5m2
+
 struct MatmulShape {
     int64_t m, n, k;
     bool trans_a, trans_b;
     bool bias, add;  // D (m,n) = op(A) op(B) + bias (m) + add (m,n)
     bool dgelu;      // D = op(A) op(B) * GELU'(x), x (m,n) what GELU was applied to
     bool float_out;
+    MatmulOperands operands;
 };
 
 // The choice of a kernel takes far longer than a launch, so it is made once a shape and kept.
@@ -1742,8 +1764,8 @@ static int matmul_candidates(const MatmulPlan* p, cublasLtMatmulHeuristicResult_
                                                            wanted, found, &count);
     const MatmulShape& s = p->shape;
     opRequire(status == CUBLAS_STATUS_SUCCESS && count > 0, "cuBLASLt knows no kernel for m = %ld, n = %ld, k = %ld, "
-              "trans %d %d, bias %d, dgelu %d: %s", s.m, s.n, s.k, s.trans_a, s.trans_b, s.bias, s.dgelu,
-              cublasLtGetStatusString(status));
+              "trans %d %d, bias %d, dgelu %d, operands of kind %d: %s", s.m, s.n, s.k, s.trans_a, s.trans_b, s.bias,
+              s.dgelu, s.operands, cublasLtGetStatusString(status));
     cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
     return count;
 }
@@ -1752,7 +1774,8 @@ static MatmulPlan* matmul_plan(const MatmulShape& s) {
     for (int i = 0; i < std::min(matmul_plan_count, (int64_t)MATMUL_PLANS); i++) {
         const MatmulShape& x = matmul_plans[i].shape;
         if (x.m == s.m && x.n == s.n && x.k == s.k && x.trans_a == s.trans_a && x.trans_b == s.trans_b &&
-            x.bias == s.bias && x.add == s.add && x.dgelu == s.dgelu && x.float_out == s.float_out)
+            x.bias == s.bias && x.add == s.add && x.dgelu == s.dgelu && x.float_out == s.float_out &&
+            x.operands == s.operands)
             return &matmul_plans[i];
     }
     MatmulPlan* p = &matmul_plans[matmul_plan_count % MATMUL_PLANS];
@@ -1774,9 +1797,15 @@ static MatmulPlan* matmul_plan(const MatmulShape& s) {
         cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &s.m, sizeof(s.m)));
     int64_t a_rows = s.trans_a ? s.k : s.m, a_cols = s.trans_a ? s.m : s.k;
     int64_t b_rows = s.trans_b ? s.n : s.k, b_cols = s.trans_b ? s.k : s.n;
-    cublasCheck(cublasLtMatrixLayoutCreate(&p->a, FLOATX_CUDA, a_rows, a_cols, a_rows));
-    cublasCheck(cublasLtMatrixLayoutCreate(&p->b, FLOATX_CUDA, b_rows, b_cols, b_rows));
+    const cudaDataType_t a_type[] = {FLOATX_CUDA, CUDA_R_8F_E4M3, CUDA_R_8F_E4M3};
+    const cudaDataType_t b_type[] = {FLOATX_CUDA, CUDA_R_8F_E4M3, CUDA_R_8F_E5M2};
+    cublasCheck(cublasLtMatrixLayoutCreate(&p->a, a_type[s.operands], a_rows, a_cols, a_rows));
+    cublasCheck(cublasLtMatrixLayoutCreate(&p->b, b_type[s.operands], b_rows, b_cols, b_rows));
     cublasCheck(cublasLtMatrixLayoutCreate(&p->d, s.float_out ? CUDA_R_32F : FLOATX_CUDA, s.m, s.n, s.m));
+    // Hopper's tensor cores keep 14 bits of a sum of FP8 products: enough for an activation. Gradients, of smaller
+    // terms and longer sums, leave them for fp32 registers every few steps.
+    int8_t fast = s.operands == FP8;
+    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof(fast)));
     cublasLtMatmulHeuristicResult_t found[2];
     p->proposals = matmul_candidates(p, found, 2);
     p->algo = found[0].algo;
@@ -1836,13 +1865,13 @@ template <class Multiply> static void matmul_tune(MatmulPlan* p, void* d, Multip
     cudaCheck(cudaEventDestroy(to));
 }
 
-// add may be D itself where D is float.
-static void matmul_cublaslt(MatmulShape s, void* d, const floatX* a, const floatX* b, const floatX* bias,
-                            const void* add, const floatX* gelu_inp) {
+// add may be D itself where D is float. In FP8, what a and b point to is multiplied by numbers in device memory.
+static void matmul_cublaslt(MatmulShape s, void* d, const void* a, const void* b, const floatX* bias, const void* add,
+                            const floatX* gelu_inp, const float* a_scale = NULL, const float* b_scale = NULL) {
     s.bias = bias != NULL; s.add = add != NULL; s.dgelu = gelu_inp != NULL;
     opRequire(s.m > 0 && s.n > 0 && s.k > 0 && s.m % 8 == 0 && (!s.trans_a || s.k % 8 == 0),
               "matmul: rows of %ld and %ld elements, not multiples of 8", s.m, s.k);
-    for (const void* p : {(const void*)d, (const void*)a, (const void*)b, (const void*)bias, add, (const void*)gelu_inp})
+    for (const void* p : {(const void*)d, a, b, (const void*)bias, add, (const void*)gelu_inp})
         opRequire((uintptr_t)p % 16 == 0, "matmul: a tensor starts at %p, which is no multiple of 16 bytes", p);
     MatmulPlan* p = matmul_plan(s);
     if (bias)
@@ -1850,6 +1879,12 @@ static void matmul_cublaslt(MatmulShape s, void* d, const floatX* a, const float
     if (gelu_inp)
         cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &gelu_inp,
                                                    sizeof(gelu_inp)));
+    if (s.operands != FLOATX) {
+        cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &a_scale,
+                                                   sizeof(a_scale)));
+        cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &b_scale,
+                                                   sizeof(b_scale)));
+    }
     auto multiply = [&](const cublasLtMatmulAlgo_t* algo, void* to) {
         const float one = 1.0f, beta = add ? 1.0f : 0.0f;
         const void* c = add && add != d ? add : to;
@@ -1921,6 +1956,10 @@ __device__ __forceinline__ float gelu_sigmoid(float x) {
     float minus_2u = -1.5957691216f * x * (1.0f + 0.044715f * x * x);
     return __fdividef(1.0f, 1.0f + __expf(minus_2u));
 }
+__device__ __forceinline__ float gelu_slope(float x) {
+    float s = gelu_sigmoid(x), two_du = 1.5957691216f * (1.0f + 3.0f * 0.044715f * x * x);
+    return s + x * s * (1.0f - s) * two_du;
+}
 
 __global__ void __launch_bounds__(256) gelu_forward_kernel(floatX* out, const floatX* inp, int64_t n) {
     int64_t i = ((int64_t)blockIdx.x * 256 + threadIdx.x) * 8;
@@ -1937,11 +1976,7 @@ __global__ void __launch_bounds__(256) gelu_backward_kernel(floatX* dinp, const 
     if (i >= n) return;
     Pack8<floatX> x = load8_stream(inp + i), d = load8_stream(dout + i);
     float y[8];
-    for (int j = 0; j < 8; j++) {
-        float v = (float)x.v[j], s = gelu_sigmoid(v);
-        float two_du = 1.5957691216f * (1.0f + 3.0f * 0.044715f * v * v);
-        y[j] = (float)d.v[j] * (s + v * s * (1.0f - s) * two_du);
-    }
+    for (int j = 0; j < 8; j++) y[j] = (float)d.v[j] * gelu_slope((float)x.v[j]);
     store8(dinp + i, to_pack8<floatX>(y));
 }
 
@@ -1973,6 +2008,177 @@ static void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC
     sum.float_out = true;
     matmul_cublaslt(sum, dweight, inp, dout, NULL, dweight, NULL);
     if (dbias) bias_backward(dbias, dout, N, OC);
+}
+
+// ---- FP8 matrix products
+// Scaling is per tensor and from the tensor itself, not from earlier steps, so that nothing but the weights makes a
+// run's state. It takes two passes over each operand: one finds the largest magnitude, one rounds. The second writes
+// both layouts, sums a gradient's columns for the bias on its way and computes GELU where it loads: with FP8 neither
+// GELU's result nor the gradient of its input exists in bf16.
+constexpr int FP8_TILE = 128;
+
+// The factor from the wider matrix to FP8. Its limit keeps it finite, also for a matrix of zeros or with a NaN.
+__device__ __forceinline__ float fp8_factor(float amax, bool gradient) {
+    return fminf((gradient ? 57344.0f : 448.0f) / amax, 0x1p120f);
+}
+
+// From the last element to the first: the operation before wrote the end last, so the end is what the L2 still holds,
+// and the quantization after this finds the beginning there. Positive floats are ordered like the integers of the same
+// bits, infinity above all and NaN above that, and a maximum does not depend on the order.
+__global__ void __launch_bounds__(256) fp8_amax_kernel(float* amax, const floatX* x, int64_t n, float times) {
+    __shared__ int block_most;
+    if (threadIdx.x == 0) block_most = 0;
+    __syncthreads();
+    int most = 0;
+    for (int64_t i = n - 8 * (blockIdx.x * 256 + threadIdx.x + 1); i >= 0; i -= (int64_t)gridDim.x * 2048) {
+        Pack8<floatX> y = load8(x + i);
+        for (int j = 0; j < 8; j++) most = max(most, __float_as_int(fabsf((float)y.v[j])));
+    }
+    most = __reduce_max_sync(0xffffffffu, most);
+    if (threadIdx.x % 32 == 0) atomicMax(&block_most, most);
+    __syncthreads();
+    if (threadIdx.x == 0) atomicMax((int*)amax, __float_as_int(__int_as_float(block_most) * times));
+}
+
+// Raises scale->amax, which starts at 0, to the largest magnitude of what fp8_quantize makes of x and pre, or where
+// GELU is in between to a bound: GELU(pre) is no larger than pre, GELU'(pre) than 1.13. That costs a little of FP8's
+// range, which is 2^17 for e4m3 and 2^32 for e5m2, and no precision.
+static void fp8_amax(Fp8Scale* scale, const floatX* x /*(n) or NULL*/, const floatX* pre /*(n) or NULL*/, int64_t n) {
+    opRequire(n % 8 == 0, "fp8_amax: %ld elements, not a multiple of 8", n);
+    unsigned blocks = std::min(grid_for(n, 2048), (unsigned)(8 * device_sms));
+    fp8_amax_kernel<<<blocks, 256, 0, main_stream>>>(&scale->amax, x ? x : pre, n, x && pre ? 1.13f : 1.0f);
+    cudaCheck(cudaGetLastError());
+}
+
+// Four numbers to FP8, the first in the lowest byte. Past the largest they become the largest; NaN stays NaN.
+template <bool GRADIENT> __device__ __forceinline__ uint32_t fp8_pack4(const float* y, float factor) {
+    constexpr __nv_fp8_interpretation_t type = GRADIENT ? __NV_E5M2 : __NV_E4M3;
+    uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(y[0] * factor, y[1] * factor), __NV_SATFINITE, type);
+    uint32_t high = __nv_cvt_float2_to_fp8x2(make_float2(y[2] * factor, y[3] * factor), __NV_SATFINITE, type);
+    return low | high << 16;
+}
+
+// Eight elements of what is quantized: x, GELU(pre), or for a gradient x GELU'(pre).
+template <bool GRADIENT, bool GELU>
+__device__ __forceinline__ void fp8_source(float (&y)[8], const floatX* x, const floatX* pre, int64_t i) {
+    Pack8<floatX> a = {}, b = {};
+    if (!GELU || GRADIENT) a = load8(x + i);
+    if (GELU) b = load8(pre + i);
+    for (int j = 0; j < 8; j++) {
+        float v = (float)a.v[j], u = (float)b.v[j];
+        y[j] = !GELU ? v : GRADIENT ? v * gelu_slope(u) : u * gelu_sigmoid(u);
+    }
+}
+
+// A block goes down a range of rows, 128 columns wide, in tiles of 128 rows. A thread takes 8 columns of 4 rows, twice
+// a tile; the 4 rows of a column make a word in shared memory, and 4 of those words 16 bytes of that column's row in
+// the transposed matrix.
+template <bool GRADIENT, bool GELU>
+__global__ void __launch_bounds__(256) fp8_quantize_kernel(fp8_t* __restrict__ rows, fp8_t* __restrict__ columns,
+                                                           float* __restrict__ partial /*(ranges,C) or NULL*/,
+                                                           Fp8Scale* scale, const floatX* __restrict__ x,
+                                                           const floatX* __restrict__ pre, int64_t N, int C,
+                                                           int64_t range) {
+    __shared__ uint32_t tile[FP8_TILE][FP8_TILE / 4 + 1];  // [column][four rows]
+    __shared__ float sums[16][FP8_TILE];
+    int thread = threadIdx.x, first_column = blockIdx.x * FP8_TILE, c = thread % 16 * 8;
+    float amax = scale->amax, factor = fp8_factor(amax, GRADIENT), sum[8] = {};
+    // An infinity or a NaN in the matrix must show in the products, as it does in bf16.
+    if (blockIdx.x == 0 && blockIdx.y == 0 && thread == 0) scale->inverse = isfinite(amax) ? 1.0f / factor : amax;
+    int64_t end = min(N, (int64_t)(blockIdx.y + 1) * range);
+    for (int64_t first_row = blockIdx.y * range; first_row < end; first_row += FP8_TILE) {
+        for (int half = 0; half < 2; half++) {
+            int quad = half * 16 + thread / 16;
+            int64_t row = first_row + quad * 4, i = row * C + first_column + c;
+            if (first_column + c >= C || row >= end) continue;
+            float y[4][8];
+#pragma unroll
+            for (int r = 0; r < 4; r++) fp8_source<GRADIENT, GELU>(y[r], x, pre, i + (int64_t)r * C);
+            uint32_t q[4][2];
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                q[r][0] = fp8_pack4<GRADIENT>(y[r], factor);
+                q[r][1] = fp8_pack4<GRADIENT>(y[r] + 4, factor);
+                if (rows) *(uint2*)(rows + i + (int64_t)r * C) = make_uint2(q[r][0], q[r][1]);
+                for (int j = 0; j < 8; j++) sum[j] += y[r][j];
+            }
+#pragma unroll
+            for (int k = 0; k < 2; k++) {  // 4 x 4 bytes transposed, pairs of rows and then pairs of pairs
+                uint32_t left[2], right[2];
+                for (int pair = 0; pair < 2; pair++) {
+                    left[pair] = __byte_perm(q[2 * pair][k], q[2 * pair + 1][k], 0x5140);
+                    right[pair] = __byte_perm(q[2 * pair][k], q[2 * pair + 1][k], 0x7362);
+                }
+                tile[c + 4 * k + 0][quad] = __byte_perm(left[0], left[1], 0x5410);
+                tile[c + 4 * k + 1][quad] = __byte_perm(left[0], left[1], 0x7632);
+                tile[c + 4 * k + 2][quad] = __byte_perm(right[0], right[1], 0x5410);
+                tile[c + 4 * k + 3][quad] = __byte_perm(right[0], right[1], 0x7632);
+            }
+        }
+        if (!columns) continue;
+        __syncthreads();
+        for (int column = thread / 8; column < FP8_TILE; column += 32) {
+            int part = thread % 8;
+            int64_t row = first_row + part * 16;
+            if (first_column + column >= C || row >= end) continue;
+            const uint32_t* t = &tile[column][part * 4];
+            *(uint4*)(columns + (int64_t)(first_column + column) * N + row) = make_uint4(t[0], t[1], t[2], t[3]);
+        }
+        __syncthreads();
+    }
+    if (!partial) return;
+    for (int j = 0; j < 8; j++) sums[thread / 16][c + j] = sum[j];
+    __syncthreads();
+    if (thread >= FP8_TILE || first_column + thread >= C) return;
+    float total = 0.0f;
+    for (int r = 0; r < 16; r++) total += sums[r][thread];
+    partial[(int64_t)blockIdx.y * C + first_column + thread] = total;
+}
+
+// y = x in FP8, or GELU(pre), or for a gradient x GELU'(pre); dbias += the sums of its columns, before the rounding.
+static void fp8_quantize(Fp8Matrix y /*(N,C)*/, float* dbias /*(C) += or NULL*/, const floatX* x /*(N,C) or NULL*/,
+                         const floatX* pre /*(N,C) or NULL*/, int64_t N, int C, bool gradient) {
+    opRequire(N > 0 && N % 16 == 0 && C > 0 && C % 16 == 0, "fp8_quantize: %ld rows of %d, not multiples of 16", N, C);
+    float* partial = dbias ? (float*)scratch(matmul_backward_scratch_bytes(C), "matmul_backward") : NULL;
+    int column_blocks = (int)ceil_div(C, FP8_TILE);
+    int64_t ranges = std::min(ceil_div(N, FP8_TILE), (int64_t)std::max(1, BIAS_MAX_BLOCKS / column_blocks));
+    int64_t range = ceil_div(ceil_div(N, ranges), FP8_TILE) * FP8_TILE;
+    ranges = ceil_div(N, range);
+    auto kernel = gradient ? pre ? fp8_quantize_kernel<true, true> : fp8_quantize_kernel<true, false>
+                           : pre ? fp8_quantize_kernel<false, true> : fp8_quantize_kernel<false, false>;
+    kernel<<<dim3(column_blocks, (unsigned)ranges), 256, 0, main_stream>>>(y.rows, y.columns, partial, y.scale, x, pre,
+                                                                           N, C, range);
+    cudaCheck(cudaGetLastError());
+    if (dbias) add_partials({{dbias}, 1}, partial, (int)ranges, C);
+}
+
+static void fp8_matmul_forward(floatX* out /*(N,OC)*/, Fp8Matrix inp /*(N,C) rows*/, Fp8Matrix weight /*(OC,C) rows*/,
+                               const floatX* bias /*(OC) or NULL*/,
+                               const floatX* addend /*(N,OC) or NULL, may not alias out*/, int64_t N, int C, int OC) {
+    MatmulShape s = {OC, N, C, true, false};
+    s.operands = FP8;
+    matmul_cublaslt(s, out, weight.rows, inp.rows, bias, addend, NULL, &weight.scale->inverse, &inp.scale->inverse);
+}
+
+static void fp8_matmul_backward(floatX* dinp /*(N,C)*/, float* dweight /*(OC,C) +=*/, Fp8Matrix dout /*(N,OC) both*/,
+                                Fp8Matrix inp /*(N,C) columns*/, Fp8Matrix weight /*(OC,C) columns*/, int64_t N, int C,
+                                int OC) {
+    MatmulShape s = {C, N, OC, true, false}, sum = {C, OC, N, true, false};
+    s.operands = sum.operands = FP8_GRADIENT;
+    sum.float_out = true;
+    matmul_cublaslt(s, dinp, weight.columns, dout.rows, NULL, NULL, NULL, &weight.scale->inverse, &dout.scale->inverse);
+    matmul_cublaslt(sum, dweight, inp.columns, dout.columns, NULL, dweight, NULL, &inp.scale->inverse,
+                    &dout.scale->inverse);
+}
+
+static void fp8_open() {
+    int device, major, minor;
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    cudaCheck(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    if (10 * major + minor < 89)
+        fatal("--fp8 1 needs a GPU of compute capability 8.9 or more; this one has %d.%d: leave it at 0", major, minor);
+    if (sizeof(floatX) == 4) fatal("--fp8 1: this is the fp32 build, whose products are all fp32: leave it at 0");
 }
 
 // ---- cross-entropy with its gradient
@@ -3358,6 +3564,15 @@ struct Dims {
 
 static const int MAX_LAYERS = 1024;
 
+// The matrix products of a layer. The bias is the tensor after the weight.
+enum Product { QKV, ATTPROJ, FC, FCPROJ, PRODUCTS };
+static const struct {
+    int weight;   // the tensor, (out C, in C)
+    int in, out;  // widths of input and output, in channels
+    int offset;   // where the weight begins among the layer's 12 C C
+    int again;    // the recompute level from which the input is no longer kept
+} products[PRODUCTS] = {{QKVW, 1, 3, 0, 2}, {ATTPROJW, 1, 1, 3, 2}, {FCW, 1, 4, 4, 2}, {FCPROJW, 4, 1, 8, 1}};
+
 // Activations of one layer. What the recompute level does not keep points to buffers that all layers share. A process
 // has its T/W tokens of all heads everywhere but in attention, where it has all T tokens of its NH/W heads.
 struct LayerActs {
@@ -3373,7 +3588,8 @@ struct LayerActs {
     floatX* ln2;               // (B, T/W, C)
     float *ln2_mean, *ln2_rstd;  // (B, T/W)
     floatX* fch;               // (B, T/W, 4C) before GELU
-    floatX* gelu;              // (B, T/W, 4C); before GELU and after its backward, the room for exchanges
+    floatX* gelu;              // (B, T/W, 4C) not with FP8; before GELU and after its backward, the room for exchanges
+    fp8_t* columns[PRODUCTS];  // (C or 4C, B T/W) FP8 only: each product's input, as the weight's gradient reads it
 };
 
 // What a pass runs over. The same arena holds the activations of every kind of pass, one after the other.
@@ -3383,6 +3599,7 @@ struct Run {
     Phase phase;
     bool train;     // activations are kept, gradients are made
     int recompute;  // 0..4, see the option
+    bool fp8;       // only where train: what is evaluated is the model that is written, in floatX
     bool last;      // of the step's micro-steps: gradients are complete, and summed over the processes
 };
 static int64_t run_rows(Run r) { return r.B * (r.T / procs.cp); }               // N
@@ -3426,6 +3643,9 @@ struct Model {
     float* master;             // (owned) fp32; NULL if params are fp32 themselves
     float *m, *v;              // (owned) first and second moment
     float* rope;               // (1024 + T/1024, D/2, 2) or NULL
+    fp8_t* fp8_weights;        // (2, L, 12 C C) FP8 only: each layer's four matrices, then all of them transposed
+    Fp8Scale* fp8_scales;      // (3, L, PRODUCTS) of the weights, the inputs, the gradients of the outputs
+    fp8_t* fp8_operand;        // (2, B T/W, 4C) a product's input or gradient; the gradient's transpose
     int *tokens, *targets;     // (B, T/W)
     Arena arena;               // the activations
     Activations acts;
@@ -3580,15 +3800,22 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
     int level = r.train ? r.recompute : 5;  // 5: nothing is kept
     // A dense layer's backward needs att in both forms; from level 2 on the one of heads is kept, and exchanged again.
     bool two_forms = r.train && procs.cp > 1;
+    // With FP8 the products' inputs are kept as the columns that the weights' gradients read. GELU's result is then
+    // never made, LayerNorm's only on the way there.
+    bool keep_norms = level < 2 && !r.fp8;
 
     LayerActs shared;
     memset(&shared, 0, sizeof shared);
     floatX* ping_pong = NULL;
     if (!r.train) ping_pong = TAKE(arena, floatX, N * C);
-    if (level >= 1) shared.gelu = TAKE(arena, floatX, N * 4 * C);
-    if (level >= 2) {
+    if (r.fp8 ? procs.cp > 1 : level >= 1) shared.gelu = TAKE(arena, floatX, N * 4 * C);
+    for (int p = 0; p < PRODUCTS; p++)
+        if (r.fp8 && level >= products[p].again) shared.columns[p] = TAKE(arena, fp8_t, N * products[p].in * C);
+    if (!keep_norms) {
         shared.ln1 = TAKE(arena, floatX, N * C);
         shared.ln2 = TAKE(arena, floatX, N * C);
+    }
+    if (level >= 2) {
         if (any_lighthouse) shared.lh.slots = TAKE(arena, floatX, slots * 3 * s->D);
         if (any_lighthouse || two_forms || level >= 4) shared.att = TAKE(arena, floatX, N * C);
         if (two_forms && any_dense && level >= 4) shared.att_heads = TAKE(arena, floatX, N * C);
@@ -3622,12 +3849,14 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
         y->ln1_rstd = TAKE(arena, float, N);
         y->ln2_mean = TAKE(arena, float, N);
         y->ln2_rstd = TAKE(arena, float, N);
-        if (level < 1) y->gelu = TAKE(arena, floatX, N * 4 * C);
-        if (level < 2) {
+        if (level < 1 && !r.fp8) y->gelu = TAKE(arena, floatX, N * 4 * C);
+        for (int p = 0; p < PRODUCTS; p++)
+            if (r.fp8 && level < products[p].again) y->columns[p] = TAKE(arena, fp8_t, N * products[p].in * C);
+        if (keep_norms) {
             y->ln1 = TAKE(arena, floatX, N * C);
             y->ln2 = TAKE(arena, floatX, N * C);
-            if (lighthouse) y->lh.slots = TAKE(arena, floatX, slots * 3 * s->D);
         }
+        if (level < 2 && lighthouse) y->lh.slots = TAKE(arena, floatX, slots * 3 * s->D);
         if (level < (lighthouse || two_forms ? 2 : 4)) y->att = TAKE(arena, floatX, N * C);
         if (lighthouse || !two_forms) y->att_heads = y->att;
         else if (level < 4) y->att_heads = TAKE(arena, floatX, N * C);
@@ -3687,6 +3916,84 @@ static void heads_to_tokens(floatX* tokens /*(B,T/W,parts,NH,D)*/, const floatX*
     heads_unpack(tokens, room, r.B, rows, W, n);
 }
 
+// ---- the matrix products of the layers, in floatX or with FP8 operands
+
+static Fp8Matrix fp8_weight(const Model* m, int p, int l) {
+    int64_t CC = (int64_t)m->dims.C * m->dims.C, transposed = m->dims.L * 12 * CC;
+    fp8_t* rows = m->fp8_weights + (l * 12 + products[p].offset) * CC;
+    return {rows, rows + transposed, m->fp8_scales + l * PRODUCTS + p};
+}
+static Fp8Matrix fp8_input(const Model* m, int p, int l) {
+    return {m->fp8_operand, m->acts.layer[l].columns[p], m->fp8_scales + (m->dims.L + l) * PRODUCTS + p};
+}
+static Fp8Matrix fp8_gradient(const Model* m, int p, int l, int64_t N) {
+    return {m->fp8_operand, m->fp8_operand + N * 4 * m->dims.C, m->fp8_scales + (2 * m->dims.L + l) * PRODUCTS + p};
+}
+
+// The weights in FP8. To be called after every change of the parameters.
+static void fp8_weights_update(Model* m) {
+    if (!m->fp8_weights) return;
+    device_zero(m->fp8_scales, m->dims.L * PRODUCTS * sizeof(Fp8Scale));
+    for (int l = 0; l < m->dims.L; l++)
+        for (int p = 0; p < PRODUCTS; p++) {
+            int C = products[p].in * m->dims.C, OC = products[p].out * m->dims.C;
+            Fp8Matrix w = fp8_weight(m, p, l);
+            const floatX* wide = weight(m, products[p].weight, l);
+            fp8_amax(w.scale, wide, NULL, (int64_t)OC * C);
+            fp8_quantize(w, NULL, wide, NULL, OC, C, false);
+        }
+}
+
+// What product p of a layer reads. With FP8 GELU of fch is only made while it is quantized.
+static const floatX* product_input(const LayerActs* y, int p, bool fp8) {
+    const floatX* inputs[PRODUCTS] = {y->ln1, y->att, y->ln2, fp8 ? NULL : y->gelu};
+    return inputs[p];
+}
+
+// out = input weight^T + bias + addend. With again out is NULL if it was kept; what of the input the backward pass
+// needs is made again unless the recompute level kept it.
+static void product_forward(Model* m, int l, int p, Run r, floatX* out /*(B,T/W,OC) or NULL*/,
+                            const floatX* addend /*(B,T/W,OC) or NULL*/, bool again) {
+    LayerActs* y = &m->acts.layer[l];
+    const floatX *inp = product_input(y, p, r.fp8), *w = weight(m, products[p].weight, l);
+    const floatX* bias = weight(m, products[p].weight + 1, l);
+    int64_t N = run_rows(r);
+    int C = products[p].in * m->dims.C, OC = products[p].out * m->dims.C;
+    if (!r.fp8) {
+        if (out) matmul_forward(out, inp, w, bias, addend, N, C, OC);
+        return;
+    }
+    Fp8Matrix inp8 = fp8_input(m, p, l);
+    const floatX* pre = p == FCPROJ ? y->fch : NULL;
+    if (!out) inp8.rows = NULL;
+    if (again && r.recompute < products[p].again) inp8.columns = NULL;
+    if (!again) fp8_amax(inp8.scale, inp, pre, N * C);
+    if (inp8.rows || inp8.columns) fp8_quantize(inp8, NULL, inp, pre, N, C, false);
+    if (out) fp8_matmul_forward(out, inp8, fp8_weight(m, p, l), bias, addend, N, C, OC);
+}
+
+// From dout the gradients of product p's input and weight, and of QKV's and FC's bias: the bias of a product into the
+// residual stream has the sums of dres as its gradient, and whoever wrote dres made them. FCPROJ leaves the gradient of
+// fch; with FP8 that of GELU's result, which FC turns into that of fch while it quantizes.
+static void product_backward(Model* m, int l, int p, Run r, floatX* dinp /*(B,T/W,C)*/,
+                             const floatX* dout /*(B,T/W,OC)*/) {
+    LayerActs* y = &m->acts.layer[l];
+    float* dweight = gradient(m, products[p].weight, l);
+    float* dbias = p == QKV || p == FC ? gradient(m, products[p].weight + 1, l) : NULL;
+    int64_t N = run_rows(r);
+    int C = products[p].in * m->dims.C, OC = products[p].out * m->dims.C;
+    if (!r.fp8) {
+        matmul_backward(dinp, dweight, dbias, dout, product_input(y, p, false), weight(m, products[p].weight, l),
+                        p == FCPROJ ? y->fch : NULL, N, C, OC);
+        return;
+    }
+    Fp8Matrix dout8 = fp8_gradient(m, p, l, N);
+    const floatX* pre = p == FC ? y->fch : NULL;
+    fp8_amax(dout8.scale, dout, pre, N * OC);
+    fp8_quantize(dout8, dbias, dout, pre, N, OC, true);
+    fp8_matmul_backward(dinp, dweight, dout8, fp8_input(m, p, l), fp8_weight(m, p, l), N, C, OC);
+}
+
 // The forward pass of block l, from layer[l].x to x_next. With again, only what the backward pass needs and the
 // recompute level did not keep: the same operations on the same numbers, so the same bits.
 static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
@@ -3699,20 +4006,20 @@ static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
     #define NEEDED(level) (!again || r.recompute >= (level))
     if (NEEDED(2))
         layernorm_forward(y->ln1, y->ln1_mean, y->ln1_rstd, y->x, weight(m, LN1W, l), weight(m, LN1B, l), N, C);
+    product_forward(m, l, QKV, r, NEEDED(3) ? y->qkv : NULL, NULL, again);
     if (NEEDED(3)) {
-        matmul_forward(y->qkv, y->ln1, weight(m, QKVW, l), weight(m, QKVB, l), NULL, N, C, 3 * C);
         tokens_to_heads(y->qkv, y->qkv, y->gelu, r, 3, C);
         if (d->rope && !lighthouse) rope_rotate(y->qkv, m->rope, +1, r.B, r.T, heads, D);
     }
     if (lighthouse) lighthouse_forward(y->att_heads, &y->lh, y->qkv, m->rope, r.B, &m->shape, again, NEEDED(2));
     else if (NEEDED(4)) sdpa_forward(y->att_heads, y->stats, y->qkv, r.B, r.T, heads, D);
     if (NEEDED(2)) heads_to_tokens(y->att, y->att_heads, y->gelu, r, 1, C);
-    if (NEEDED(3)) matmul_forward(y->x2, y->att, weight(m, ATTPROJW, l), weight(m, ATTPROJB, l), y->x, N, C, C);
+    product_forward(m, l, ATTPROJ, r, NEEDED(3) ? y->x2 : NULL, y->x, again);
     if (NEEDED(2))
         layernorm_forward(y->ln2, y->ln2_mean, y->ln2_rstd, y->x2, weight(m, LN2W, l), weight(m, LN2B, l), N, C);
-    if (NEEDED(3)) matmul_forward(y->fch, y->ln2, weight(m, FCW, l), weight(m, FCB, l), NULL, N, C, 4 * C);
-    if (NEEDED(1)) gelu_forward(y->gelu, y->fch, N * 4 * C);
-    if (!again) matmul_forward(x_next, y->gelu, weight(m, FCPROJW, l), weight(m, FCPROJB, l), y->x2, N, 4 * C, C);
+    product_forward(m, l, FC, r, NEEDED(3) ? y->fch : NULL, NULL, again);
+    if (NEEDED(1) && !r.fp8) gelu_forward(y->gelu, y->fch, N * 4 * C);
+    product_forward(m, l, FCPROJ, r, x_next, y->x2, again);
     #undef NEEDED
 }
 
@@ -3727,15 +4034,12 @@ static void block_backward(Model* m, int l, Run r) {
     limit_lead();
     if (r.recompute > 0 || lighthouse) block_forward(m, l, r, NULL, true);
 
-    // The bias of a product into the residual stream has the sums of dres as its gradient: whoever wrote dres made them.
-    matmul_backward(a->dwide, gradient(m, FCPROJW, l), NULL, a->dres, y->gelu, weight(m, FCPROJW, l), y->fch, N, 4 * C,
-                    C);
-    matmul_backward(a->dbtc, gradient(m, FCW, l), gradient(m, FCB, l), a->dwide, y->ln2, weight(m, FCW, l), NULL, N, C,
-                    4 * C);
+    product_backward(m, l, FCPROJ, r, a->dwide, a->dres);
+    product_backward(m, l, FC, r, a->dbtc, a->dwide);
     layernorm_backward(a->dres, gradient(m, LN2W, l), gradient(m, LN2B, l), gradient(m, ATTPROJB, l), a->dbtc, y->x2,
                        weight(m, LN2W, l), y->ln2_mean, y->ln2_rstd, N, C);
 
-    matmul_backward(a->dbtc, gradient(m, ATTPROJW, l), NULL, a->dres, y->att, weight(m, ATTPROJW, l), NULL, N, C, C);
+    product_backward(m, l, ATTPROJ, r, a->dbtc, a->dres);
     floatX* dqkv = a->dwide;
     tokens_to_heads(a->dbtc, a->dbtc, y->gelu, r, 1, C);
     if (lighthouse) {
@@ -3745,8 +4049,7 @@ static void block_backward(Model* m, int l, Run r) {
         if (d->rope) rope_rotate(dqkv, m->rope, -1, r.B, r.T, heads, D);
     }
     heads_to_tokens(dqkv, dqkv, y->gelu, r, 3, C);
-    matmul_backward(a->dbtc, gradient(m, QKVW, l), gradient(m, QKVB, l), dqkv, y->ln1, weight(m, QKVW, l), NULL, N, C,
-                    3 * C);
+    product_backward(m, l, QKV, r, a->dbtc, dqkv);
     layernorm_backward(a->dres, gradient(m, LN1W, l), gradient(m, LN1B, l), l > 0 ? gradient(m, FCPROJB, l - 1) : NULL,
                        a->dbtc, y->x, weight(m, LN1W, l), y->ln1_mean, y->ln1_rstd, N, C);
 }
@@ -3757,6 +4060,8 @@ static void model_trunk(Model* m, const int* host_tokens /*(B, T/W)*/, Run r) {
     int64_t N = run_rows(r);
     m->arena.used = 0;
     activations_layout(&m->acts, &m->arena, m, r);
+    if (r.fp8)  // the weights' scales stay
+        device_zero(m->fp8_scales + d->L * PRODUCTS, 2 * d->L * PRODUCTS * sizeof(Fp8Scale));
     copy_to_device_async(m->tokens, host_tokens, N * sizeof(int));
     Activations* a = &m->acts;
     encoder_forward(a->layer[0].x, m->tokens, weight(m, WTE, 0), d->rope ? NULL : weight(m, WPE, 0), r.B,
@@ -3867,7 +4172,7 @@ static Passes run_passes(const Model* m, const Config* c, int64_t sample_T, int 
     Passes p = {{}, 0};
     for (int phase = LIGHTHOUSE; phase <= DENSE; phase++) {
         if (phase == LIGHTHOUSE && !m->has_lighthouse) continue;
-        p.run[p.count++] = {B, c->seq_len, (Phase)phase, true, recompute};
+        p.run[p.count++] = {B, c->seq_len, (Phase)phase, true, recompute, c->fp8 != 0};
         p.run[p.count++] = {B, c->seq_len, (Phase)phase, false, 0};
     }
     if (sample_T) p.run[p.count++] = {1, sample_T, DENSE, false, 0};
@@ -3876,6 +4181,12 @@ static Passes run_passes(const Model* m, const Config* c, int64_t sample_T, int 
 
 static size_t rope_table_bytes(int64_t T, int D) {
     return (size_t)(1024 + ceil_div(T, 1024)) * (D / 2) * 2 * sizeof(float);
+}
+
+static size_t fp8_weights_bytes(const Model* m) { return (size_t)2 * m->dims.L * 12 * m->dims.C * m->dims.C; }
+static size_t fp8_scales_bytes(const Model* m) { return (size_t)3 * m->dims.L * PRODUCTS * sizeof(Fp8Scale); }
+static size_t fp8_operand_bytes(const Model* m, const Config* c, int B) {
+    return (size_t)2 * B * (c->seq_len / procs.cp) * 4 * m->dims.C;
 }
 
 static Plan memory_plan(const Model* m, const Config* c, int64_t sample_T, int recompute, int B) {
@@ -3887,6 +4198,10 @@ static Plan memory_plan(const Model* m, const Config* c, int64_t sample_T, int r
     plan_add(&p, "gradients", m->padded * sizeof(float));
     plan_add(&p, "AdamW moments", 2 * m->owned * sizeof(float));
     if (m->dims.rope) plan_add(&p, "rotary table", rope_table_bytes(c->seq_len, D));
+    if (c->fp8) {
+        plan_add(&p, "FP8 weights", fp8_weights_bytes(m) + fp8_scales_bytes(m));
+        plan_add(&p, "FP8 operands", fp8_operand_bytes(m, c, B));
+    }
     plan_add(&p, "tokens", 2 * (size_t)B * c->seq_len / procs.cp * sizeof(int) + 2 * sizeof(double));
     Passes passes = run_passes(m, c, sample_T, recompute, B);
     size_t activations = 0, operations = 0, attention = 0;
@@ -3919,6 +4234,11 @@ static void model_allocate(Model* m, const Config* c, const Plan* p) {
     m->master = sizeof(floatX) == sizeof(float) ? NULL : (float*)device_alloc(m->owned * sizeof(float));
     m->m = (float*)device_alloc(m->owned * sizeof(float));
     m->v = (float*)device_alloc(m->owned * sizeof(float));
+    if (c->fp8) {
+        m->fp8_weights = (fp8_t*)device_alloc(fp8_weights_bytes(m));
+        m->fp8_scales = (Fp8Scale*)device_alloc(fp8_scales_bytes(m));
+        m->fp8_operand = (fp8_t*)device_alloc(fp8_operand_bytes(m, c, (int)c->batch_size));
+    }
     size_t batch = (size_t)c->batch_size * c->seq_len / procs.cp;
     m->tokens = (int*)device_alloc(batch * sizeof(int));
     m->targets = (int*)device_alloc(batch * sizeof(int));
@@ -4418,7 +4738,7 @@ static bool checkpoint_resume(Model* m, const Config* c, RunState* state, char**
 static double evaluate(Model* m, const Config* c, const Loader* data, Phase phase) {
     Run r = {(int)c->batch_size, c->seq_len, phase, false, 0};
     int64_t T = c->seq_len, B = r.B, rows = T / procs.cp;
-    int64_t sequences = std::min(c->val_batches * B * procs.dp, data->windows);
+    int64_t sequences = std::min(c->val_batches * B, data->windows);  // as on one process
     Batch* batch = &m->batch[2];
     device_zero(m->sums, 2 * sizeof(double));
     for (int64_t i = 0; i < sequences; i += B * procs.dp) {
@@ -5002,6 +5322,9 @@ static void setup_run(Trainer* t) {
               "%ld",
               c->total_batch_size, micro, ceil_div(c->total_batch_size, micro) * micro);
     t->accumulation = c->total_batch_size / micro;
+    if (c->fp8 && c->batch_size * c->seq_len / procs.cp % 16)
+        fatal("--fp8 1 with batch-size x seq-len / cp = %ld x %ld / %d tokens: they must be a multiple of 16",
+              c->batch_size, c->seq_len, procs.cp);
     t->steps = c->steps >= 0 ? c->steps : t->train.windows * c->seq_len / c->total_batch_size;
     if (t->steps == 0 && c->steps < 0)
         fatal("one epoch, %ld tokens, is less than one step of %ld: lower --total-batch-size, or give --steps",
@@ -5145,6 +5468,7 @@ static void setup(Trainer* t, int argc, char** argv) {
     device_open(procs.local_rank);
     collectives_open();
     operations_open(dims.C, dims.NH, c->deterministic);
+    if (c->fp8) fp8_open();
     int64_t sample_T = sample_length(c);
     Plan plan = choose_plan(m, c, sample_T);
     char device[256];
@@ -5158,6 +5482,7 @@ static void setup(Trainer* t, int argc, char** argv) {
     setup_directory(c, m);
     model_allocate(m, c, &plan);
     char* path = setup_state(t, from_file);
+    fp8_weights_update(m);
     t->wall_before = t->state.wall_s;
     t->device_flops = measure_device(m, c->seq_len);
     say("speed       %.4g TFLOP/s measured in a matrix product of this model: 100%% MFU\n", t->device_flops * 1e-12);
@@ -5264,7 +5589,7 @@ static void train_step(Trainer* t) {
     step_begun = s->step + 1;
     Phase phase = phase_at(t, s->step);
     int64_t T = c->seq_len, B = c->batch_size, total = c->total_batch_size;
-    Run r = {(int)B, T, phase, true, (int)c->recompute};
+    Run r = {(int)B, T, phase, true, (int)c->recompute, c->fp8 != 0};
 
     device_zero(m->grads, m->padded * sizeof(float));
     device_zero(m->sums, 2 * sizeof(double));
@@ -5292,7 +5617,10 @@ static void train_step(Trainer* t) {
     bool skip = !finite || (c->skip_loss_z > 0 && loss_z > c->skip_loss_z) ||
                 (c->skip_grad_z > 0 && norm_z > c->skip_grad_z);
     double grad_scale = c->grad_clip > 0 && norm > c->grad_clip ? c->grad_clip / norm : 1;
-    if (!skip) model_update(m, c, lr, grad_scale, ++s->updates);
+    if (!skip) {
+        model_update(m, c, lr, grad_scale, ++s->updates);
+        fp8_weights_update(m);
+    }
 
     s->step++;
     s->sequences += total / T;

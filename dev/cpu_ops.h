@@ -1,9 +1,9 @@
 // The CPU operations: the readable statement of what each kernel of the trainer computes, the oracle of the GPU tests,
 // and the CPU backend. Same names and arguments as the kernels' launchers, everything in fp32.
 //
-// The includer defines struct LighthouseShape before. Compile with -O3 -march=native -fopenmp; with -DUSE_CBLAS the
-// matmuls go through cblas_sgemm. Every result is owned by one loop iteration, so that with the same number of threads
-// the same bits come out. Counts that involve the number of tokens are 64-bit.
+// The includer defines LighthouseShape, Fp8Scale and Fp8Matrix before. Compile with -O3 -march=native -fopenmp; with
+// -DUSE_CBLAS the matmuls go through cblas_sgemm. Every result is owned by one loop iteration, so that with the same
+// number of threads the same bits come out. Counts that involve the number of tokens are 64-bit.
 #ifndef CPU_OPS_H  // no pragma once: dev/test_ops.cpp includes it a second time, with double in the place of float
 #define CPU_OPS_H
 #include <math.h>
@@ -314,6 +314,100 @@ void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC,C) +=*
             for (int64_t o = o0; o < o1; o++) dbias[o] += sum[o - o0];
         }
     }
+}
+
+// FP8: a gradient's numbers are e5m2 (2 bits of mantissa, exponents down to -14), the others e4m3 (3 bits, down to -6).
+static inline uint8_t fp8_round(float x, bool gradient) {  // to nearest, ties to even; past the largest: the largest
+    int bits = gradient ? 2 : 3, lowest = gradient ? -14 : -6;
+    float most = gradient ? 57344 : 448, size = std::fabs(x);
+    if (x != x) return 0x7f;
+    if (size > most) size = most;
+    int exponent = size > 0 ? std::max(std::ilogb(size), lowest) : lowest;
+    int mantissa = (int)std::nearbyint(std::ldexp(size, bits - exponent));  // with the leading bit, if there is one
+    return (uint8_t)((((exponent - lowest) << bits) + mantissa) | (std::signbit(x) ? 0x80 : 0));
+}
+static inline float fp8_value(uint8_t q, bool gradient) {
+    int bits = gradient ? 2 : 3, lowest = gradient ? -14 : -6;
+    int exponent = (q & 0x7f) >> bits, mantissa = q & ((1 << bits) - 1);
+    if ((q & 0x7f) == 0x7f) return NAN;
+    float size = exponent ? std::ldexp((float)(mantissa + (1 << bits)), exponent - 1 + lowest - bits)
+                          : std::ldexp((float)mantissa, lowest - bits);
+    return q & 0x80 ? -size : size;
+}
+
+// The largest magnitude, or where GELU is in between a bound: GELU(pre) is no larger than pre, GELU'(pre) than 1.13.
+void fp8_amax(Fp8Scale* scale, const floatX* x /*(n) or NULL*/, const floatX* pre /*(n) or NULL*/, int64_t n) {
+    const floatX* source = x ? x : pre;
+    float most = 0, times = x && pre ? 1.13f : 1.0f;
+    bool nan = scale->amax != scale->amax;
+    #pragma omp parallel for reduction(max : most) reduction(|| : nan)
+    for (int64_t i = 0; i < n; i++) {
+        float size = std::fabs(source[i]);
+        most = std::max(most, size);
+        nan = nan || size != size;
+    }
+    scale->amax = nan ? NAN : std::max((float)scale->amax, most * times);
+}
+
+// What is quantized: x, GELU(pre), or for a gradient x GELU'(pre).
+static inline float fp8_source(const floatX* x, const floatX* pre, int64_t i, bool gradient) {
+    if (!pre) return x[i];
+    float u = pre[i], sigmoid = gelu_sigmoid(u), slope = (float)1.5957691216057308 * (1 + (float)0.134145 * u * u);
+    return gradient ? x[i] * sigmoid * (1 + u * (1 - sigmoid) * slope) : u * sigmoid;
+}
+
+void fp8_quantize(Fp8Matrix y /*(N,C)*/, float* dbias /*(C) += or NULL*/, const floatX* x /*(N,C) or NULL*/,
+                  const floatX* pre /*(N,C) or NULL*/, int64_t N, int C, bool gradient) {
+    float factor = std::min((float)0x1p120, (gradient ? 57344 : 448) / (float)y.scale->amax);  // of a NaN 2^120
+    y.scale->inverse = std::isfinite(y.scale->amax) ? 1 / factor : y.scale->amax;
+    #pragma omp parallel for
+    for (int64_t c = 0; c < C; c++) {
+        float sum = 0;
+        for (int64_t i = 0; i < N; i++) {
+            float value = fp8_source(x, pre, i * C + c, gradient);
+            uint8_t q = fp8_round(value * factor, gradient);
+            if (y.rows) y.rows[i * C + c] = q;
+            if (y.columns) y.columns[c * N + i] = q;
+            sum += value;
+        }
+        if (dbias) dbias[c] += sum;
+    }
+}
+
+// out = a b^T factor + bias + addend, as GPUs multiply FP8: rows by rows. addend may be out.
+static void fp8_matmul(float* out /*(N,M)*/, const uint8_t* a /*(N,K)*/, const uint8_t* b /*(M,K) e4m3*/,
+                       const float* bias /*(M) or NULL*/, const float* addend /*(N,M) or NULL*/, int64_t N, int64_t M,
+                       int64_t K, float factor, bool a_gradient) {
+    float value_a[256], value_b[256];
+    for (int q = 0; q < 256; q++) {
+        value_a[q] = fp8_value(q, a_gradient);
+        value_b[q] = fp8_value(q, false);
+    }
+    #pragma omp parallel for
+    for (int64_t i = 0; i < N; i++) {
+        for (int64_t j = 0; j < M; j++) {
+            float sum = 0;
+            #pragma omp simd reduction(+ : sum)
+            for (int64_t k = 0; k < K; k++) sum += value_a[a[i * K + k]] * value_b[b[j * K + k]];
+            out[i * M + j] = sum * factor + (bias ? bias[j] : 0) + (addend ? addend[i * M + j] : 0);
+        }
+    }
+}
+
+void fp8_matmul_forward(floatX* out /*(N,OC)*/, Fp8Matrix inp /*(N,C) rows*/, Fp8Matrix weight /*(OC,C) rows*/,
+                        const floatX* bias /*(OC) or NULL*/, const floatX* addend /*(N,OC) or NULL*/, int64_t N, int C,
+                        int OC) {
+    fp8_matmul(out, inp.rows, weight.rows, bias, addend, N, OC, C, (float)inp.scale->inverse * weight.scale->inverse,
+               false);
+}
+
+void fp8_matmul_backward(floatX* dinp /*(N,C)*/, float* dweight /*(OC,C) +=*/, Fp8Matrix dout /*(N,OC) both*/,
+                         Fp8Matrix inp /*(N,C) columns*/, Fp8Matrix weight /*(OC,C) columns*/, int64_t N, int C,
+                         int OC) {
+    fp8_matmul(dinp, dout.rows, weight.columns, NULL, NULL, N, C, OC,
+               (float)dout.scale->inverse * weight.scale->inverse, true);
+    fp8_matmul(dweight, dout.columns, inp.columns, NULL, dweight, OC, C, N,
+               (float)dout.scale->inverse * inp.scale->inverse, true);
 }
 
 // Columns from V on are padding, outside the softmax; their gradient is 0. A target below 0: no loss, no gradient.

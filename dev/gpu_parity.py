@@ -8,6 +8,7 @@ weight and activation to 2^-9, and under Lighthouse turns close calls of the sel
 steps are so large that merely rounding the initial weights moves a loss by 12%, on the CPU alone). Then, on the GPU: a resumed
 run equals one that was not interrupted, bit for bit with --deterministic 1, to the noise of cuDNN's atomics (0.2% of the loss, as
 measured between two equal runs) without; every recompute level gives the same bits; the memory plan is what the run took, to 3%.
+With --fp8 1 the losses lie within 2% of bf16's; it too resumes and recomputes to the same bits.
 """
 import json
 import os
@@ -98,11 +99,12 @@ def main():
               f"the loss fell by {fell:.2f}")
 
     options = cases[0][2]
-    for deterministic in ("1", "0"):
-        o = options + ["--deterministic", deterministic]
-        whole = run("train_gpt_lighthouse", f"{work}/whole{deterministic}", data, *o)
+    for deterministic, fp8 in (("1", "0"), ("0", "0"), ("1", "1")):
+        o = options + ["--deterministic", deterministic, "--fp8", fp8]
+        kind = f"deterministic {deterministic}, fp8 {fp8}"
+        whole = run("train_gpt_lighthouse", f"{work}/{kind}", data, *o)
         for stop in (SWITCH - 5, SWITCH, SWITCH + 5):
-            out = f"{work}/resumed{deterministic}_{stop}"
+            out = f"{work}/{kind}, resumed at {stop}"
             run("train_gpt_lighthouse", out, data, *o, "--checkpoint-every", str(stop), "--keep-last", "0")
             for name in os.listdir(out):
                 if name != f"ckpt_{stop:08d}.bin":
@@ -110,18 +112,28 @@ def main():
             run("train_gpt_lighthouse", out, data, *o, "--resume", "1")
             worst = worst_difference(losses(out), losses(whole)[stop:])
             same = model_bytes(out) == model_bytes(whole)
-            check(same if deterministic == "1" else worst < 0.002, f"resume at step {stop}, deterministic {deterministic}",
+            check(same if deterministic == "1" else worst < 0.002, f"resume at step {stop}, {kind}",
                   f"losses differ by at most {worst:.4%}, the model is {'the same bits' if same else 'not the same bits'}")
             shutil.rmtree(out)
-    whole = model_bytes(f"{work}/whole1")
-    for level in range(5):
-        out = run("train_gpt_lighthouse", f"{work}/recompute{level}", data, *options, "--deterministic", "1", "--recompute", str(level))
-        check(model_bytes(out) == whole, f"recompute {level}", "the same bits as the automatic level")
+    for fp8 in ("0", "1"):
+        whole = model_bytes(f"{work}/deterministic 1, fp8 {fp8}")
+        for level in range(5):
+            out = run("train_gpt_lighthouse", f"{work}/recompute {level}, fp8 {fp8}", data, *options, "--deterministic", "1",
+                      "--fp8", fp8, "--recompute", str(level))
+            check(model_bytes(out) == whole, f"recompute {level}, fp8 {fp8}", "the same bits as the automatic level")
+    for name, program, o in cases:
+        out, wide = run(program, f"{work}/fp8 {name}", data, *o, "--fp8", "1"), f"{work}/gpu {name}"
+        worst = worst_difference(losses(out), losses(wide))
+        worst_eval = worst_difference([e["loss_dense"] for e in events(out, "eval")], [e["loss_dense"] for e in events(wide, "eval")])
+        check(0 < worst < 0.02 and worst_eval < 0.02, f"fp8 {name}",
+              f"{STEPS} losses differ by at most {worst:.2%} from bf16's, validation by {worst_eval:.2%}")
 
-    out = run("train_gpt_lighthouse", f"{work}/memory", data, "--model", "d12", "--depth", "12", "--batch-size", "32", "--steps", "2",
-              "--warmup-steps", "0", "--switch-step", "1", "--checkpoint-every", "0")
-    planned, taken = events(out, "memory")[0]["total_bytes"], events(out, "total")[0]["device_bytes"]
-    check(abs(taken - planned) < 0.03 * planned, "memory plan", f"{planned / 2**30:.2f} GiB planned, {taken / 2**30:.2f} GiB taken")
+    for fp8 in ("0", "1"):
+        out = run("train_gpt_lighthouse", f"{work}/memory{fp8}", data, "--model", "d12", "--depth", "12", "--batch-size", "32", "--steps",
+                  "2", "--warmup-steps", "0", "--switch-step", "1", "--checkpoint-every", "0", "--fp8", fp8)
+        planned, taken = events(out, "memory")[0]["total_bytes"], events(out, "total")[0]["device_bytes"]
+        check(abs(taken - planned) < 0.03 * planned, f"memory plan, fp8 {fp8}",
+              f"{planned / 2**30:.2f} GiB planned, {taken / 2**30:.2f} GiB taken")
     shutil.rmtree(work)
     print(f"{passed} passed, {failed} failed")
     return failed > 0

@@ -586,6 +586,262 @@ void check_gelu_large() {
     free_device_arrays();
 }
 
+// ---- FP8 ------------------------------------------------------------------------------------------------------------
+// A matrix in FP8 on the device, and the twin's.
+struct Fp8Pair {
+    Fp8Matrix device, host;
+    int64_t n;
+    std::vector<fp8_t> rows, columns;
+    Fp8Scale scale;
+};
+void fp8_allocate(Fp8Pair* p, int64_t n) {
+    p->n = n;
+    p->device = {device_array<fp8_t>(n), device_array<fp8_t>(n), device_array<Fp8Scale>(1)};
+    p->rows.resize(n);
+    p->columns.resize(n);
+    p->host = {p->rows.data(), p->columns.data(), &p->scale};
+}
+void fp8_both(Fp8Matrix y, float* dbias, const floatX* x, const floatX* pre, int64_t N, int C, bool gradient) {
+    cudaCheck(cudaMemsetAsync(y.scale, 0, sizeof(Fp8Scale), main_stream));
+    fp8_amax(y.scale, x, pre, N * C);
+    fp8_quantize(y, dbias, x, pre, N, C, gradient);
+}
+void fp8_twin(Fp8Pair* p, float* dbias, const float* x, const float* pre, int64_t N, int C, bool gradient) {
+    p->scale = {};
+    cpu::fp8_amax(&p->scale, x, pre, N * C);
+    cpu::fp8_quantize(p->host, dbias, x, pre, N, C, gradient);
+}
+// Bytes of a device matrix that differ from the twin's, and whether the bytes behind its end were left alone.
+int64_t fp8_different(const fp8_t* device, const std::vector<fp8_t>& host, bool* guarded) {
+    std::vector<fp8_t> got = to_host(device, host.size() + GUARD);
+    int64_t different = 0;
+    for (size_t i = 0; i < host.size(); i++) different += got[i] != host[i];
+    for (size_t i = 0; i < GUARD; i++) *guarded = *guarded && got[host.size() + i] == GUARD_BYTE;
+    return different;
+}
+Floats fp8_values(const std::vector<fp8_t>& q, float inverse, bool gradient) {
+    Floats x(q.size());
+    for (size_t i = 0; i < q.size(); i++) x[i] = cpu::fp8_value(q[i], gradient) * inverse;
+    return x;
+}
+
+// Every byte of both layouts equals the twin's, also when only one of them is asked for. Where GELU is computed on the
+// way, exp differs in its last bits and a few numbers round to the other side.
+void check_fp8_quantize(const char* what, int64_t N, int C, bool gradient, bool gelu, const Floats& values) {
+    std::string title = format("fp8_quantize N=%lld C=%d %s%s %s", (long long)N, C, gradient ? "e5m2" : "e4m3",
+                               gelu ? " GELU" : "", what);
+    std::vector<floatX> rounded(values.begin(), values.end());
+    Floats x(rounded.begin(), rounded.end()), pre = host_random<floatX>(N * C, {2, 2, 0});
+    Floats db = host_random<float>(C, {3, 1, 0});
+    bool has_x = gradient || !gelu;
+    floatX* device_x = has_x ? to_device(rounded) : NULL;
+    floatX* device_pre = gelu ? device_random<floatX>(N * C, {2, 2, 0}) : NULL;
+    float* dbias = device_random<float>(C, {3, 1, 0});
+    need_scratch(matmul_backward_scratch_bytes(C));
+    Fp8Pair p;
+    fp8_allocate(&p, N * C);
+    fp8_twin(&p, gradient ? db.data() : NULL, has_x ? x.data() : NULL, gelu ? pre.data() : NULL, N, C, gradient);
+    fp8_both(p.device, gradient ? dbias : NULL, device_x, device_pre, N, C, gradient);
+    Fp8Scale scale = to_host(p.device.scale, 1)[0];
+    bool ok = true, guarded = true;
+    if (gelu) {
+        double error = relative_error(fp8_values(to_host(p.device.rows, p.n), scale.inverse, gradient),
+                                      fp8_values(p.rows, p.scale.inverse, gradient));
+        std::vector<fp8_t> got_rows = to_host(p.device.rows, p.n), got_columns = to_host(p.device.columns, p.n);
+        int64_t different = 0;
+        for (int64_t i = 0; i < N; i++) {
+            for (int64_t c = 0; c < C; c++) different += got_rows[i * C + c] != got_columns[c * N + i];
+        }
+        ok = error <= 2e-3 && different == 0 && memcmp(&scale, &p.scale, sizeof scale) == 0;
+        title += format(": differs by %.1e (at most 2e-03), %lld elements between the layouts", error,
+                        (long long)different);
+    } else {
+        int64_t rows = fp8_different(p.device.rows, p.rows, &guarded),
+                columns = fp8_different(p.device.columns, p.columns, &guarded);
+        Fp8Pair single;  // one layout at a time
+        fp8_allocate(&single, N * C);
+        fp8_both({single.device.rows, NULL, single.device.scale}, NULL, device_x, NULL, N, C, gradient);
+        fp8_both({NULL, single.device.columns, single.device.scale}, NULL, device_x, NULL, N, C, gradient);
+        rows += fp8_different(single.device.rows, p.rows, &guarded);
+        columns += fp8_different(single.device.columns, p.columns, &guarded);
+        ok = rows == 0 && columns == 0 && memcmp(&scale, &p.scale, sizeof scale) == 0;
+        if (std::isnan(p.scale.inverse)) ok = rows == 0 && columns == 0 && std::isnan(scale.inverse);
+        title += format(": %lld and %lld bytes differ, scale %g / %g", (long long)rows, (long long)columns, scale.amax,
+                        scale.inverse);
+    }
+    if (gradient && std::isfinite(p.scale.amax)) {
+        double error = relative_error(floats_to_host(dbias, C), db);
+        ok = ok && error <= FLOAT_TOLERANCE;
+        title += format(", dbias %.1e", error);
+    }
+    report(ok && guarded, title + (guarded ? "" : ", written behind its end"));
+    free_device_arrays();
+}
+
+void check_fp8_special_numbers() {
+    int64_t N = 32;
+    int C = 48;
+    Floats plain = host_random<float>(N * C, {1, 1, 0});
+    for (bool gradient : {false, true}) {
+        struct { const char* name; float scale, one; } cases[] = {
+            {"zeros", 0, 0}, {"one number among zeros", 0, -0.75f}, {"huge", 5e36f, 3e38f}, {"denormal", 1e-39f, 0},
+            {"tiny", 1e-30f, 0}, {"a wide range", 1e-4f, 1000}, {"an infinity", 1, -INFINITY}, {"a NaN", 1, NAN}};
+        for (auto& k : cases) {
+            Floats x = plain;
+            for (float& value : x) value *= k.scale;
+            if (k.one != 0) x[777] = k.one;
+            check_fp8_quantize(k.name, N, C, gradient, false, x);
+        }
+    }
+}
+
+// cuBLASLt's products of FP8 matrices against the twin's of the same bytes. Hopper's tensor cores keep 14 bits of a sum
+// and cut the rest off: the forward product over a whole row, 4096 numbers in 128 steps here, the others over 128 numbers.
+const double FP8_FORWARD_TOLERANCE = 1e-2, FP8_BACKWARD_TOLERANCE = 5e-3, FP8_DWEIGHT_TOLERANCE = 3e-3;
+
+void check_fp8_matmul(int64_t N, int C, int OC, bool with_bias, bool with_addend) {
+    std::string shape = format("N=%lld C=%d OC=%d%s%s", (long long)N, C, OC, with_bias ? " bias" : "",
+                               with_addend ? " addend" : "");
+    Random input = {1, 1, 0}, w = {2, 0.05f, 0}, b = {3, 1, 0}, add = {4, 1, 0}, gradient = {5, 1e-3f, 0},
+           before = {6, 0.01f, 0};
+    Floats x = host_random<floatX>(N * C, input), hw = host_random<floatX>((int64_t)OC * C, w),
+           hd = host_random<floatX>(N * OC, gradient), hb = host_random<floatX>(OC, b),
+           ha = host_random<floatX>(N * OC, add), dw = host_random<float>((int64_t)OC * C, before), y(N * OC),
+           dx(N * C);
+    Fp8Pair inp, weight, dout;
+    fp8_allocate(&inp, N * C);
+    fp8_allocate(&weight, (int64_t)OC * C);
+    fp8_allocate(&dout, N * OC);
+    fp8_twin(&inp, NULL, x.data(), NULL, N, C, false);
+    fp8_twin(&weight, NULL, hw.data(), NULL, OC, C, false);
+    fp8_twin(&dout, NULL, hd.data(), NULL, N, OC, true);
+    fp8_both(inp.device, NULL, device_random<floatX>(N * C, input), NULL, N, C, false);
+    fp8_both(weight.device, NULL, device_random<floatX>((int64_t)OC * C, w), NULL, OC, C, false);
+    fp8_both(dout.device, NULL, device_random<floatX>(N * OC, gradient), NULL, N, OC, true);
+    floatX *bias = with_bias ? device_random<floatX>(OC, b) : NULL;
+    floatX *addend = with_addend ? device_random<floatX>(N * OC, add) : NULL;
+    floatX *out = device_array<floatX>(N * OC), *dinp = device_array<floatX>(N * C);
+    float* dweight = device_array<float>((int64_t)OC * C);
+    cpu::fp8_matmul_forward(y.data(), inp.host, weight.host, with_bias ? hb.data() : NULL,
+                            with_addend ? ha.data() : NULL, N, C, OC);
+    Output o = overwritten("out", out, y);
+    o.tolerance = FP8_FORWARD_TOLERANCE;
+    check("fp8_matmul_forward " + shape, {o},
+          [&] { fp8_matmul_forward(out, inp.device, weight.device, bias, addend, N, C, OC); });
+    cpu::fp8_matmul_backward(dx.data(), dw.data(), dout.host, inp.host, weight.host, N, C, OC);
+    o = overwritten("dinp", dinp, dx);
+    o.tolerance = FP8_BACKWARD_TOLERANCE;
+    check("fp8_matmul_backward " + shape,
+          {o, updated_float("dweight", dweight, before, dw, FP8_DWEIGHT_TOLERANCE)},
+          [&] { fp8_matmul_backward(dinp, dweight, dout.device, inp.device, weight.device, N, C, OC); });
+    free_device_arrays();
+}
+
+// The largest magnitude is planted as the last element, so that the factor is known without a look at all the others.
+void check_fp8_large() {
+    int64_t N = (1 << 20) + 16;
+    int C = 64, OC = 2304;
+    const float planted = 7.25f;
+    std::string shape = format("N=%lld C=%d OC=%d", (long long)N, C, OC);
+    Random input = {1, 1, 0}, w = {2, 0.1f, 0}, gradient = {4, 1, 0}, before = {6, 1, 0}, before_b = {7, 1, 0};
+    need_scratch(matmul_backward_scratch_bytes(OC));
+    floatX *x = device_random<floatX>(N * C, input), *wide_w = device_random<floatX>((int64_t)OC * C, w);
+    floatX* d = device_random<floatX>(N * OC, gradient);
+    const floatX largest = (floatX)planted;
+    cudaCheck(cudaMemcpyAsync(x + N * C - 1, &largest, sizeof largest, cudaMemcpyHostToDevice, main_stream));
+    cudaCheck(cudaMemcpyAsync(d + N * OC - 1, &largest, sizeof largest, cudaMemcpyHostToDevice, main_stream));
+    auto device_fp8 = [](int64_t n) -> Fp8Matrix {
+        return {device_array<fp8_t>(n), device_array<fp8_t>(n), device_array<Fp8Scale>(1)};
+    };
+    Fp8Matrix inp = device_fp8(N * C), weight = device_fp8((int64_t)OC * C), dout = device_fp8(N * OC);
+    float *dweight = device_random<float>((int64_t)OC * C, before), *dbias = device_random<float>(OC, before_b);
+    fp8_both(inp, NULL, x, NULL, N, C, false);
+    fp8_both(weight, NULL, wide_w, NULL, OC, C, false);
+    fp8_both(dout, dbias, d, NULL, N, OC, true);
+    Fp8Scale scale = to_host(dout.scale, 1)[0], inp_scale = to_host(inp.scale, 1)[0];
+    report(scale.amax == planted && inp_scale.amax == planted,
+           "fp8_amax " + shape + format(": %g and %g, not %g", scale.amax, inp_scale.amax, planted));
+
+    std::vector<int64_t> rows = sample_rows(N, OC);
+    int64_t R = rows.size();
+    Floats hd = random_rows<floatX>(rows, OC, gradient), hx = random_rows<floatX>(rows, C, input);
+    for (int64_t r = 0; r < R; r++) {
+        if (rows[r] == N - 1) hd[r * OC + OC - 1] = hx[r * C + C - 1] = planted;
+    }
+    std::vector<fp8_t> d8(R * OC), x8(R * C);
+    cpu::fp8_quantize({d8.data(), NULL, &scale}, NULL, hd.data(), NULL, R, OC, true);
+    cpu::fp8_quantize({x8.data(), NULL, &inp_scale}, NULL, hx.data(), NULL, R, C, false);
+    int64_t different = 0;
+    for (int64_t r = 0; r < R; r++) {
+        std::vector<fp8_t> got = to_host(dout.rows + rows[r] * OC, OC);
+        for (int64_t c = 0; c < OC; c++) different += got[c] != d8[r * OC + c];
+        for (int64_t c : {0, 1151, 2303})
+            different += to_host(dout.columns + c * N + rows[r], 1)[0] != d8[r * OC + c];
+    }
+    report(different == 0, "fp8_quantize " + shape + format(": %lld bytes of a sample differ", (long long)different));
+
+    Fp8Pair w8;
+    fp8_allocate(&w8, (int64_t)OC * C);
+    Floats hw = host_random<floatX>((int64_t)OC * C, w), y(R * OC), dx(R * C), ignored((int64_t)OC * C);
+    fp8_twin(&w8, NULL, hw.data(), NULL, OC, C, false);
+    floatX *out = device_array<floatX>(N * OC), *dinp = device_array<floatX>(N * C);
+    fp8_matmul_forward(out, inp, weight, NULL, d, N, C, OC);
+    cpu::fp8_matmul_forward(y.data(), {x8.data(), NULL, &inp_scale}, w8.host, NULL, hd.data(), R, C, OC);
+    check_sample("fp8_matmul_forward " + shape, "out", device_rows(out, rows, OC), y, FP8_FORWARD_TOLERANCE);
+    fp8_matmul_backward(dinp, dweight, dout, inp, weight, N, C, OC);
+    cpu::fp8_matmul(dx.data(), d8.data(), w8.columns.data(), NULL, NULL, R, C, OC, scale.inverse * w8.scale.inverse,
+                    true);
+    check_sample("fp8_matmul_backward " + shape, "dinp", device_rows(dinp, rows, C), dx, FP8_BACKWARD_TOLERANCE);
+    Floats dw = floats_to_host(dweight, (int64_t)OC * C), db = floats_to_host(dbias, OC), got_w, want_w, got_b, want_b;
+    for (int o : {0, 1111, 2302}) {
+        std::vector<fp8_t> column = to_host(dout.columns + o * N, N);
+        double sum_b = random_normal(before_b.seed, o, 1, 0);
+        for (int64_t i = 0; i < N; i++) sum_b += (float)(floatX)random_normal(gradient.seed, i * OC + o, 1, 0);
+        got_b.push_back(db[o]);
+        want_b.push_back((float)sum_b);
+        for (int c : {0, 33, 62}) {
+            std::vector<fp8_t> inp_column = to_host(inp.columns + c * N, N);
+            double sum = 0;
+            for (int64_t i = 0; i < N; i++)
+                sum += (double)cpu::fp8_value(column[i], true) * cpu::fp8_value(inp_column[i], false);
+            got_w.push_back(dw[(int64_t)o * C + c]);
+            want_w.push_back((float)(sum * scale.inverse * inp_scale.inverse +
+                                     random_normal(before.seed, (int64_t)o * C + c, 1, 0)));
+        }
+    }
+    check_sample("fp8_matmul_backward " + shape, "dweight", got_w, want_w, 5e-3);
+    check_sample("fp8_quantize " + shape, "dbias", got_b, want_b, FLOAT_TOLERANCE);
+    free_device_arrays();
+}
+
+void check_fp8() {
+    struct { int64_t N; int C; } sizes[] = {{16, 16}, {48, 80}, {144, 272}, {1040, 528}, {4112, 1600}, {16, 6400}};
+    for (auto& s : sizes) {
+        if (small_only && s.N > 200) continue;
+        for (bool gradient : {false, true}) {
+            for (bool gelu : {false, true})
+                check_fp8_quantize("random", s.N, s.C, gradient, gelu,
+                                   host_random<float>(s.N * s.C, {1, gradient ? 1e-5f : 1, 0}));
+        }
+    }
+    check_fp8_special_numbers();
+    int major, minor;
+    cudaCheck(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    cudaCheck(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0));
+    if (sizeof(floatX) == 4 || 10 * major + minor < 89) {
+        printf("     the FP8 products need bf16 and compute capability 8.9: not tested here\n");
+        return;
+    }
+    check_fp8_matmul(16, 16, 16, true, true);
+    check_fp8_matmul(144, 272, 80, true, false);
+    check_fp8_matmul(80, 128, 400, false, true);
+    if (small_only) return;
+    check_fp8_matmul(1040, 1600, 528, true, false);
+    check_fp8_matmul(528, 4096, 256, true, true);
+    check_fp8_matmul(8208, 256, 768, true, true);
+    check_fp8_large();
+}
+
 // ---- cross-entropy --------------------------------------------------------------------------------------------------
 void check_crossentropy(int64_t N, int V, int Vp, float scale) {
     std::string shape = format("N=%lld V=%d Vp=%d logits of size %g", (long long)N, V, Vp, scale);
@@ -830,6 +1086,7 @@ void check_all() {
             check_gelu_large();
         }
     }
+    if (is_wanted("fp8")) check_fp8();
     if (is_wanted("crossentropy")) {
         check_crossentropy(1, 5, 8, 1);
         check_crossentropy(77, 257, 384, 2);
@@ -979,6 +1236,35 @@ void time_matmul(int64_t N, int C, int OC, bool with_bias, bool with_addend) {
     free_device_arrays();
 }
 
+// What a layer's product costs with FP8 operands: bytes of the two passes over each of them, and the products.
+void time_fp8(int64_t N, int C, int OC) {
+    if (sizeof(floatX) == 4) return;
+    std::string shape = format("N=%lld C=%d OC=%d", (long long)N, C, OC);
+    floatX *inp = device_random<floatX>(N * C, {1, 1, 0}), *wide = device_random<floatX>((int64_t)OC * C, {2, 1, 0}),
+           *dout = device_random<floatX>(N * OC, {3, 1, 0}), *pre = device_random<floatX>(N * OC, {4, 1, 0}),
+           *bias = device_random<floatX>(OC, {5, 1, 0}), *out = device_array<floatX>(N * OC);
+    float *dweight = device_random<float>((int64_t)OC * C, {6, 1, 0}), *dbias = device_random<float>(OC, {7, 1, 0});
+    auto device_fp8 = [](int64_t n) -> Fp8Matrix {
+        return {device_array<fp8_t>(n), device_array<fp8_t>(n), device_array<Fp8Scale>(1)};
+    };
+    Fp8Matrix x = device_fp8(N * C), w = device_fp8((int64_t)OC * C), d = device_fp8(N * OC);
+    need_scratch(matmul_backward_scratch_bytes(OC));
+    for (auto& y : {x, w, d}) cudaCheck(cudaMemsetAsync(y.scale, 0, sizeof(Fp8Scale), main_stream));
+    double n = (double)N * C, dn = (double)N * OC, flops = 2.0 * N * C * OC;
+    time_bytes("fp8_amax of inp " + shape, 2 * n, [&] { fp8_amax(x.scale, inp, NULL, N * C); });
+    time_bytes("fp8_quantize inp, both layouts " + shape, 4 * n,
+               [&] { fp8_quantize(x, NULL, inp, NULL, N, C, false); });
+    time_bytes("fp8_amax of dout " + shape, 2 * dn, [&] { fp8_amax(d.scale, dout, NULL, N * OC); });
+    time_bytes("fp8_quantize dout, bias " + shape, 4 * dn, [&] { fp8_quantize(d, dbias, dout, NULL, N, OC, true); });
+    time_bytes("fp8_quantize GELU " + shape, 4 * dn, [&] { fp8_quantize(d, NULL, NULL, pre, N, OC, false); });
+    time_bytes("fp8_quantize GELU', bias " + shape, 6 * dn, [&] { fp8_quantize(d, dbias, dout, pre, N, OC, true); });
+    fp8_both(w, NULL, wide, NULL, OC, C, false);
+    time_flops("fp8_matmul_forward " + shape, flops, [&] { fp8_matmul_forward(out, x, w, bias, NULL, N, C, OC); });
+    time_flops("fp8_matmul_backward " + shape, 2 * flops,
+               [&] { fp8_matmul_backward(inp, dweight, d, x, w, N, C, OC); });
+    free_device_arrays();
+}
+
 void time_rope(int64_t T, int H, int D) {
     Floats table((1024 + (T + 1023) / 1024) * D);
     rope_table(table.data(), T, D, 10000.0);
@@ -1059,6 +1345,15 @@ void time_all() {
             adamw_update(params, p, m, v, g, n, 1e-3f, 0.9f, 0.95f, 0.1f, 0.05f, 1e-8f, 0.1f, 1.0f);
         });
         free_device_arrays();
+    }
+    if (is_wanted("fp8")) {
+        struct { int64_t N; int C; } shapes[] = {{16384, 1600}, {N, 1024}};
+        for (auto& s : shapes) {
+            time_fp8(s.N, s.C, 3 * s.C);
+            time_fp8(s.N, s.C, s.C);
+            time_fp8(s.N, s.C, 4 * s.C);
+            time_fp8(s.N, 4 * s.C, s.C);
+        }
     }
     if (is_wanted("matmul")) {
         for (int C : {1024, 768}) {

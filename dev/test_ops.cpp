@@ -285,6 +285,75 @@ static void test_matmul(int64_t N, int C, int OC, bool with_bias, bool with_adde
     else test.that(d[3] == db && f[3] == db, "dbias untouched");
 }
 
+// Every FP8 number has the value that its definition says, every float rounds to the nearest of them.
+static void test_fp8_numbers(bool gradient) {
+    Test test(gradient ? "fp8 numbers, e5m2" : "fp8 numbers, e4m3");
+    int bits = gradient ? 2 : 3, bias = gradient ? 15 : 7, largest = gradient ? 0x7b : 0x7e;
+    bool values = true, rounds = true;
+    for (int q = 0; q <= largest; q++) {
+        int exponent = q >> bits;
+        double mantissa = (q & ((1 << bits) - 1)) / (double)(1 << bits);
+        double value = exponent ? pow(2, exponent - bias) * (1 + mantissa) : pow(2, 1 - bias) * mantissa;
+        values = values && cpu::fp8_value(q, gradient) == value && cpu::fp8_value(q | 0x80, gradient) == -value;
+        rounds = rounds && cpu::fp8_round((float)value, gradient) == q;
+        rounds = rounds && cpu::fp8_round((float)-value, gradient) == (q | 0x80);
+        if (q == largest) continue;
+        float above = cpu::fp8_value(q + 1, gradient), middle = (float)(value + above) / 2;
+        rounds = rounds && cpu::fp8_round(middle, gradient) == q + q % 2;  // a tie goes to the even one
+        rounds = rounds && cpu::fp8_round(nextafterf(middle, 0), gradient) == q;
+        rounds = rounds && cpu::fp8_round(nextafterf(middle, above), gradient) == q + 1;
+    }
+    test.that(values, "every value");
+    test.that(cpu::fp8_value(largest, gradient) == (gradient ? 57344 : 448), "the largest");
+    test.that(rounds, "to nearest, ties to even");
+    test.that(cpu::fp8_round(1e30f, gradient) == largest && cpu::fp8_round(-INFINITY, gradient) == (largest | 0x80),
+              "past the largest the largest");
+    test.that(cpu::fp8_round((float)NAN, gradient) == 0x7f && std::isnan(cpu::fp8_value(0x7f, gradient)), "NaN stays");
+}
+
+// A product with FP8 operands against the wide one: each operand is off by half a unit of its last bit at most.
+static void test_fp8_matmul(int64_t N, int C, int OC, bool gelu) {
+    Test test(text("fp8 matmul N %d C %d OC %d%s", (int)N, C, OC, gelu ? " GELU" : ""));
+    auto floats = [](const Doubles& x) { return to<float>(x); };
+    std::vector<float> x = floats(random_numbers(N * C)), w = floats(random_numbers(OC * C, 0.02));
+    std::vector<float> dout = floats(random_numbers(N * OC, 1e-4)), pre = floats(random_numbers(N * OC));
+    std::vector<float> bias = floats(random_numbers(OC, 0.1)), addend = floats(random_numbers(N * OC));
+    std::vector<float> dw = floats(random_numbers(OC * C, 1e-4)), db = floats(random_numbers(OC, 1e-4));
+    struct Both {
+        std::vector<fp8_t> rows, columns;
+        Fp8Scale scale = {};
+        Both(int64_t n) : rows(n), columns(n) {}
+        Fp8Matrix matrix() { return {rows.data(), columns.data(), &scale}; }
+    } x8(N * C), w8(OC * C), d8(N * OC);
+    std::vector<float> source = x, slope = dout;  // what is quantized, in the wide
+    if (gelu) {
+        cpu::gelu_forward(source.data(), x.data(), N * C);
+        cpu::gelu_backward(slope.data(), dout.data(), pre.data(), N * OC);
+    }
+    const float *wide = gelu ? NULL : x.data(), *input = gelu ? x.data() : NULL, *gate = gelu ? pre.data() : NULL;
+    cpu::fp8_amax(&x8.scale, wide, input, N * C);
+    cpu::fp8_amax(&w8.scale, w.data(), NULL, OC * C);
+    cpu::fp8_amax(&d8.scale, dout.data(), gate, N * OC);
+    std::vector<float> expected_dw = dw, expected_db = db, out(N * OC), expected(N * OC), dx(N * C), expected_dx(N * C);
+    cpu::fp8_quantize(x8.matrix(), NULL, wide, input, N, C, false);
+    cpu::fp8_quantize(w8.matrix(), NULL, w.data(), NULL, OC, C, false);
+    cpu::fp8_quantize(d8.matrix(), db.data(), dout.data(), gate, N, OC, true);
+    bool transposed = true;
+    for (int64_t i = 0; i < N; i++) {
+        for (int c = 0; c < C; c++) transposed = transposed && x8.rows[i * C + c] == x8.columns[c * N + i];
+    }
+    test.that(transposed, "the columns are the rows' transpose");
+    cpu::fp8_matmul_forward(out.data(), x8.matrix(), w8.matrix(), bias.data(), addend.data(), N, C, OC);
+    cpu::fp8_matmul_backward(dx.data(), dw.data(), d8.matrix(), x8.matrix(), w8.matrix(), N, C, OC);
+    cpu::matmul_forward(expected.data(), source.data(), w.data(), bias.data(), addend.data(), N, C, OC);
+    cpu::matmul_backward(expected_dx.data(), expected_dw.data(), expected_db.data(), slope.data(), source.data(),
+                         w.data(), NULL, N, C, OC);
+    test.at_most("out", distance(::wide(out), ::wide(expected)), 0.05);
+    test.at_most("dinp", distance(::wide(dx), ::wide(expected_dx)), 0.1);
+    test.at_most("dweight", distance(::wide(dw), ::wide(expected_dw)), 0.1);
+    test.at_most("dbias", distance(::wide(db), ::wide(expected_db)), FLOAT_BOUND);
+}
+
 static void test_gelu(int64_t n) {
     Test test(text("gelu n %d", (int)n));
     Doubles x = random_numbers(n), dout = random_numbers(n);
@@ -892,6 +961,9 @@ int main() {
     test_matmul(130, 60, 150, true, true);
     test_matmul(300, 20, 9, false, false);
     test_matmul(5, 300, 33, true, false);
+    for (bool gradient : {false, true}) test_fp8_numbers(gradient);
+    test_fp8_matmul(48, 32, 80, false);
+    test_fp8_matmul(64, 100, 32, true);
     test_gelu(1);
     test_gelu(1000);
     test_crossentropy(1, 2, 2, 1);

@@ -205,6 +205,7 @@ CASES = {
     "batch": dict(batch_size=2, total_batch_size=4 * T, recompute=4, dense_layers="none"),
     "wide": dict(seq_len=2 * T, recompute=2, lr_schedule="wsd", warmup_steps=3),
     "dense": dict(program="dense", batch_size=3, shuffle=0),
+    "fp8": dict(fp8=1, recompute=1, total_batch_size=2 * T),
 }
 STEPS, SWITCH = 12, 7
 
@@ -303,16 +304,33 @@ def test_two_threads_repeat_their_bits(lab, monkeypatch):
     assert np.allclose(*losses, rtol=1e-4)
 
 
+@pytest.mark.parametrize("fp8", [0, 1])
 @pytest.mark.parametrize("positions", ["rope", "learned"])
 @pytest.mark.parametrize("program", ["lighthouse", "dense"])
-def test_recompute_levels_are_bit_equal(lab, program, positions):
+def test_recompute_levels_are_bit_equal(lab, program, positions, fp8):
     """What is recomputed in the backward pass is what was computed: the trained model is the same at every level."""
     models = []
     for level in range(5):
-        options = dict(program=program, positions=positions, steps=6, batch_size=2, depth=4, recompute=level, learning_rate=1e-2)
+        options = dict(program=program, positions=positions, steps=6, batch_size=2, depth=4, recompute=level, learning_rate=1e-2, fp8=fp8)
         models.append(model_bytes(lab.train(f"level_{level}", **options)))
     assert models[0] != model_bytes(lab.train("untrained", **dict(options, steps=0)))
     assert all(m == models[0] for m in models)
+
+
+@pytest.mark.parametrize("program", ["lighthouse", "dense"])
+def test_fp8_trains_like_fp32(lab, program):
+    """With FP8 operands the losses lie within 0.2% of those without and are not the same; evaluations are made without FP8."""
+    options = dict(program=program, steps=30, batch_size=4, learning_rate=3e-3, val_data=lab.data.val, val_every=10, val_batches=2)
+    wide, fp8 = lab.train("wide", **options), lab.train("fp8", **options, fp8=1)
+    a, b = ([e["loss"] for e in step_events(folder)] for folder in (wide, fp8))
+    assert max(abs(x / y - 1) for x, y in zip(a, b)) < 0.002 and a != b and a[-1] < a[0] - 0.3
+    a, b = ([e["loss_dense"] for e in events(folder, "eval")] for folder in (wide, fp8))
+    assert a[0] == b[0] and max(abs(x / y - 1) for x, y in zip(a, b)) < 0.002
+    parts = events(fp8, "memory")[0]["parts"]
+    assert parts["FP8 operands"] == 2 * 4 * T * 4 * 16 and parts["FP8 weights"] == 2 * 3 * 12 * 16 * 16 + 3 * 3 * 4 * 8
+    assert not any("FP8" in part for part in events(wide, "memory")[0]["parts"])
+    finished = lab.train("fp8", **dict(options, steps=31), fp8=0, resume=1)  # the state of a run does not depend on it
+    assert len(step_events(finished)) == 31
 
 
 def test_resume_of_nothing_is_a_new_run_that_says_so(lab):
@@ -797,6 +815,7 @@ def test_sizes_that_do_not_go_together(lab):
     lab.refused("even", heads=16)  # one channel a head cannot be rotated
     lab.refused("--warmup-steps is 11", "10", steps=10, warmup_steps=11)
     lab.refused("seq-len + 1 = 4097", seq_len=4096)
+    lab.refused("--fp8 1", "1 x 40 / 1", "multiple of 16", fp8=1, seq_len=40, switch_step=0)
     lab.refused("GiB", "too few", channels=65536, heads=2, depth=1024)
 
 

@@ -100,6 +100,19 @@ static void test_loader() {
     check(order, "loader: without shuffling the windows come in the order of the shards, the same in every epoch");
     check(shifted, "loader: targets are the inputs one token on");
     check(shared, "loader: a window's last target is the next window's first input, and nothing else is shared");
+    bool slices = true;
+    for (int cp : {2, 5}) {  // each process of a group reads its part
+        for (int rank = 0; rank < cp; rank++) {
+            procs.cp = cp;
+            procs.cp_rank = rank;
+            loader_sequence(&d, 5, inputs, targets);
+            for (int t = 0, at = 100 + rank * T / cp; t < T / cp; t++)
+                slices &= inputs[t] == (at + t) % 251 && targets[t] == (at + t + 1) % 251;
+        }
+    }
+    procs.cp = 1;
+    procs.cp_rank = 0;
+    check(slices, "loader: the slices of 2 and of 5 processes are the window");
     loader_close(&d);
 
     loader_open(&d, pattern, T, 257, true, 1);
