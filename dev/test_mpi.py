@@ -157,6 +157,16 @@ def test_one_rank_under_mpirun_is_the_run_without(lab, reference):
     assert model_bytes(lab.folder / "run") == model_bytes(reference())
 
 
+def test_validation_of_few_batches(lab):
+    """--val-batches counts the same sequences on any number of ranks, also where some have none."""
+    losses = []
+    for ranks, cp in [(1, 1), (2, 1), (4, 2), (4, 1)]:
+        run = lab.train(f"ranks_{ranks}_{cp}", ranks=ranks, cp=cp, val_batches=3, steps=1, switch_step=1)
+        losses.append([e[kind] for e in events(run, "eval") for kind in ("loss_dense", "loss_lighthouse")])
+    assert len(losses[0]) == 4 and len(set(losses[0])) == 4
+    assert all(np.allclose(x, losses[0], rtol=1e-5, atol=0) for x in losses[1:])
+
+
 def test_ranks_repeat_their_bits(lab):
     """The same ranks give the same bits, also after a resume."""
     options = dict(ranks=4, cp=2, steps=8, switch_step=4, checkpoint_every=3, keep_last=0)
