@@ -1994,7 +1994,7 @@ static void gelu_backward(floatX* dinp /*may be dout*/, const floatX* dout, cons
 
 // cuBLASLt multiplies by GELU' where it writes dinp, but not in fp32; and for some shapes it knows only one kernel that
 // does, which then is a slow one.
-static void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC,C) +=*/,
+static void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC,C) +=, or = if fresh*/, bool fresh,
                             float* dbias /*(OC) += or NULL*/, const floatX* dout /*(N,OC)*/,
                             const floatX* inp /*(N,C)*/, const floatX* weight /*(OC,C)*/,
                             const floatX* gelu_inp /*(N,C) with inp = GELU(gelu_inp): dinp is its gradient; or NULL*/,
@@ -2006,7 +2006,7 @@ static void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC
     if (dinp && gelu_inp && !fuse) gelu_backward(dinp, dinp, gelu_inp, N * C);
     MatmulShape sum = {C, OC, N, false, true};
     sum.float_out = true;
-    matmul_cublaslt(sum, dweight, inp, dout, NULL, dweight, NULL);
+    matmul_cublaslt(sum, dweight, inp, dout, NULL, fresh ? NULL : dweight, NULL);
     if (dbias) bias_backward(dbias, dout, N, OC);
 }
 
@@ -2160,14 +2160,14 @@ static void fp8_matmul_forward(floatX* out /*(N,OC)*/, Fp8Matrix inp /*(N,C) row
     matmul_cublaslt(s, out, weight.rows, inp.rows, bias, addend, NULL, &weight.scale->inverse, &inp.scale->inverse);
 }
 
-static void fp8_matmul_backward(floatX* dinp /*(N,C)*/, float* dweight /*(OC,C) +=*/, Fp8Matrix dout /*(N,OC) both*/,
-                                Fp8Matrix inp /*(N,C) columns*/, Fp8Matrix weight /*(OC,C) columns*/, int64_t N, int C,
-                                int OC) {
+static void fp8_matmul_backward(floatX* dinp /*(N,C)*/, float* dweight /*(OC,C) +=, or = if fresh*/, bool fresh,
+                                Fp8Matrix dout /*(N,OC) both*/, Fp8Matrix inp /*(N,C) columns*/,
+                                Fp8Matrix weight /*(OC,C) columns*/, int64_t N, int C, int OC) {
     MatmulShape s = {C, N, OC, true, false}, sum = {C, OC, N, true, false};
     s.operands = sum.operands = FP8_GRADIENT;
     sum.float_out = true;
     matmul_cublaslt(s, dinp, weight.columns, dout.rows, NULL, NULL, NULL, &weight.scale->inverse, &dout.scale->inverse);
-    matmul_cublaslt(sum, dweight, inp.columns, dout.columns, NULL, dweight, NULL, &inp.scale->inverse,
+    matmul_cublaslt(sum, dweight, inp.columns, dout.columns, NULL, fresh ? NULL : dweight, NULL, &inp.scale->inverse,
                     &dout.scale->inverse);
 }
 
@@ -3600,6 +3600,7 @@ struct Run {
     bool train;     // activations are kept, gradients are made
     int recompute;  // 0..4, see the option
     bool fp8;       // only where train: what is evaluated is the model that is written, in floatX
+    bool first;     // of the step's micro-steps: products write the matrices' gradients instead of adding to them
     bool last;      // of the step's micro-steps: gradients are complete, and summed over the processes
 };
 static int64_t run_rows(Run r) { return r.B * (r.T / procs.cp); }               // N
@@ -3983,7 +3984,7 @@ static void product_backward(Model* m, int l, int p, Run r, floatX* dinp /*(B,T/
     int64_t N = run_rows(r);
     int C = products[p].in * m->dims.C, OC = products[p].out * m->dims.C;
     if (!r.fp8) {
-        matmul_backward(dinp, dweight, dbias, dout, product_input(y, p, false), weight(m, products[p].weight, l),
+        matmul_backward(dinp, dweight, r.first, dbias, dout, product_input(y, p, false), weight(m, products[p].weight, l),
                         p == FCPROJ ? y->fch : NULL, N, C, OC);
         return;
     }
@@ -3991,7 +3992,7 @@ static void product_backward(Model* m, int l, int p, Run r, floatX* dinp /*(B,T/
     const floatX* pre = p == FC ? y->fch : NULL;
     fp8_amax(dout8.scale, dout, pre, N * OC);
     fp8_quantize(dout8, dbias, dout, pre, N, OC, true);
-    fp8_matmul_backward(dinp, dweight, dout8, fp8_input(m, p, l), fp8_weight(m, p, l), N, C, OC);
+    fp8_matmul_backward(dinp, dweight, r.first, dout8, fp8_input(m, p, l), fp8_weight(m, p, l), N, C, OC);
 }
 
 // The forward pass of block l, from layer[l].x to x_next. With again, only what the backward pass needs and the
@@ -4083,8 +4084,8 @@ static void model_head(Model* m, const int* host_targets /*(B, T/W)*/, Run r, fl
         matmul_forward(a->logits, x, weight(m, WTE, 0), NULL, NULL, rows, d->C, d->Vp);
         crossentropy_forward_backward(a->logits, a->losses + i, m->targets + i, dloss, rows, d->V, d->Vp, r.train);
         if (r.train)
-            matmul_backward(a->dbtc + i * d->C, gradient(m, WTE, 0), NULL, a->logits, x, weight(m, WTE, 0), NULL, rows,
-                            d->C, d->Vp);
+            matmul_backward(a->dbtc + i * d->C, gradient(m, WTE, 0), r.first && i == 0, NULL, a->logits, x,
+                            weight(m, WTE, 0), NULL, rows, d->C, d->Vp);
     }
     sum_losses(m->sums + LOSS_SUM, a->losses, N);
 }
@@ -4109,6 +4110,16 @@ static void model_backward(Model* m, Run r) {
     encoder_backward(gradient(m, WTE, 0), d->rope ? NULL : gradient(m, WPE, 0), a->dres, m->tokens, r.B,
                      r.T / procs.cp, d->C, first_token(r), d->Vp);
     if (r.last) reduce_gradients(m, 0);
+}
+
+// Before a step's first micro-step: zeros for the gradients that are added to. Those of the other matrices are written
+// by the first micro-step, which saves a pass over them to clear and one to read.
+static void begin_gradients(Model* m) {
+    for (int g = 0; g <= m->dims.L; g++) {
+        int64_t vectors = group_begin(m, g) + m->group_matrices[g > 0];
+        device_zero(m->grads + vectors, (group_begin(m, g + 1) - vectors) * sizeof(float));
+    }
+    if (!m->dims.rope) device_zero(gradient(m, WPE, 0), m->size[WPE] * sizeof(float));
 }
 
 // One micro-step: adds sum(loss) to the sum of losses and the gradients of sum(loss) * dloss to grads. On a GPU the work
@@ -5591,10 +5602,11 @@ static void train_step(Trainer* t) {
     int64_t T = c->seq_len, B = c->batch_size, total = c->total_batch_size;
     Run r = {(int)B, T, phase, true, (int)c->recompute, c->fp8 != 0};
 
-    device_zero(m->grads, m->padded * sizeof(float));
+    begin_gradients(m);
     device_zero(m->sums, 2 * sizeof(double));
     if (!t->ready) read_batch(t, 0);
     for (int64_t micro = 0; micro < t->accumulation; micro++) {
+        r.first = micro == 0;
         r.last = micro == t->accumulation - 1;
         model_micro_step(m, t->ready, r, 1.0f / total);
         if (micro + 1 < t->accumulation || s->step + 1 < t->steps) read_batch(t, micro + 1);

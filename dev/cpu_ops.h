@@ -296,13 +296,14 @@ void gelu_backward(floatX* dinp, const floatX* dout, const floatX* inp, int64_t 
     }
 }
 
-void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC,C) +=*/, float* dbias /*(OC) += or NULL*/,
-                     const floatX* dout /*(N,OC)*/, const floatX* inp, const floatX* weight,
+void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC,C) +=, or = if fresh*/, bool fresh,
+                     float* dbias /*(OC) += or NULL*/, const floatX* dout /*(N,OC)*/, const floatX* inp,
+                     const floatX* weight,
                      const floatX* gelu_inp /*(N,C) with inp = GELU(gelu_inp): dinp is its gradient; or NULL*/,
                      int64_t N, int C, int OC) {
     if (dinp) matmul(dinp, dout, false, weight, false, N, C, OC, false);
     if (dinp && gelu_inp) gelu_backward(dinp, dinp, gelu_inp, N * C);
-    matmul(dweight, dout, true, inp, false, OC, C, N, true);
+    matmul(dweight, dout, true, inp, false, OC, C, N, !fresh);
     if (dbias) {
         #pragma omp parallel for
         for (int64_t o0 = 0; o0 < OC; o0 += 64) {
@@ -401,12 +402,12 @@ void fp8_matmul_forward(floatX* out /*(N,OC)*/, Fp8Matrix inp /*(N,C) rows*/, Fp
                false);
 }
 
-void fp8_matmul_backward(floatX* dinp /*(N,C)*/, float* dweight /*(OC,C) +=*/, Fp8Matrix dout /*(N,OC) both*/,
-                         Fp8Matrix inp /*(N,C) columns*/, Fp8Matrix weight /*(OC,C) columns*/, int64_t N, int C,
+void fp8_matmul_backward(floatX* dinp /*(N,C)*/, float* dweight /*(OC,C) +=, or = if fresh*/, bool fresh,
+                         Fp8Matrix dout /*(N,OC) both*/, Fp8Matrix inp /*(N,C) columns*/, Fp8Matrix weight /*(OC,C) columns*/, int64_t N, int C,
                          int OC) {
     fp8_matmul(dinp, dout.rows, weight.columns, NULL, NULL, N, C, OC,
                (float)dout.scale->inverse * weight.scale->inverse, true);
-    fp8_matmul(dweight, dout.columns, inp.columns, NULL, dweight, OC, C, N,
+    fp8_matmul(dweight, dout.columns, inp.columns, NULL, fresh ? NULL : dweight, OC, C, N,
                (float)dout.scale->inverse * inp.scale->inverse, true);
 }
 

@@ -453,20 +453,21 @@ void check_matmul(int64_t N, int C, int OC, bool with_bias, bool with_addend, bo
     float* dbias = with_bias ? device_array<float>(OC) : NULL;
     Floats hd = host_random<floatX>(N * OC, gradient), dx(N * C), dw = host_random<float>((int64_t)OC * C, before),
            db = host_random<float>(OC, before_b);
-    cpu::matmul_backward(with_dinp ? dx.data() : NULL, dw.data(), with_bias ? db.data() : NULL, hd.data(), x.data(),
+    cpu::matmul_backward(with_dinp ? dx.data() : NULL, dw.data(), false, with_bias ? db.data() : NULL, hd.data(), x.data(),
                          hw.data(), NULL, N, C, OC);
     std::vector<Output> outputs = {updated_float("dweight", dweight, before, dw, TENSOR_CORE_TOLERANCE)};
     if (with_dinp) outputs.push_back(overwritten("dinp", dinp, dx));
     if (with_bias) outputs.push_back(updated_float("dbias", dbias, before_b, db));
     check("matmul_backward " + shape, outputs,
-          [&] { matmul_backward(dinp, dweight, dbias, dout, inp, weight, NULL, N, C, OC); });
+          [&] { matmul_backward(dinp, dweight, false, dbias, dout, inp, weight, NULL, N, C, OC); });
     if (with_dinp) {  // inp = GELU(x); the twin multiplies by GELU' before it rounds, as the tensor cores' epilogue does
         Random before_gelu = {8, 2, 0};
         floatX* gelu_inp = device_random<floatX>(N * C, before_gelu);
-        Floats hg = host_random<floatX>(N * C, before_gelu), dg(N * C), ignored((int64_t)OC * C);
-        cpu::matmul_backward(dg.data(), ignored.data(), NULL, hd.data(), x.data(), hw.data(), hg.data(), N, C, OC);
-        check("matmul_backward with GELU " + shape, {overwritten("dinp", dinp, dg)},
-              [&] { matmul_backward(dinp, dweight, NULL, dout, inp, weight, gelu_inp, N, C, OC); });
+        Floats hg = host_random<floatX>(N * C, before_gelu), dg(N * C), fresh((int64_t)OC * C);
+        cpu::matmul_backward(dg.data(), fresh.data(), true, NULL, hd.data(), x.data(), hw.data(), hg.data(), N, C, OC);
+        check("matmul_backward with GELU, fresh " + shape,
+              {overwritten("dinp", dinp, dg), looser(overwritten_float("dweight", dweight, fresh), TENSOR_CORE_TOLERANCE)},
+              [&] { matmul_backward(dinp, dweight, true, NULL, dout, inp, weight, gelu_inp, N, C, OC); });
     }
     free_device_arrays();
 }
@@ -495,9 +496,9 @@ void check_matmul_large() {
     gradient = add;
     floatX* dinp = device_array<floatX>(N * C);
     float *dweight = device_random<float>((int64_t)OC * C, before), *dbias = device_random<float>(OC, before_b);
-    matmul_backward(dinp, dweight, dbias, dout, inp, weight, NULL, N, C, OC);
+    matmul_backward(dinp, dweight, false, dbias, dout, inp, weight, NULL, N, C, OC);
     Floats hd = random_rows<floatX>(rows, OC, gradient), dx(R * C), ignored((int64_t)OC * C);
-    cpu::matmul_backward(dx.data(), ignored.data(), NULL, hd.data(), x.data(), hw.data(), NULL, R, C, OC);
+    cpu::matmul_backward(dx.data(), ignored.data(), false, NULL, hd.data(), x.data(), hw.data(), NULL, R, C, OC);
     check_sample("matmul_backward " + shape, "dinp", device_rows(dinp, rows, C), dx, TOLERANCE);
     Floats dw = floats_to_host(dweight, (int64_t)OC * C), db = floats_to_host(dbias, OC), got_w, want_w, got_b, want_b;
     for (int o : {0, 300, 1111, 2303}) {
@@ -534,7 +535,7 @@ void check_matmul_tuning(int64_t N, int C, int OC) {
         fill_kernel<<<grid_for((int64_t)OC * C, 256), 256, 0, main_stream>>>(dweight, (int64_t)OC * C,
                                                                              Random{5, 1, 0});
         matmul_forward(out, inp, weight, bias, NULL, N, C, OC);
-        matmul_backward(dinp, dweight, NULL, out, inp, weight, gelu_inp, N, C, OC);
+        matmul_backward(dinp, dweight, false, NULL, out, inp, weight, gelu_inp, N, C, OC);
         Floats all = floats_to_host(out, N * OC), a = floats_to_host(dinp, N * C),
                b = floats_to_host(dweight, (int64_t)OC * C);
         all.insert(all.end(), a.begin(), a.end());
@@ -728,12 +729,12 @@ void check_fp8_matmul(int64_t N, int C, int OC, bool with_bias, bool with_addend
     o.tolerance = FP8_FORWARD_TOLERANCE;
     check("fp8_matmul_forward " + shape, {o},
           [&] { fp8_matmul_forward(out, inp.device, weight.device, bias, addend, N, C, OC); });
-    cpu::fp8_matmul_backward(dx.data(), dw.data(), dout.host, inp.host, weight.host, N, C, OC);
+    cpu::fp8_matmul_backward(dx.data(), dw.data(), false, dout.host, inp.host, weight.host, N, C, OC);
     o = overwritten("dinp", dinp, dx);
     o.tolerance = FP8_BACKWARD_TOLERANCE;
     check("fp8_matmul_backward " + shape,
           {o, updated_float("dweight", dweight, before, dw, FP8_DWEIGHT_TOLERANCE)},
-          [&] { fp8_matmul_backward(dinp, dweight, dout.device, inp.device, weight.device, N, C, OC); });
+          [&] { fp8_matmul_backward(dinp, dweight, false, dout.device, inp.device, weight.device, N, C, OC); });
     free_device_arrays();
 }
 
@@ -788,7 +789,7 @@ void check_fp8_large() {
     fp8_matmul_forward(out, inp, weight, NULL, d, N, C, OC);
     cpu::fp8_matmul_forward(y.data(), {x8.data(), NULL, &inp_scale}, w8.host, NULL, hd.data(), R, C, OC);
     check_sample("fp8_matmul_forward " + shape, "out", device_rows(out, rows, OC), y, FP8_FORWARD_TOLERANCE);
-    fp8_matmul_backward(dinp, dweight, dout, inp, weight, N, C, OC);
+    fp8_matmul_backward(dinp, dweight, false, dout, inp, weight, N, C, OC);
     cpu::fp8_matmul(dx.data(), d8.data(), w8.columns.data(), NULL, NULL, R, C, OC, scale.inverse * w8.scale.inverse,
                     true);
     check_sample("fp8_matmul_backward " + shape, "dinp", device_rows(dinp, rows, C), dx, FP8_BACKWARD_TOLERANCE);
@@ -1226,9 +1227,9 @@ void time_matmul(int64_t N, int C, int OC, bool with_bias, bool with_addend) {
         matmul_forward(out, inp, weight, with_bias ? bias : NULL, with_addend ? addend : NULL, N, C, OC);
     });
     time_flops("matmul_backward dinp and dweight, " + shape, 2 * flops,
-               [&] { matmul_backward(dinp, dweight, NULL, addend, inp, weight, NULL, N, C, OC); });
+               [&] { matmul_backward(dinp, dweight, false, NULL, addend, inp, weight, NULL, N, C, OC); });
     time_flops("matmul_backward only dweight, " + shape, flops,
-               [&] { matmul_backward(NULL, dweight, NULL, addend, inp, weight, NULL, N, C, OC); });
+               [&] { matmul_backward(NULL, dweight, false, NULL, addend, inp, weight, NULL, N, C, OC); });
     if (with_bias) {
         time_bytes("bias_backward " + shape, (double)N * OC * sizeof(floatX),
                    [&] { bias_backward(dbias, addend, N, OC); });
@@ -1261,7 +1262,7 @@ void time_fp8(int64_t N, int C, int OC) {
     fp8_both(w, NULL, wide, NULL, OC, C, false);
     time_flops("fp8_matmul_forward " + shape, flops, [&] { fp8_matmul_forward(out, x, w, bias, NULL, N, C, OC); });
     time_flops("fp8_matmul_backward " + shape, 2 * flops,
-               [&] { fp8_matmul_backward(inp, dweight, d, x, w, N, C, OC); });
+               [&] { fp8_matmul_backward(inp, dweight, false, d, x, w, N, C, OC); });
     free_device_arrays();
 }
 

@@ -253,15 +253,18 @@ static void test_matmul(int64_t N, int C, int OC, bool with_bias, bool with_adde
         std::vector<R> dy = to<R>(dout), dx = poison<R>(N * C), dwr = to<R>(dw), dbr = to<R>(db);
         matmul_forward(out.data(), xr.data(), w.data(), with_bias ? b.data() : NULL,
                        with_addend ? a.data() : NULL, N, C, OC);
-        matmul_backward(dx.data(), dwr.data(), with_bias ? dbr.data() : NULL, dy.data(), xr.data(), w.data(),
+        matmul_backward(dx.data(), dwr.data(), false, with_bias ? dbr.data() : NULL, dy.data(), xr.data(), w.data(),
                         (R*)NULL, N, C, OC);
         std::vector<R> again = to<R>(dw);  // without dinp
-        matmul_backward((R*)NULL, again.data(), (R*)NULL, dy.data(), xr.data(), w.data(), (R*)NULL,
+        matmul_backward((R*)NULL, again.data(), false, (R*)NULL, dy.data(), xr.data(), w.data(), (R*)NULL,
                         N, C, OC);
         test.that(again == dwr, "dweight without dinp");
         std::vector<R> h = to<R>(before_gelu), g = poison<R>(N * C), dg = poison<R>(N * C);  // inp = GELU(h)
         gelu_forward(g.data(), h.data(), N * C);
-        matmul_backward(dg.data(), again.data(), (R*)NULL, dy.data(), g.data(), w.data(), h.data(), N, C, OC);
+        std::vector<R> fresh = poison<R>(OC * C), zeros(OC * C);
+        matmul_backward(dg.data(), fresh.data(), true, (R*)NULL, dy.data(), g.data(), w.data(), h.data(), N, C, OC);
+        matmul_backward((R*)NULL, zeros.data(), false, (R*)NULL, dy.data(), g.data(), w.data(), (R*)NULL, N, C, OC);
+        test.that(fresh == zeros, "dweight written instead of added to");
         return {wide(out), wide(dx), wide(dwr), wide(dbr), wide(dg)};
     };
     Results d = run(0.0), f = run(0.0f);
@@ -344,9 +347,9 @@ static void test_fp8_matmul(int64_t N, int C, int OC, bool gelu) {
     }
     test.that(transposed, "the columns are the rows' transpose");
     cpu::fp8_matmul_forward(out.data(), x8.matrix(), w8.matrix(), bias.data(), addend.data(), N, C, OC);
-    cpu::fp8_matmul_backward(dx.data(), dw.data(), d8.matrix(), x8.matrix(), w8.matrix(), N, C, OC);
+    cpu::fp8_matmul_backward(dx.data(), dw.data(), false, d8.matrix(), x8.matrix(), w8.matrix(), N, C, OC);
     cpu::matmul_forward(expected.data(), source.data(), w.data(), bias.data(), addend.data(), N, C, OC);
-    cpu::matmul_backward(expected_dx.data(), expected_dw.data(), expected_db.data(), slope.data(), source.data(),
+    cpu::matmul_backward(expected_dx.data(), expected_dw.data(), false, expected_db.data(), slope.data(), source.data(),
                          w.data(), NULL, N, C, OC);
     test.at_most("out", distance(::wide(out), ::wide(expected)), 0.05);
     test.at_most("dinp", distance(::wide(dx), ::wide(expected_dx)), 0.1);
