@@ -12,7 +12,6 @@ With --fp8 1 the losses lie within 2% of bf16's; it too resumes and recomputes t
 """
 import json
 import os
-import random
 import shutil
 import struct
 import subprocess
