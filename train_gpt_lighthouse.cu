@@ -2963,8 +2963,8 @@ static void operations_allocate(size_t bytes, size_t attention) {
 #endif
 
 // ===================================================================================================================
-// 6. Lighthouse attention: scores -> selection -> gather (pool, rotate) -> SDPA -> scatter; its kernels, which section 7
-// composes. The selection gets no gradient; the backward pass uses the index that the forward pass kept.
+// 6. Lighthouse attention: scores -> selection -> gather (pool, rotate) -> SDPA -> scatter; its kernels, which section
+// 7 composes. The selection gets no gradient; the backward pass uses the index that the forward pass kept.
 
 #ifndef CPU_BACKEND  // the kernels with their launchers; their twins stand in dev/cpu_ops.h too
 // ---- what the kernels share
