@@ -12,7 +12,7 @@ without Lighthouse, the baseline to compare with.
  3. processes              rank, world, collectives
  4. data                   token shards in, windows of T+1 tokens out
  5. operations             kernels and launchers, forward and backward; dense attention (CPU twins: dev/cpu_ops.h)
- 6. Lighthouse attention   its kernels, and how they compose round the same SDPA call
+ 6. Lighthouse attention   its kernels; section 7 composes them round the same SDPA call
  7. model                  parameters, activations, memory plan, forward, backward
  8. optimizer              AdamW, learning rate schedules, outlier detection
  9. checkpoints            model files and whole run states
@@ -904,6 +904,16 @@ static void all_to_all(void* recv, const void* send, int64_t bytes_per_peer) {
     ncclCheck(ncclGroupEnd());
 }
 
+// Sends to cp rank + step and receives as many bytes from cp rank - step, where there is such a rank; step is 1 or -1.
+// recv, send on the device, not the same memory. On main_stream.
+static void shift(void* recv, const void* send, int64_t bytes, int step) {
+    int to = procs.cp_rank + step, from = procs.cp_rank - step;
+    ncclCheck(ncclGroupStart());
+    if (to >= 0 && to < procs.cp) ncclCheck(ncclSend(send, bytes, ncclInt8, to, nccl_cp, main_stream));
+    if (from >= 0 && from < procs.cp) ncclCheck(ncclRecv(recv, bytes, ncclInt8, from, nccl_cp, main_stream));
+    ncclCheck(ncclGroupEnd());
+}
+
 // Connects the device's collectives; device_open comes before. NCCL takes its buffers at the first call of each kind,
 // so every kind is called here once, before the memory plan asks what is free.
 static void collectives_open() {
@@ -920,7 +930,10 @@ static void collectives_open() {
     reduce_scatter_start((float*)x, procs.world * piece / sizeof(float));
     all_gather_start(x, procs.world * piece);
     collectives_join();
-    if (procs.cp > 1) all_to_all(x + procs.world * piece, x, piece);
+    if (procs.cp > 1) {
+        all_to_all(x + procs.world * piece, x, piece);
+        for (int step : {1, -1}) shift(x + procs.world * piece, x, piece, step);
+    }
     device_synchronize();
     cudaCheck(cudaFree(x));
 }
@@ -976,6 +989,21 @@ static void all_to_all(void* recv, const void* send, int64_t bytes_per_peer) {
     exchange(CP_GROUP, (char*)recv, bytes_per_peer, (const char*)send, bytes_per_peer, bytes_per_peer);
 }
 
+// Sends to cp rank + step and receives as many bytes from cp rank - step, where there is such a rank; step is 1 or -1.
+// recv, send: not the same memory.
+static void shift(void* recv, const void* send, int64_t bytes, int step) {
+    int to = procs.cp_rank + step, from = procs.cp_rank - step;
+    for (int64_t i = 0; i < bytes; i += 1 << 30) {
+        int part = (int)std::min<int64_t>(bytes - i, 1 << 30), n = 0;
+        MPI_Request requests[2];
+        if (from >= 0 && from < procs.cp)
+            MPI_Irecv((char*)recv + i, part, MPI_BYTE, from, 0, cp_comm, &requests[n++]);
+        if (to >= 0 && to < procs.cp)
+            MPI_Isend((const char*)send + i, part, MPI_BYTE, to, 0, cp_comm, &requests[n++]);
+        wait_for(requests, n);
+    }
+}
+
 static void collectives_open() {
     if (procs.connected) MPI_Comm_split(MPI_COMM_WORLD, procs.dp_rank, procs.cp_rank, &cp_comm);
 }
@@ -996,7 +1024,8 @@ static void barrier() {}
 static void reduce_scatter_start(float*, int64_t) {}
 static void all_gather_start(void*, int64_t) {}
 static void collectives_join() {}
-static void all_to_all(void*, const void*, int64_t) {}  // not called: cp is 1
+static void all_to_all(void*, const void*, int64_t) {}  // this and the next are not called: cp is 1
+static void shift(void*, const void*, int64_t, int) {}
 static void collectives_open() {}
 #endif
 
@@ -2939,8 +2968,8 @@ static void operations_allocate(size_t bytes, size_t attention) {
 #endif
 
 // ===================================================================================================================
-// 6. Lighthouse attention: scores -> selection -> gather (pool, rotate) -> SDPA -> scatter; first its kernels, then how
-// they compose. The selection gets no gradient; the backward pass uses the index that the forward pass kept.
+// 6. Lighthouse attention: scores -> selection -> gather (pool, rotate) -> SDPA -> scatter; its kernels, which section
+// 7 composes. The selection gets no gradient; the backward pass uses the index that the forward pass kept.
 
 #ifndef CPU_BACKEND  // the kernels with their launchers; their twins stand in dev/cpu_ops.h too
 // ---- what the kernels share
@@ -3305,7 +3334,7 @@ __device__ __forceinline__ void sum_rows(float (&sum)[PARTS][8], const floatX* x
 template <int D>
 __global__ void __launch_bounds__(SLOT_THREADS, 10) lighthouse_gather_kernel(
         floatX* slots, const floatX* __restrict__ qkv, const int32_t* __restrict__ index,
-        const float* __restrict__ rope, LighthouseShape s, unsigned chunks) {
+        const float* __restrict__ rope, LighthouseShape s, int64_t t0, unsigned chunks) {
     constexpr int LANES = D / 8;
     SlotPlace at = slot_place(s, chunks, LANES);
     if (at.r >= s.S) return;
@@ -3316,7 +3345,7 @@ __global__ void __launch_bounds__(SLOT_THREADS, 10) lighthouse_gather_kernel(
     float mean[3][8] = {};
     sum_rows(mean, qkv + (at.b * s.T + i * width) * 3 * part + at.h * D + lane * 8, 3 * part, part, width);
     float cosine[8], sine[8], inverse = 1.0f / width;  // a power of 2: exact
-    if (rope) rope_angles(cosine, sine, rope, (i + 1) * width - 1, lane % (D / 16) * 8, D);
+    if (rope) rope_angles(cosine, sine, rope, t0 + (i + 1) * width - 1, lane % (D / 16) * 8, D);
     floatX* y = slots + (at.b * s.S + at.r) * 3 * part + at.h * D + lane * 8;
 #pragma unroll
     for (int which = 0; which < 3; which++) {
@@ -3329,17 +3358,18 @@ __global__ void __launch_bounds__(SLOT_THREADS, 10) lighthouse_gather_kernel(
 
 static void lighthouse_gather(floatX* slots /*(B,S,3,H,D)*/, const floatX* qkv /*(B,T,3,H,D)*/,
                               const int32_t* index /*(B,H,S)*/, const float* rope /*table or NULL*/, int B,
-                              const LighthouseShape* s) {
+                              const LighthouseShape* s, int64_t t0 /*position of token 0*/) {
     unsigned chunks = grid_for(s->S, SLOT_THREADS / (s->D / 8)), blocks = grid_for((int64_t)B * s->H * chunks, 1);
     WITH_HEAD_SIZE(s->D, lighthouse_gather_kernel<HEAD><<<blocks, SLOT_THREADS, 0, main_stream>>>(
-                             slots, qkv, index, rope, *s, chunks));
+                             slots, qkv, index, rope, *s, t0, chunks));
 }
 
 // A slot's gradient is the sum of dout over the tokens that it was added to: c_l tokens from the last one it covers on.
+// The last entries' tokens behind T are the first ones of the part of the sequence that follows, the halo.
 template <int D>
 __global__ void __launch_bounds__(SLOT_THREADS) lighthouse_scatter_backward_kernel(
-        floatX* dattn, const floatX* __restrict__ dout, const int32_t* __restrict__ index, LighthouseShape s,
-        unsigned chunks) {
+        floatX* dattn, const floatX* __restrict__ dout, const floatX* __restrict__ halo,
+        const int32_t* __restrict__ index, LighthouseShape s, unsigned chunks) {
     constexpr int LANES = D / 8;
     SlotPlace at = slot_place(s, chunks, LANES);
     if (at.r >= s.S) return;
@@ -3350,14 +3380,19 @@ __global__ void __launch_bounds__(SLOT_THREADS) lighthouse_scatter_backward_kern
     int64_t count = s.T - first < width ? s.T - first : width;
     float sum[1][8] = {};
     sum_rows(sum, dout + (at.b * s.T + first) * row + at.h * D + lane * 8, row, 0, count);
+    if (halo && count < width) {
+        int64_t rows = ((int64_t)1 << ((s.levels - 1) * pool_bits(s))) - 1;
+        sum_rows(sum, halo + at.b * rows * row + at.h * D + lane * 8, row, 0, width - count);
+    }
     store8(dattn + (at.b * s.S + at.r) * row + at.h * D + lane * 8, to_pack8<floatX>(sum[0]));
 }
 
 static void lighthouse_scatter_backward(floatX* dattn /*(B,S,H,D)*/, const floatX* dout /*(B,T,H,D)*/,
+                                        const floatX* halo /*(B,c_{L-1}-1,H,D) or NULL*/,
                                         const int32_t* index /*(B,H,S)*/, int B, const LighthouseShape* s) {
     unsigned chunks = grid_for(s->S, SLOT_THREADS / (s->D / 8)), blocks = grid_for((int64_t)B * s->H * chunks, 1);
     WITH_HEAD_SIZE(s->D, lighthouse_scatter_backward_kernel<HEAD><<<blocks, SLOT_THREADS, 0, main_stream>>>(
-                             dattn, dout, index, *s, chunks));
+                             dattn, dout, halo, index, *s, chunks));
 }
 
 // ---- scatter, and the backward of gather: kernels that make tokens
@@ -3369,10 +3404,12 @@ static void lighthouse_scatter_backward(floatX* dattn /*(B,S,H,D)*/, const float
     else { constexpr int CHUNK = 8; __VA_ARGS__; }
 
 // Token t receives from level l the entry floor((t+1)/c_l) - 1, which is the same for tokens u CHUNK - 1 to u CHUNK +
-// CHUNK - 2. So chunk u begins a token before u CHUNK, and there is one chunk more than T / CHUNK.
+// CHUNK - 2. So chunk u begins a token before u CHUNK, and there is one chunk more than T / CHUNK. Where the tokens are
+// a part of a sequence, entry -1 is the last one of the part before, in its halo.
 template <int D, int CHUNK>
 __global__ void lighthouse_scatter_kernel(floatX* out, const floatX* __restrict__ attn,
-                                          const int32_t* __restrict__ slot, int B, LighthouseShape s) {
+                                          const floatX* __restrict__ halo, const int32_t* __restrict__ slot, int B,
+                                          LighthouseShape s) {
     constexpr int LANES = D / 8;
     unsigned group = (blockIdx.x * (int64_t)blockDim.x + threadIdx.x) / LANES, chunks = (unsigned)(s.T / CHUNK) + 1;
     if (group >= chunks * s.H * B) return;
@@ -3389,6 +3426,8 @@ __global__ void lighthouse_scatter_kernel(floatX* out, const floatX* __restrict_
         int64_t i = (end >> (l * bits)) - 1;
         int32_t r = i >= 0 ? head_slot[s.off[l] + i] : -1;
         if (r >= 0) add_pack(shared_sum, load8(x + r * row));
+        else if (i < 0 && halo)
+            add_pack(shared_sum, load8(halo + (b * (s.levels - 1) + l - 1) * row + h * D + lane * 8));
     }
     Pack8<floatX> pack = to_pack8<floatX>(shared_sum);
     floatX* y = out + (b * s.T + end - 1) * row + h * D + lane * 8;
@@ -3408,14 +3447,33 @@ __global__ void lighthouse_scatter_kernel(floatX* out, const floatX* __restrict_
 }
 
 static void lighthouse_scatter(floatX* out /*(B,T,H,D)*/, const floatX* attn /*(B,S,H,D)*/,
-                               const int32_t* slot /*(B,H,E)*/, int B, const LighthouseShape* s) {
+                               const floatX* halo /*(B,L-1,H,D) or NULL*/, const int32_t* slot /*(B,H,E)*/, int B,
+                               const LighthouseShape* s) {
     WITH_TOKEN_CHUNK(s->pool, {
         int64_t groups = (s->T / CHUNK + 1) * s->H * B;
         opRequire(groups <= UINT32_MAX, "%ld groups of tokens: more than 32 bits count", groups);
         unsigned blocks = grid_for(groups * (s->D / 8), 128);
         WITH_HEAD_SIZE(s->D, lighthouse_scatter_kernel<HEAD, CHUNK><<<blocks, 128, 0, main_stream>>>(
-                                 out, attn, slot, B, *s));
+                                 out, attn, halo, slot, B, *s));
     });
+}
+
+// A block copies one level of one sequence, eight elements a thread at a time.
+__global__ void lighthouse_halo_kernel(floatX* halo, const floatX* attn, const int32_t* slot, LighthouseShape s) {
+    int64_t b = blockIdx.x / (s.levels - 1), l = blockIdx.x % (s.levels - 1) + 1, row = (int64_t)s.H * s.D;
+    for (int i = threadIdx.x * 8; i < row; i += blockDim.x * 8) {
+        int32_t r = slot[(b * s.H + i / s.D) * s.off[s.levels] + s.off[l + 1] - 1];
+        Pack8<floatX> pack = {};
+        if (r >= 0) pack = load8(attn + (b * s.S + r) * row + i);
+        store8(halo + blockIdx.x * row + i, pack);
+    }
+}
+
+// What the last entry of each level above 0 gives to the tokens that follow: zeros where it is not in the sequence.
+static void lighthouse_halo(floatX* halo /*(B,L-1,H,D)*/, const floatX* attn /*(B,S,H,D)*/,
+                            const int32_t* slot /*(B,H,E)*/, int B, const LighthouseShape* s) {
+    lighthouse_halo_kernel<<<grid_for((int64_t)B * (s->levels - 1), 1), 256, 0, main_stream>>>(halo, attn, slot, *s);
+    cudaCheck(cudaGetLastError());
 }
 
 // Gives the gradients of a slot's q, k and v, the rotation undone, to use(which of the three, the lane's 8 elements).
@@ -3438,32 +3496,32 @@ __device__ __forceinline__ void slot_gradient(const floatX* x /*the slot*/, int6
 template <int D, int CHUNK>
 __global__ void __launch_bounds__(64, 10) lighthouse_gather_backward_kernel(
         floatX* dqkv, const floatX* __restrict__ dslots, const int32_t* __restrict__ slot,
-        const float* __restrict__ rope, int B, LighthouseShape s) {
+        const float* __restrict__ rope, int B, LighthouseShape s, int64_t t0) {
     constexpr int LANES = D / 8;
     unsigned group = (blockIdx.x * (int64_t)blockDim.x + threadIdx.x) / LANES, chunks = (unsigned)(s.T / CHUNK);
     if (group >= chunks * s.H * B) return;
     int lane = threadIdx.x % LANES, h = group % s.H, bits = pool_bits(s);
-    int64_t t0 = (int64_t)(group / s.H % chunks) * CHUNK, b = group / s.H / chunks;
+    int64_t first = (int64_t)(group / s.H % chunks) * CHUNK, b = group / s.H / chunks;
     int64_t part = (int64_t)s.H * D, row = 3 * part;
     const int32_t* head_slot = slot + (b * s.H + h) * s.off[s.levels];
     const floatX* x = dslots + b * s.S * row + h * D + lane * 8;
     float sum[3][8] = {};
-    int32_t next = head_slot[s.off[s.levels - 1] + (t0 >> ((s.levels - 1) * bits))];
+    int32_t next = head_slot[s.off[s.levels - 1] + (first >> ((s.levels - 1) * bits))];
 #pragma unroll 1
     for (int l = s.levels - 1; l >= 1; l--) {
         int32_t r = next;
-        next = head_slot[s.off[l - 1] + (t0 >> ((l - 1) * bits))];  // asked for early
+        next = head_slot[s.off[l - 1] + (first >> ((l - 1) * bits))];  // asked for early
         if (r < 0) continue;
-        int64_t i = t0 >> (l * bits), width = (int64_t)1 << (l * bits);
+        int64_t i = first >> (l * bits), width = (int64_t)1 << (l * bits);
         float inverse = 1.0f / width;
-        slot_gradient<D>(x + r * row, part, rope, (i + 1) * width - 1, lane, [&](int which, const float (&y)[8]) {
+        slot_gradient<D>(x + r * row, part, rope, t0 + (i + 1) * width - 1, lane, [&](int which, const float (&y)[8]) {
 #pragma unroll
             for (int d = 0; d < 8; d++) sum[which][d] += y[d] * inverse;
         });
     }
     // The tokens have one parent: all of them are in the sequence or none is, and if so in neighbouring slots.
     int32_t own = next;
-    floatX* out = dqkv + (b * s.T + t0) * row + h * D + lane * 8;
+    floatX* out = dqkv + (b * s.T + first) * row + h * D + lane * 8;
     if (own < 0) {
         Pack8<floatX> pack[3] = {to_pack8<floatX>(sum[0]), to_pack8<floatX>(sum[1]), to_pack8<floatX>(sum[2])};
         for (int j = 0; j < CHUNK; j++, out += row) {
@@ -3474,7 +3532,7 @@ __global__ void __launch_bounds__(64, 10) lighthouse_gather_backward_kernel(
     }
 #pragma unroll 2
     for (int j = 0; j < CHUNK; j++, out += row) {
-        slot_gradient<D>(x + (own + j) * row, part, rope, t0 + j, lane, [&](int which, const float (&y)[8]) {
+        slot_gradient<D>(x + (own + j) * row, part, rope, t0 + first + j, lane, [&](int which, const float (&y)[8]) {
             float total[8];
 #pragma unroll
             for (int d = 0; d < 8; d++) total[d] = sum[which][d] + y[d];
@@ -3485,49 +3543,29 @@ __global__ void __launch_bounds__(64, 10) lighthouse_gather_backward_kernel(
 
 static void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dslots /*(B,S,3,H,D)*/,
                                        const int32_t* slot /*(B,H,E)*/, const float* rope /*table or NULL*/, int B,
-                                       const LighthouseShape* s) {
+                                       const LighthouseShape* s, int64_t t0 /*position of token 0*/) {
     WITH_TOKEN_CHUNK(s->pool, {
         int64_t groups = s->T / CHUNK * s->H * B;
         opRequire(groups <= UINT32_MAX, "%ld groups of tokens: more than 32 bits count", groups);
         unsigned blocks = grid_for(groups * (s->D / 8), 64);
         WITH_HEAD_SIZE(s->D, lighthouse_gather_backward_kernel<HEAD, CHUNK><<<blocks, 64, 0, main_stream>>>(
-                                 dqkv, dslots, slot, rope, B, *s));
+                                 dqkv, dslots, slot, rope, B, *s, t0));
     });
 }
 #endif
 
-// ---- the operations composed
-
-struct LighthouseBuffers {  // of one layer; E entries of all levels, S slots
-    float* scores;      // (2, B, NH, E) shared by the layers
-    int32_t* slot;      // (B, NH, E)    shared by the layers: slot of each entry, or -1
-    int32_t* index;     // (B, NH, S)    the selection, in sequence order
-    floatX* slots;      // (B, S, 3, NH, D) pooled and rotated q, k, v
-    floatX* attn;       // (B, S, NH, D) attention output of the slots
-    float* stats;       // (B, NH, S)
-    floatX* dslots;     // (B, S, 3, NH, D) shared by the layers
-    floatX* dattn;      // (B, S, NH, D)    shared by the layers
+struct LighthouseBuffers {  // of one layer; E entries of all levels, S slots. Where slots are exchanged, E/W and S/W
+    float* scores;      // (2, B, NH/W, E) or (2, B, NH, E/W) shared by the layers
+    int32_t* slot;      // (B, NH/W, E) or (B, NH, E/W) shared by the layers: slot of each entry, or -1
+    int32_t* index;     // (B, NH/W, S) or (B, NH, S/W) the selection, in sequence order
+    floatX* slots;      // (B, S, 3, NH/W, D) pooled and rotated q, k, v
+    floatX* attn;       // (B, S, NH/W, D) attention output of the slots
+    float* stats;       // (B, NH/W, S)
+    floatX* dslots;     // (B, S, 3, NH/W, D) shared by the layers
+    floatX* dattn;      // (B, S, NH/W, D) shared by the layers
+    floatX* own_attn;   // (B, S/W, NH, D) shared by the layers, only where slots are exchanged: attn of the own slots
+    floatX* halo;       // (B, c_{L-1} - 1, NH, D) like own_attn: what a neighbour's slots or tokens give to those here
 };
-
-// What of the forward pass runs: all of it, or, for the backward pass, what was not kept.
-static void lighthouse_forward(floatX* out, LighthouseBuffers* b, const floatX* qkv, const float* rope, int B,
-                               const LighthouseShape* s, bool again, bool regather) {
-    if (!again) {
-        lighthouse_scores(b->scores, qkv, B, s);
-        lighthouse_select(b->index, b->scores, B, s);
-    }
-    lighthouse_invert(b->slot, b->index, B, s);
-    if (!again || regather) lighthouse_gather(b->slots, qkv, b->index, rope, B, s);
-    if (!again) sdpa_forward(b->attn, b->stats, b->slots, B, s->S, s->H, s->D);
-    if (!again || regather) lighthouse_scatter(out, b->attn, b->slot, B, s);
-}
-
-static void lighthouse_backward(floatX* dqkv, const floatX* dout, LighthouseBuffers* b, const float* rope, int B,
-                                const LighthouseShape* s) {
-    lighthouse_scatter_backward(b->dattn, dout, b->index, B, s);
-    sdpa_backward(b->dslots, b->dattn, b->slots, b->attn, b->stats, B, s->S, s->H, s->D);
-    lighthouse_gather_backward(dqkv, b->dslots, b->slot, rope, B, s);
-}
 
 // ===================================================================================================================
 // 7. Model: GPT-2 with pre-LayerNorm blocks; parameters, activations, the memory plan, forward, backward.
@@ -3579,16 +3617,17 @@ static const struct {
 } products[PRODUCTS] = {{QKVW, 1, 3, 0, 2}, {ATTPROJW, 1, 1, 3, 2}, {FCW, 1, 4, 4, 2}, {FCPROJW, 4, 1, 8, 1}};
 
 // Activations of one layer. What the recompute level does not keep points to buffers that all layers share. A process
-// has its T/W tokens of all heads everywhere but in attention, where it has all T tokens of its NH/W heads.
+// has its T/W tokens of all heads everywhere but in attention, where it has all T tokens, or slots, of its NH/W heads.
 struct LayerActs {
     floatX* x;                 // (B, T/W, C) input of the block
     floatX* ln1;               // (B, T/W, C)
     float *ln1_mean, *ln1_rstd;  // (B, T/W)
-    floatX* qkv;               // (B, T, 3, NH/W, D) rotated in a dense layer, raw in a Lighthouse layer
+    floatX* qkv;               // (B, T, 3, NH/W, D) rotated in a dense layer, raw in a Lighthouse layer; there, where
+                               // slots are exchanged, (B, T/W, 3, NH, D)
     floatX* att;               // (B, T/W, C)
     floatX* att_heads;         // (B, T, NH/W, D) what att is made of; att itself if the backward pass needs one only
     float* stats;              // (B, NH/W, T) dense layers only
-    LighthouseBuffers lh;      // Lighthouse layers only, of NH/W heads
+    LighthouseBuffers lh;      // Lighthouse layers only
     floatX* x2;                // (B, T/W, C) after the attention residual
     floatX* ln2;               // (B, T/W, C)
     float *ln2_mean, *ln2_rstd;  // (B, T/W)
@@ -3643,7 +3682,9 @@ struct Model {
     int64_t padded, owned;                        // elements of all groups; of this process's slices
     bool lighthouse_layer[MAX_LAYERS];       // in the Lighthouse phase; in the dense phase no layer is
     bool has_lighthouse;                     // at least one layer is, for part of the run
-    LighthouseShape shape;                   // of the NH/W heads of this process
+    LighthouseShape shape;                   // of whole sequences and the NH/W heads of this process
+    LighthouseShape own_shape;               // of the T/W tokens of this process and all heads
+    bool exchange_slots;                     // a Lighthouse layer selects in own_shape and exchanges slots, not tokens
     floatX* params;            // (padded) what the operations read
     float* grads;              // (padded)
     float* master;             // (owned) fp32; NULL if params are fp32 themselves
@@ -3800,7 +3841,7 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
     const Dims* d = &m->dims;
     int64_t N = run_rows(r), C = d->C, NH = d->NH;
     const LighthouseShape* s = &m->shape;
-    int64_t entries = r.B * s->H * s->off[s->levels], slots = r.B * s->S * s->H;  // of all heads here
+    int64_t entries = r.B * s->H * s->off[s->levels], slots = r.B * s->S * s->H;  // NH/W times all, or NH times 1/W
     bool any_lighthouse = false, any_dense = false;
     for (int l = 0; l < d->L; l++) (attention_kind(m, l, r.phase) == LIGHTHOUSE ? any_lighthouse : any_dense) = true;
     int level = r.train ? r.recompute : 5;  // 5: nothing is kept
@@ -3838,6 +3879,10 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
         if (r.train) {
             shared.lh.dslots = TAKE(arena, floatX, slots * 3 * s->D);
             shared.lh.dattn = TAKE(arena, floatX, slots * s->D);
+        }
+        if (m->exchange_slots) {
+            shared.lh.own_attn = TAKE(arena, floatX, slots * s->D);
+            shared.lh.halo = TAKE(arena, floatX, r.B * (s->T / s->n[s->levels - 1] - 1) * C);
         }
     }
     for (int l = 0; l < d->L; l++) {
@@ -3898,28 +3943,86 @@ static size_t activations_bytes(const Model* m, Run r) {
     return count.used;
 }
 
-// ---- context parallelism: round attention, processes give their tokens of the others' heads for the others' of theirs
-// Both forms have N parts C elements, parts being 3 for q, k and v together, and may be one buffer; with one process
-// they always are. `room` has as many elements.
+// ---- attention
+// Under context parallelism processes exchange round attention their rows of the others' heads for the others' rows of
+// their heads; a rank's rows follow those of the rank before. Both forms have B R/W parts C elements, parts being 3 for
+// q, k and v together; they may be one buffer, and with one process they always are. `room` has as many elements.
 
-// From this process's tokens of all heads to all tokens of its heads.
-static void tokens_to_heads(floatX* heads /*(B,T,parts,NH/W,D)*/, const floatX* tokens /*(B,T/W,parts,NH,D)*/,
-                            floatX* room, Run r, int parts, int C) {
+// From this process's rows of all heads to all R rows of its heads.
+static void rows_to_heads(floatX* heads /*(B,R,parts,NH/W,D)*/, const floatX* rows /*(B,R/W,parts,NH,D)*/,
+                          floatX* room, int B, int64_t R, int parts, int C) {
     int W = procs.cp, n = C / W;
     if (W == 1) return;
-    int64_t rows = r.T / W * parts;
-    heads_pack(room, tokens, r.B, rows, W, n);  // (B, W, T/W, parts, NH/W, D)
-    for (int b = 0; b < r.B; b++) all_to_all(heads + b * rows * C, room + b * rows * C, rows * n * sizeof(floatX));
+    int64_t count = R / W * parts;
+    heads_pack(room, rows, B, count, W, n);  // (B, W, R/W, parts, NH/W, D)
+    for (int b = 0; b < B; b++) all_to_all(heads + b * count * C, room + b * count * C, count * n * sizeof(floatX));
 }
 
 // And back.
-static void heads_to_tokens(floatX* tokens /*(B,T/W,parts,NH,D)*/, const floatX* heads /*(B,T,parts,NH/W,D)*/,
-                            floatX* room, Run r, int parts, int C) {
+static void heads_to_rows(floatX* rows /*(B,R/W,parts,NH,D)*/, const floatX* heads /*(B,R,parts,NH/W,D)*/,
+                          floatX* room, int B, int64_t R, int parts, int C) {
     int W = procs.cp, n = C / W;
     if (W == 1) return;
-    int64_t rows = r.T / W * parts;
-    for (int b = 0; b < r.B; b++) all_to_all(room + b * rows * C, heads + b * rows * C, rows * n * sizeof(floatX));
-    heads_unpack(tokens, room, r.B, rows, W, n);
+    int64_t count = R / W * parts;
+    for (int b = 0; b < B; b++) all_to_all(room + b * count * C, heads + b * count * C, count * n * sizeof(floatX));
+    heads_unpack(rows, room, B, count, W, n);
+}
+
+// A dense layer exchanges its tokens. A Lighthouse layer needs to exchange only its slots where every process holds
+// whole tiles, since each tile is selected on its own: a process then scores, selects, pools and scatters among its own
+// tokens, for all heads, with the same results. Where tiles do not divide, or slots are no fewer than tokens, it
+// exchanges tokens like a dense layer and does all of that for its heads.
+static void choose_exchange(Model* m) {
+    const LighthouseShape* s = &m->shape;
+    int W = procs.cp;
+    char why[512];
+    m->exchange_slots = W > 1 && s->tiles % W == 0 && s->S < s->T &&
+                        lighthouse_shape(&m->own_shape, s->T / W, m->dims.NH, s->D, s->levels, s->pool, s->topk / W,
+                                         s->tile, why, sizeof why);
+}
+
+// What of the forward pass runs: all of it, or, for the backward pass, what was not kept.
+static void lighthouse_forward(Model* m, LayerActs* y, Run r, bool again, bool regather) {
+    LighthouseBuffers* b = &y->lh;
+    const LighthouseShape *all = &m->shape, *s = m->exchange_slots ? &m->own_shape : all;
+    int C = m->dims.C;
+    if (!again) {
+        lighthouse_scores(b->scores, y->qkv, r.B, s);
+        lighthouse_select(b->index, b->scores, r.B, s);
+    }
+    lighthouse_invert(b->slot, b->index, r.B, s);
+    if (again && !regather) return;
+    lighthouse_gather(b->slots, y->qkv, b->index, m->rope, r.B, s, m->exchange_slots ? first_token(r) : 0);
+    if (m->exchange_slots) rows_to_heads(b->slots, b->slots, y->gelu, r.B, all->S, 3, C);
+    if (!again) sdpa_forward(b->attn, b->stats, b->slots, r.B, all->S, all->H, all->D);
+    const floatX *attn = b->attn, *halo = NULL;
+    if (m->exchange_slots) {
+        heads_to_rows(b->own_attn, b->attn, y->gelu, r.B, all->S, 1, C);
+        lighthouse_halo(y->gelu, b->own_attn, b->slot, r.B, s);
+        shift(b->halo, y->gelu, (int64_t)r.B * (s->levels - 1) * C * sizeof(floatX), +1);
+        attn = b->own_attn;
+        if (procs.cp_rank > 0) halo = b->halo;
+    }
+    lighthouse_scatter(y->att_heads, attn, halo, b->slot, r.B, s);
+}
+
+// dout and dqkv are of own tokens and all heads where slots are exchanged, else of all tokens and own heads.
+static void lighthouse_backward(Model* m, LayerActs* y, Run r, floatX* dqkv, const floatX* dout) {
+    LighthouseBuffers* b = &y->lh;
+    const LighthouseShape *all = &m->shape, *s = m->exchange_slots ? &m->own_shape : all;
+    const floatX* halo = NULL;
+    int C = m->dims.C;
+    if (m->exchange_slots) {
+        int64_t rows = s->T / s->n[s->levels - 1] - 1;  // fewer than T/W: a tile has several coarsest entries
+        for (int i = 0; i < r.B; i++)
+            shift(b->halo + i * rows * C, dout + i * s->T * C, rows * C * sizeof(floatX), -1);
+        if (procs.cp_rank < procs.cp - 1) halo = b->halo;
+    }
+    lighthouse_scatter_backward(b->dattn, dout, halo, b->index, r.B, s);
+    if (m->exchange_slots) rows_to_heads(b->dattn, b->dattn, y->gelu, r.B, all->S, 1, C);
+    sdpa_backward(b->dslots, b->dattn, b->slots, b->attn, b->stats, r.B, all->S, all->H, all->D);
+    if (m->exchange_slots) heads_to_rows(b->dslots, b->dslots, y->gelu, r.B, all->S, 3, C);
+    lighthouse_gather_backward(dqkv, b->dslots, b->slot, m->rope, r.B, s, m->exchange_slots ? first_token(r) : 0);
 }
 
 // ---- the matrix products of the layers, in floatX or with FP8 operands
@@ -4007,19 +4110,19 @@ static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
     int64_t N = run_rows(r);
     int C = d->C, D = d->C / d->NH, heads = d->NH / procs.cp;
     LayerActs* y = &m->acts.layer[l];
-    bool lighthouse = attention_kind(m, l, r.phase) == LIGHTHOUSE;
+    bool lighthouse = attention_kind(m, l, r.phase) == LIGHTHOUSE, exchange_tokens = !lighthouse || !m->exchange_slots;
     limit_lead();
     #define NEEDED(level) (!again || r.recompute >= (level))
     if (NEEDED(2))
         layernorm_forward(y->ln1, y->ln1_mean, y->ln1_rstd, y->x, weight(m, LN1W, l), weight(m, LN1B, l), N, C);
     product_forward(m, l, QKV, r, NEEDED(3) ? y->qkv : NULL, NULL, again);
     if (NEEDED(3)) {
-        tokens_to_heads(y->qkv, y->qkv, y->gelu, r, 3, C);
+        if (exchange_tokens) rows_to_heads(y->qkv, y->qkv, y->gelu, r.B, r.T, 3, C);
         if (d->rope && !lighthouse) rope_rotate(y->qkv, m->rope, +1, r.B, r.T, heads, D);
     }
-    if (lighthouse) lighthouse_forward(y->att_heads, &y->lh, y->qkv, m->rope, r.B, &m->shape, again, NEEDED(2));
+    if (lighthouse) lighthouse_forward(m, y, r, again, NEEDED(2));
     else if (NEEDED(4)) sdpa_forward(y->att_heads, y->stats, y->qkv, r.B, r.T, heads, D);
-    if (NEEDED(2)) heads_to_tokens(y->att, y->att_heads, y->gelu, r, 1, C);
+    if (NEEDED(2) && exchange_tokens) heads_to_rows(y->att, y->att_heads, y->gelu, r.B, r.T, 1, C);
     product_forward(m, l, ATTPROJ, r, NEEDED(3) ? y->x2 : NULL, y->x, again);
     if (NEEDED(2))
         layernorm_forward(y->ln2, y->ln2_mean, y->ln2_rstd, y->x2, weight(m, LN2W, l), weight(m, LN2B, l), N, C);
@@ -4036,7 +4139,7 @@ static void block_backward(Model* m, int l, Run r) {
     int C = d->C, D = d->C / d->NH, heads = d->NH / procs.cp;
     Activations* a = &m->acts;
     LayerActs* y = &a->layer[l];
-    bool lighthouse = attention_kind(m, l, r.phase) == LIGHTHOUSE;
+    bool lighthouse = attention_kind(m, l, r.phase) == LIGHTHOUSE, exchange_tokens = !lighthouse || !m->exchange_slots;
     limit_lead();
     if (r.recompute > 0 || lighthouse) block_forward(m, l, r, NULL, true);
 
@@ -4047,14 +4150,14 @@ static void block_backward(Model* m, int l, Run r) {
 
     product_backward(m, l, ATTPROJ, r, a->dbtc, a->dres);
     floatX* dqkv = a->dwide;
-    tokens_to_heads(a->dbtc, a->dbtc, y->gelu, r, 1, C);
+    if (exchange_tokens) rows_to_heads(a->dbtc, a->dbtc, y->gelu, r.B, r.T, 1, C);
     if (lighthouse) {
-        lighthouse_backward(dqkv, a->dbtc, &y->lh, m->rope, r.B, &m->shape);
+        lighthouse_backward(m, y, r, dqkv, a->dbtc);
     } else {
         sdpa_backward(dqkv, a->dbtc, y->qkv, y->att_heads, y->stats, r.B, r.T, heads, D);
         if (d->rope) rope_rotate(dqkv, m->rope, -1, r.B, r.T, heads, D);
     }
-    heads_to_tokens(dqkv, dqkv, y->gelu, r, 3, C);
+    if (exchange_tokens) heads_to_rows(dqkv, dqkv, y->gelu, r.B, r.T, 3, C);
     product_backward(m, l, QKV, r, a->dbtc, dqkv);
     layernorm_backward(a->dres, gradient(m, LN1W, l), gradient(m, LN1B, l), l > 0 ? gradient(m, FCPROJB, l - 1) : NULL,
                        a->dbtc, y->x, weight(m, LN1W, l), y->ln1_mean, y->ln1_rstd, N, C);
@@ -5299,6 +5402,10 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
             t->switch_step - 1, lighthouse, d->L, s->levels, s->pool, s->topk, s->tile, s->tiles);
         say("            %ld slots for %ld tokens: %.2f%% of dense attention's operations in such a layer\n", s->S,
             c->seq_len, 100 * S * S / (T * T));
+        if (procs.cp > 1)
+            say("            such a layer exchanges %s%s between the %d that share a sequence\n",
+                m->exchange_slots ? "slots" : "tokens", m->exchange_slots || s->S >= s->T ? "" :
+                ", since tiles do not divide,", procs.cp);
         say("dense       steps %ld to %ld%s\n", t->switch_step, t->steps - 1,
             t->switch_step == t->steps ? ": none" : "");
     } else say("attention   dense throughout\n");
@@ -5358,6 +5465,7 @@ static void setup_run(Trainer* t) {
     int heads = m->dims.NH / procs.cp, D = m->dims.C / m->dims.NH;
     if (m->has_lighthouse && !lighthouse_defaults(&m->shape, c, heads, D, why, sizeof why))
         fatal("Lighthouse attention at seq-len %ld: %s", c->seq_len, why);
+    if (m->has_lighthouse) choose_exchange(m);
 }
 
 // All processes must be built and started alike: rank 0's options are compared with this process's.

@@ -763,7 +763,8 @@ void lighthouse_invert(int32_t* slot /*(B,H,E) slot of the entry, or -1*/, const
 
 // A slot holds the mean of q, of k and of v over its tokens; q and k are rotated after pooling, at the last of them.
 void lighthouse_gather(floatX* slots /*(B,S,3,H,D)*/, const floatX* qkv, const int32_t* index,
-                       const float* rope /*table or NULL*/, int B, const LighthouseShape* s) {
+                       const float* rope /*table or NULL*/, int B, const LighthouseShape* s,
+                       int64_t t0 /*position of token 0*/) {
     int64_t T = s->T, H = s->H, D = s->D, S = s->S;
     #pragma omp parallel for
     for (int64_t br = 0; br < B * S; br++) {
@@ -778,36 +779,55 @@ void lighthouse_gather(floatX* slots /*(B,S,3,H,D)*/, const floatX* qkv, const i
                     for (int64_t d = 0; d < D; d++) x[d] += qkv[(((b * T + t) * 3 + part) * H + h) * D + d];
                 }
                 for (int64_t d = 0; d < D; d++) x[d] /= width;
-                if (rope && part < 2) rope_turn(x, rope, (i + 1) * width - 1, +1, s->D);
+                if (rope && part < 2) rope_turn(x, rope, t0 + (i + 1) * width - 1, +1, s->D);
+            }
+        }
+    }
+}
+
+// What the last entry of each level above 0 gives to the tokens that follow: zeros where it is not in the sequence.
+void lighthouse_halo(floatX* halo /*(B,L-1,H,D)*/, const floatX* attn /*(B,S,H,D)*/, const int32_t* slot, int B,
+                     const LighthouseShape* s) {
+    int64_t L = s->levels, H = s->H, D = s->D;
+    for (int64_t b = 0; b < B; b++) {
+        for (int64_t l = 1; l < L; l++) {
+            for (int64_t h = 0; h < H; h++) {
+                int64_t r = slot[(b * H + h) * s->off[L] + s->off[l + 1] - 1];
+                floatX* x = halo + ((b * (L - 1) + l - 1) * H + h) * D;
+                for (int64_t d = 0; d < D; d++) x[d] = r < 0 ? 0 : attn[((b * s->S + r) * H + h) * D + d];
             }
         }
     }
 }
 
 // Slot (l, i) is added to c_l tokens from the last one it covers on, so token t receives from each level entry
-// floor((t+1)/c_l) - 1 where that is in the sequence. Tokens that nothing reaches are zero.
-void lighthouse_scatter(floatX* out /*(B,T,H,D)*/, const floatX* attn /*(B,S,H,D)*/, const int32_t* slot, int B,
+// floor((t+1)/c_l) - 1 where that is in the sequence. Tokens that nothing reaches are zero. Where the tokens are a
+// part of a sequence, entry -1 is the last one of the part before, in its halo.
+void lighthouse_scatter(floatX* out /*(B,T,H,D)*/, const floatX* attn /*(B,S,H,D)*/,
+                        const floatX* halo /*(B,L-1,H,D) or NULL*/, const int32_t* slot, int B,
                         const LighthouseShape* s) {
-    int64_t T = s->T, H = s->H, D = s->D, S = s->S, E = s->off[s->levels];
+    int64_t T = s->T, L = s->levels, H = s->H, D = s->D, S = s->S, E = s->off[L];
     #pragma omp parallel for
     for (int64_t bt = 0; bt < B * T; bt++) {
         int64_t b = bt / T, t = bt % T;
         for (int64_t h = 0; h < H; h++) {
             floatX* x = out + (bt * H + h) * D;
             for (int64_t d = 0; d < D; d++) x[d] = 0;
-            for (int64_t l = 0, width = 1; l < s->levels; l++, width *= s->pool) {
-                int64_t i = (t + 1) / width - 1;
-                int64_t r = i < 0 ? -1 : slot[(b * H + h) * E + s->off[l] + i];
-                if (r < 0) continue;
-                for (int64_t d = 0; d < D; d++) x[d] += attn[((b * S + r) * H + h) * D + d];
+            for (int64_t l = 0, width = 1; l < L; l++, width *= s->pool) {
+                int64_t i = (t + 1) / width - 1, r = i < 0 ? -1 : slot[(b * H + h) * E + s->off[l] + i];
+                const floatX* y = r >= 0 ? attn + ((b * S + r) * H + h) * D
+                                : i < 0 && halo ? halo + ((b * (L - 1) + l - 1) * H + h) * D : NULL;
+                for (int64_t d = 0; y && d < D; d++) x[d] += y[d];
             }
         }
     }
 }
 
-void lighthouse_scatter_backward(floatX* dattn /*(B,S,H,D)*/, const floatX* dout /*(B,T,H,D)*/, const int32_t* index,
-                                 int B, const LighthouseShape* s) {
-    int64_t T = s->T, H = s->H, D = s->D, S = s->S;
+// halo: the first rows of the dout of the part behind, into which the last entry of each level reaches.
+void lighthouse_scatter_backward(floatX* dattn /*(B,S,H,D)*/, const floatX* dout /*(B,T,H,D)*/,
+                                 const floatX* halo /*(B,c_{L-1}-1,H,D) or NULL*/, const int32_t* index, int B,
+                                 const LighthouseShape* s) {
+    int64_t T = s->T, H = s->H, D = s->D, S = s->S, behind = T / s->n[s->levels - 1] - 1;
     #pragma omp parallel for
     for (int64_t br = 0; br < B * S; br++) {
         int64_t b = br / S, r = br % S;
@@ -816,8 +836,9 @@ void lighthouse_scatter_backward(floatX* dattn /*(B,S,H,D)*/, const floatX* dout
             entry_level(&i, &width, index[(b * H + h) * S + r], s);
             floatX* x = dattn + (br * H + h) * D;
             for (int64_t d = 0; d < D; d++) x[d] = 0;
-            for (int64_t t = (i + 1) * width - 1; t < min64((i + 2) * width - 1, T); t++) {
-                for (int64_t d = 0; d < D; d++) x[d] += dout[((b * T + t) * H + h) * D + d];
+            for (int64_t t = (i + 1) * width - 1; t < min64((i + 2) * width - 1, halo ? T + behind : T); t++) {
+                const floatX* y = t < T ? dout + (b * T + t) * H * D : halo + (b * behind + t - T) * H * D;
+                for (int64_t d = 0; d < D; d++) x[d] += y[h * D + d];
             }
         }
     }
@@ -826,7 +847,8 @@ void lighthouse_scatter_backward(floatX* dattn /*(B,S,H,D)*/, const floatX* dout
 // Each token adds, for every level whose entry floor(t/c_l) is in the sequence, that slot's gradient / c_l, with the
 // rotation undone.
 void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dslots /*(B,S,3,H,D)*/,
-                                const int32_t* slot, const float* rope, int B, const LighthouseShape* s) {
+                                const int32_t* slot, const float* rope, int B, const LighthouseShape* s,
+                                int64_t t0 /*position of token 0*/) {
     int64_t T = s->T, H = s->H, D = s->D, S = s->S, E = s->off[s->levels];
     #pragma omp parallel
     {
@@ -842,7 +864,7 @@ void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dslo
                         int64_t i = t / width, r = slot[(b * H + h) * E + s->off[l] + i];
                         if (r < 0) continue;
                         memcpy(turned, dslots + (((b * S + r) * 3 + part) * H + h) * D, D * sizeof(float));
-                        if (rope && part < 2) rope_turn(turned, rope, (i + 1) * width - 1, -1, s->D);
+                        if (rope && part < 2) rope_turn(turned, rope, t0 + (i + 1) * width - 1, -1, s->D);
                         for (int64_t d = 0; d < D; d++) x[d] += turned[d] / width;
                     }
                 }

@@ -92,12 +92,12 @@ static void test_file(const char* path) {
     lighthouse_scores(scores.data(), qkv.data(), B, &s);
     lighthouse_select(index.data(), scores.data(), B, &s);
     lighthouse_invert(slot.data(), index.data(), B, &s);
-    lighthouse_gather(qkv_slots.data(), qkv.data(), index.data(), NULL, B, &s);
+    lighthouse_gather(qkv_slots.data(), qkv.data(), index.data(), NULL, B, &s, 0);
     sdpa_forward(attn.data(), stats.data(), qkv_slots.data(), B, s.S, H, D);
-    lighthouse_scatter(out.data(), attn.data(), slot.data(), B, &s);
-    lighthouse_scatter_backward(dattn.data(), inputs[3].data(), index.data(), B, &s);
+    lighthouse_scatter(out.data(), attn.data(), NULL, slot.data(), B, &s);
+    lighthouse_scatter_backward(dattn.data(), inputs[3].data(), NULL, index.data(), B, &s);
     sdpa_backward(dslots.data(), dattn.data(), qkv_slots.data(), attn.data(), stats.data(), B, s.S, H, D);
-    lighthouse_gather_backward(dqkv.data(), dslots.data(), slot.data(), NULL, B, &s);
+    lighthouse_gather_backward(dqkv.data(), dslots.data(), slot.data(), NULL, B, &s, 0);
 
     size_t differ = 0, first = 0;
     for (size_t i = indices; i-- > 0;) {

@@ -235,34 +235,126 @@ static void test_ops(const Case& c, uint64_t seed) {
     floatX* d_dqkv = device_array<floatX>(B * T * 3 * C);
     for (int rope = 0; rope < 2; rope++) {
         Floats slots = run_twice<float>(d_slots, B * S * 3 * C, &same, [&] {
-            lighthouse_gather(d_slots, d_qkv, d_index, rope ? d_table : NULL, B, &s);
+            lighthouse_gather(d_slots, d_qkv, d_index, rope ? d_table : NULL, B, &s, 0);
         });
         Floats slots_reference(B * S * 3 * C);
-        cpu::lighthouse_gather(slots_reference.data(), qkv.data(), index.data(), rope ? table.data() : NULL, B, &s);
+        cpu::lighthouse_gather(slots_reference.data(), qkv.data(), index.data(), rope ? table.data() : NULL, B, &s, 0);
         report_floats(rope ? "gather, rope" : "gather", slots, slots_reference, ROUNDED, same, name);
 
         Floats dqkv = run_twice<float>(d_dqkv, B * T * 3 * C, &same, [&] {
-            lighthouse_gather_backward(d_dqkv, d_dslots, d_slot, rope ? d_table : NULL, B, &s);
+            lighthouse_gather_backward(d_dqkv, d_dslots, d_slot, rope ? d_table : NULL, B, &s, 0);
         });
         Floats dqkv_reference(B * T * 3 * C);
         cpu::lighthouse_gather_backward(dqkv_reference.data(), dslots.data(), slot.data(),
-                                        rope ? table.data() : NULL, B, &s);
+                                        rope ? table.data() : NULL, B, &s, 0);
         report_floats(rope ? "gather backward, rope" : "gather backward", dqkv, dqkv_reference, ROUNDED, same, name);
     }
 
     floatX* d_out = device_array<floatX>(B * T * C);
-    Floats out = run_twice<float>(d_out, B * T * C, &same, [&] { lighthouse_scatter(d_out, d_attn, d_slot, B, &s); });
+    Floats out = run_twice<float>(d_out, B * T * C, &same, [&] {
+        lighthouse_scatter(d_out, d_attn, NULL, d_slot, B, &s);
+    });
     Floats out_reference(B * T * C);
-    cpu::lighthouse_scatter(out_reference.data(), attn.data(), slot.data(), B, &s);
+    cpu::lighthouse_scatter(out_reference.data(), attn.data(), NULL, slot.data(), B, &s);
     report_floats("scatter", out, out_reference, ROUNDED, same, name);
 
     floatX* d_dattn = device_array<floatX>(B * S * C);
     Floats dattn = run_twice<float>(d_dattn, B * S * C, &same, [&] {
-        lighthouse_scatter_backward(d_dattn, d_dout, d_index, B, &s);
+        lighthouse_scatter_backward(d_dattn, d_dout, NULL, d_index, B, &s);
     });
     Floats dattn_reference(B * S * C);
-    cpu::lighthouse_scatter_backward(dattn_reference.data(), dout.data(), index.data(), B, &s);
+    cpu::lighthouse_scatter_backward(dattn_reference.data(), dout.data(), NULL, index.data(), B, &s);
     report_floats("scatter backward", dattn, dattn_reference, ROUNDED, same, name);
+    free_device_arrays();
+}
+
+// ---- parts of sequences -------------------------------------------------------------------------------------------
+// What each kernel gives over sequences, or over the part of them that begins at token t0; the halo is for the next
+// part. Fresh device arrays with a poisoned result and a guard for each.
+struct Part { Ints index, slot; Floats slots, out, dattn, dqkv, halo; bool same; };
+static Part run_part(const Floats& qkv, const Floats& attn, const Floats& dout, const Floats& dslots,
+                     const Floats& halo, const Floats& dout_halo, const float* d_table, int B,
+                     const LighthouseShape& s, int64_t t0) {
+    int64_t C = (int64_t)s.H * s.D, heads = (int64_t)B * s.H, E = s.off[s.levels], halo_size = B * (s.levels - 1) * C;
+    floatX *d_qkv = to_device<floatX>(qkv), *d_attn = to_device<floatX>(attn), *d_dout = to_device<floatX>(dout);
+    floatX* d_dslots = to_device<floatX>(dslots);
+    floatX* d_halo = halo.empty() ? NULL : to_device<floatX>(halo);
+    floatX* d_dout_halo = dout_halo.empty() ? NULL : to_device<floatX>(dout_halo);
+    float* d_scores = device_array<float>(2 * heads * E);
+    int32_t *d_index = device_array<int32_t>(heads * s.S), *d_slot = device_array<int32_t>(heads * E);
+    floatX *d_slots = device_array<floatX>(dslots.size()), *d_out = device_array<floatX>(dout.size());
+    floatX *d_dattn = device_array<floatX>(attn.size()), *d_dqkv = device_array<floatX>(qkv.size());
+    floatX* d_next = device_array<floatX>(halo_size);
+    bool same[6];
+    Part y;
+    lighthouse_scores(d_scores, d_qkv, B, &s);
+    y.index = run_twice<int32_t>(d_index, heads * s.S, &same[0], [&] { lighthouse_select(d_index, d_scores, B, &s); });
+    lighthouse_invert(d_slot, d_index, B, &s);
+    y.slot = to_host<int32_t>(d_slot, heads * E);
+    y.slots = run_twice<float>(d_slots, dslots.size(), &same[1], [&] {
+        lighthouse_gather(d_slots, d_qkv, d_index, d_table, B, &s, t0);
+    });
+    y.out = run_twice<float>(d_out, dout.size(), &same[2], [&] {
+        lighthouse_scatter(d_out, d_attn, d_halo, d_slot, B, &s);
+    });
+    y.dattn = run_twice<float>(d_dattn, attn.size(), &same[3], [&] {
+        lighthouse_scatter_backward(d_dattn, d_dout, d_dout_halo, d_index, B, &s);
+    });
+    y.dqkv = run_twice<float>(d_dqkv, qkv.size(), &same[4], [&] {
+        lighthouse_gather_backward(d_dqkv, d_dslots, d_slot, d_table, B, &s, t0);
+    });
+    y.halo = run_twice<float>(d_next, halo_size, &same[5], [&] { lighthouse_halo(d_next, d_attn, d_slot, B, &s); });
+    y.same = true;
+    for (bool x : same) y.same = y.same && x;
+    return y;
+}
+
+// Rows [first, first + count) of each of B sequences, of x (B, rows, n).
+static Floats cut(const Floats& x, int B, int64_t rows, int64_t first, int64_t count) {
+    int64_t n = x.size() / B / rows;
+    Floats y;
+    for (int b = 0; b < B; b++) y.insert(y.end(), &x[(b * rows + first) * n], &x[(b * rows + first) * n] + count * n);
+    return y;
+}
+
+// Sequences cut into W parts of whole tiles, as context parallelism cuts them: each part works by itself but for the
+// halos, and what comes out is what whole sequences give, bit for bit.
+static void test_parts(const Case& c, int W, uint64_t seed) {
+    LighthouseShape s = case_shape(c), p = case_shape({c.B, c.T / W, c.H, c.D, c.levels, c.pool, c.topk / W, c.tile});
+    int64_t C = (int64_t)c.H * c.D, L = c.levels, reach = s.T / s.n[L - 1] - 1;
+    int B = c.B;
+    Floats qkv = random_host(B * s.T * 3 * C, seed), attn = random_host(B * s.S * C, seed + 1), halo;
+    Floats dout = random_host(B * s.T * C, seed + 2), dslots = random_host(B * s.S * 3 * C, seed + 3);
+    Floats table((1024 + (s.T + 1023) / 1024) * c.D);
+    cpu::rope_table(table.data(), s.T, c.D, 10000);
+    float* d_table = to_device<float>(table);
+    Part whole = run_part(qkv, attn, dout, dslots, {}, {}, d_table, B, s, 0);
+    bool selection = true, slots = true, out = true, dattn = true, dqkv = true, halos = true, same = whole.same;
+    for (int w = 0; w < W; w++) {
+        Floats dout_halo, part_attn = cut(attn, B, s.S, w * p.S, p.S);
+        if (w + 1 < W) dout_halo = cut(dout, B, s.T, (w + 1) * p.T, reach);
+        Part y = run_part(cut(qkv, B, s.T, w * p.T, p.T), part_attn, cut(dout, B, s.T, w * p.T, p.T),
+                          cut(dslots, B, s.S, w * p.S, p.S), halo, dout_halo, d_table, B, p, w * p.T);
+        for (size_t i = 0; i < y.index.size(); i++) {
+            int64_t e, width, level = cpu::entry_level(&e, &width, y.index[i], &p);
+            selection = selection &&
+                        whole.index[i / p.S * s.S + w * p.S + i % p.S] == s.off[level] + w * p.n[level] + e;
+        }
+        slots = slots && y.slots == cut(whole.slots, B, s.S, w * p.S, p.S);
+        out = out && y.out == cut(whole.out, B, s.T, w * p.T, p.T);
+        dattn = dattn && y.dattn == cut(whole.dattn, B, s.S, w * p.S, p.S);
+        dqkv = dqkv && y.dqkv == cut(whole.dqkv, B, s.T, w * p.T, p.T);
+        same = same && y.same;
+        halo.resize(B * (L - 1) * C);
+        cpu::lighthouse_halo(halo.data(), part_attn.data(), y.slot.data(), B, &p);
+        halos = halos && y.halo == halo;
+    }
+    auto differs = [](bool equal, const char* what) { return equal ? "" : what; };
+    report(selection && slots && out && dattn && dqkv && halos && same, "%d parts and the whole: %s%s%s%s%s%s%s%s | %s",
+           W, differs(selection, "selection "), differs(slots, "gather "), differs(out, "scatter "),
+           differs(dattn, "scatter backward "), differs(dqkv, "gather backward "), differs(halos, "halo "),
+           differs(same, "runs "), selection && slots && out && dattn && dqkv && halos && same ? "equal" : "differ",
+           case_name(c).c_str());
     free_device_arrays();
 }
 
@@ -398,12 +490,12 @@ static void test_vectors(const char* file) {
     float* d_stats = device_array<float>(heads * S);
     prepare_sdpa(B, S, H, D, true, true);
     lighthouse_invert(d_slot, d_index, B, &s);
-    lighthouse_gather(d_slots, d_qkv, d_index, NULL, B, &s);
+    lighthouse_gather(d_slots, d_qkv, d_index, NULL, B, &s, 0);
     sdpa_forward(d_attn, d_stats, d_slots, B, S, H, D);
-    lighthouse_scatter(d_out, d_attn, d_slot, B, &s);
-    lighthouse_scatter_backward(d_dattn, d_dout, d_index, B, &s);
+    lighthouse_scatter(d_out, d_attn, NULL, d_slot, B, &s);
+    lighthouse_scatter_backward(d_dattn, d_dout, NULL, d_index, B, &s);
     sdpa_backward(d_dslots, d_dattn, d_slots, d_attn, d_stats, B, S, H, D);
-    lighthouse_gather_backward(d_dqkv, d_dslots, d_slot, NULL, B, &s);
+    lighthouse_gather_backward(d_dqkv, d_dslots, d_slot, NULL, B, &s, 0);
     Floats out = to_host<float>(d_out, N * C), dqkv = to_host<float>(d_dqkv, N * 3 * C);
     for (int i = 0; i < 4; i++) {
         Floats x(N * H * d);
@@ -474,7 +566,7 @@ static void test_million() {
         return e;
     };
     floatX* d_slots = device_array<floatX>(S * 3 * C);
-    lighthouse_gather(d_slots, d_qkv, d_index, d_table, 1, &s);
+    lighthouse_gather(d_slots, d_qkv, d_index, d_table, 1, &s, 0);
     Floats slots = to_host<float>(d_slots, S * 3 * C), row(D), got, want;
     for (int64_t i = 0; i < SAMPLES; i++) {
         int64_t r = i == 0 ? S - 1 : i * 7919 % S, h = i % H, part = i / H % 3;
@@ -493,7 +585,7 @@ static void test_million() {
     report_rows("a million tokens, gather", got, want, D, 1.5 * ROUNDED, name);
 
     floatX* d_dattn = device_array<floatX>(S * C);
-    lighthouse_scatter_backward(d_dattn, d_dout, d_index, 1, &s);
+    lighthouse_scatter_backward(d_dattn, d_dout, NULL, d_index, 1, &s);
     Floats dattn = to_host<float>(d_dattn, S * C);
     got.clear(), want.clear();
     for (int64_t i = 0; i < SAMPLES; i++) {
@@ -511,7 +603,7 @@ static void test_million() {
     report_rows("a million tokens, scatter backward", got, want, D, 1.5 * ROUNDED, name);
 
     floatX* d_out = device_array<floatX>(T * C);
-    lighthouse_scatter(d_out, d_attn, d_slot, 1, &s);
+    lighthouse_scatter(d_out, d_attn, NULL, d_slot, 1, &s);
     std::vector<floatX> out = to_host<floatX>(d_out, T * C);
     got.clear(), want.clear();
     for (int64_t i = 0; i < SAMPLES; i++) {
@@ -527,7 +619,7 @@ static void test_million() {
     report_rows("a million tokens, scatter", got, want, D, 1.5 * ROUNDED, name);
 
     floatX* d_dqkv = device_array<floatX>(T * 3 * C);
-    lighthouse_gather_backward(d_dqkv, d_dslots, d_slot, d_table, 1, &s);
+    lighthouse_gather_backward(d_dqkv, d_dslots, d_slot, d_table, 1, &s, 0);
     got.clear(), want.clear();
     for (int64_t i = 0; i < SAMPLES; i++) {
         int64_t t = i == 0 ? T - 1 : i * 104729 % T, h = i % H, part = i / H % 3;
@@ -697,26 +789,27 @@ static void time_case(const Case& c, int runs, int dense_runs, bool json = false
     around += TIME("scores", 2 * T * C * X + 8.0 * H * E, lighthouse_scores(d_scores, d_qkv, 1, &s));
     around += TIME("select", 0, lighthouse_select(d_index, d_scores, 1, &s));
     around += TIME("invert", 0, lighthouse_invert(d_slot, d_index, 1, &s));
-    around += TIME("gather", 3 * T * C * X + 3 * S * C * X, lighthouse_gather(d_slots, d_qkv, d_index, d_table, 1, &s));
+    around += TIME("gather", 3 * T * C * X + 3 * S * C * X,
+                   lighthouse_gather(d_slots, d_qkv, d_index, d_table, 1, &s, 0));
     double forward = TIME("sdpa forward, S slots", 0, sdpa_forward(d_attn, d_stats, d_slots, 1, S, H, D));
-    around += TIME("scatter", S * C * X + T * C * X, lighthouse_scatter(d_out, d_attn, d_slot, 1, &s));
+    around += TIME("scatter", S * C * X + T * C * X, lighthouse_scatter(d_out, d_attn, NULL, d_slot, 1, &s));
     around += TIME("scatter backward", S * C * X + T * C * X,
-                   lighthouse_scatter_backward(d_dattn, d_dout, d_index, 1, &s));
+                   lighthouse_scatter_backward(d_dattn, d_dout, NULL, d_index, 1, &s));
     double backward = TIME("sdpa backward, S slots", 0,
                            sdpa_backward(d_dslots, d_dattn, d_slots, d_attn, d_stats, 1, S, H, D));
     around += TIME("gather backward", 3 * S * C * X + 3 * T * C * X,
-                   lighthouse_gather_backward(d_dqkv, d_dslots, d_slot, d_table, 1, &s));
+                   lighthouse_gather_backward(d_dqkv, d_dslots, d_slot, d_table, 1, &s, 0));
     #undef TIME
     double whole = median_ms(runs, [&] {
         lighthouse_scores(d_scores, d_qkv, 1, &s);
         lighthouse_select(d_index, d_scores, 1, &s);
         lighthouse_invert(d_slot, d_index, 1, &s);
-        lighthouse_gather(d_slots, d_qkv, d_index, d_table, 1, &s);
+        lighthouse_gather(d_slots, d_qkv, d_index, d_table, 1, &s, 0);
         sdpa_forward(d_attn, d_stats, d_slots, 1, S, H, D);
-        lighthouse_scatter(d_out, d_attn, d_slot, 1, &s);
-        lighthouse_scatter_backward(d_dattn, d_dout, d_index, 1, &s);
+        lighthouse_scatter(d_out, d_attn, NULL, d_slot, 1, &s);
+        lighthouse_scatter_backward(d_dattn, d_dout, NULL, d_index, 1, &s);
         sdpa_backward(d_dslots, d_dattn, d_slots, d_attn, d_stats, 1, S, H, D);
-        lighthouse_gather_backward(d_dqkv, d_dslots, d_slot, d_table, 1, &s);
+        lighthouse_gather_backward(d_dqkv, d_dslots, d_slot, d_table, 1, &s, 0);
     });
     double whole_fastest = fastest_ms, whole_slowest = slowest_ms;
     time_line("all but sdpa, summed", 0, around);
@@ -792,6 +885,8 @@ int main(int argc, char** argv) {
     if (wanted("ops") || wanted("quick")) {
         uint64_t seed = 100;
         for (const Case& c : cases) test_ops(c, seed += 10);
+        for (const Case& c : cases)
+            for (int W : {2, 4}) if (c.topk / c.tile % W == 0) test_parts(c, W, seed += 10);
     }
     if (wanted("sdpa")) {
         test_sdpa(2, 65, 2, 64, false, false, 1);

@@ -22,6 +22,7 @@
 
 using namespace cpu_double;  // overloads: float* arguments choose the fp32 operation, double* the other
 typedef std::vector<double> Doubles;
+typedef std::vector<float> Floats;
 typedef std::vector<int32_t> Ints;
 
 // The double build differs from plain loops by the order of additions. fp32 rounds to 6e-8, and sums of terms of random
@@ -754,12 +755,12 @@ static Lighthouse lighthouse(const Doubles& qkv, const Doubles& dout, Ints* inde
         lighthouse_select(index->data(), scores.data(), B, &s);
     }
     cpu::lighthouse_invert(slot.data(), index->data(), B, &s);
-    lighthouse_gather(slots.data(), x.data(), index->data(), rope, B, &s);
+    lighthouse_gather(slots.data(), x.data(), index->data(), rope, B, &s, 0);
     sdpa_forward(attn.data(), stats.data(), slots.data(), B, s.S, s.H, s.D);
-    lighthouse_scatter(out.data(), attn.data(), slot.data(), B, &s);
-    lighthouse_scatter_backward(dattn.data(), dy.data(), index->data(), B, &s);
+    lighthouse_scatter(out.data(), attn.data(), NULL, slot.data(), B, &s);
+    lighthouse_scatter_backward(dattn.data(), dy.data(), NULL, index->data(), B, &s);
     sdpa_backward(dslots.data(), dattn.data(), slots.data(), attn.data(), stats.data(), B, s.S, s.H, s.D);
-    lighthouse_gather_backward(dx.data(), dslots.data(), slot.data(), rope, B, &s);
+    lighthouse_gather_backward(dx.data(), dslots.data(), slot.data(), rope, B, &s, 0);
     return {wide(scores), wide(slots), wide(attn), wide(out), wide(dattn), wide(dslots), wide(dx)};
 }
 
@@ -820,6 +821,68 @@ static void test_lighthouse(int B, const LighthouseShape& s, double theta) {
     test.at_most("gather's", fabs(dot(d.slots, d.dslots) - dot(qkv, d.dqkv)) / sqrt((double)n), DOUBLE_BOUND);
     auto loss = [&] { return dot(lighthouse_plainly(qkv, index, theta, B, s), dout); };
     test.gradient("dqkv", d.dqkv, f.dqkv, {}, qkv, loss);
+}
+
+// What each operation gives over sequences, or over the part of them that begins at token t0.
+struct Part { Ints index, slot; Floats slots, out, dattn, dqkv; };
+static Part run_part(const Floats& qkv, const Floats& attn, const Floats& dout, const Floats& dslots,
+                     const Floats& halo, const Floats& dout_halo, const Floats& table, int B, const LighthouseShape& s,
+                     int64_t t0) {
+    auto pointer = [](const Floats& x) { return x.empty() ? NULL : x.data(); };
+    size_t heads = B * s.H, E = s.off[s.levels];
+    Floats scores = poison<float>(2 * heads * E);
+    Part y = {Ints(heads * s.S, -77), Ints(heads * E, -77), poison<float>(dslots.size()), poison<float>(dout.size()),
+              poison<float>(attn.size()), poison<float>(qkv.size())};
+    lighthouse_scores(scores.data(), qkv.data(), B, &s);
+    lighthouse_select(y.index.data(), scores.data(), B, &s);
+    cpu::lighthouse_invert(y.slot.data(), y.index.data(), B, &s);
+    lighthouse_gather(y.slots.data(), qkv.data(), y.index.data(), pointer(table), B, &s, t0);
+    lighthouse_scatter(y.out.data(), attn.data(), pointer(halo), y.slot.data(), B, &s);
+    lighthouse_scatter_backward(y.dattn.data(), dout.data(), pointer(dout_halo), y.index.data(), B, &s);
+    lighthouse_gather_backward(y.dqkv.data(), dslots.data(), y.slot.data(), pointer(table), B, &s, t0);
+    return y;
+}
+
+// Rows [first, first + count) of each of B sequences, of x (B, rows, n).
+static Floats cut(const Floats& x, int B, int64_t rows, int64_t first, int64_t count) {
+    int64_t n = x.size() / B / rows;
+    Floats y;
+    for (int b = 0; b < B; b++) y.insert(y.end(), &x[(b * rows + first) * n], &x[(b * rows + first) * n] + count * n);
+    return y;
+}
+
+// Sequences cut into W parts of whole tiles, as context parallelism cuts them: each part works by itself but for the
+// halos, and what comes out is what whole sequences give, bit for bit.
+static void test_parts(int B, const LighthouseShape& s, int W, double theta) {
+    Test test(lighthouse_name(text("%d parts,", W).c_str(), B, s, theta));
+    LighthouseShape p = shape_of(s.T / W, s.H, s.D, s.levels, s.pool, s.topk / W, s.tile);
+    int64_t C = (int64_t)s.H * s.D, L = s.levels, reach = s.T / s.n[L - 1] - 1;
+    Floats qkv = to<float>(random_numbers(B * s.T * 3 * C)), attn = to<float>(random_numbers(B * s.S * C));
+    Floats dslots = to<float>(random_numbers(B * s.S * 3 * C)), dout = to<float>(random_numbers(B * s.T * C));
+    Floats table, halo;
+    if (theta > 0) {
+        table.resize((1024 + (s.T + 1023) / 1024) * s.D);
+        rope_table(table.data(), s.T, s.D, theta);
+    }
+    Part whole = run_part(qkv, attn, dout, dslots, {}, {}, table, B, s, 0);
+    for (int w = 0; w < W; w++) {
+        Floats dout_halo, part_attn = cut(attn, B, s.S, w * p.S, p.S);
+        if (w + 1 < W) dout_halo = cut(dout, B, s.T, (w + 1) * p.T, reach);
+        Part y = run_part(cut(qkv, B, s.T, w * p.T, p.T), part_attn, cut(dout, B, s.T, w * p.T, p.T),
+                          cut(dslots, B, s.S, w * p.S, p.S), halo, dout_halo, table, B, p, w * p.T);
+        bool selection = true;
+        for (size_t i = 0; i < y.index.size(); i++) {
+            int64_t level = level_of(y.index[i], p), e = y.index[i] - p.off[level] + w * p.n[level];
+            selection = selection && whole.index[i / p.S * s.S + w * p.S + i % p.S] == s.off[level] + e;
+        }
+        test.that(selection, "selection");
+        test.that(y.slots == cut(whole.slots, B, s.S, w * p.S, p.S), "slots");
+        test.that(y.out == cut(whole.out, B, s.T, w * p.T, p.T), "out");
+        test.that(y.dattn == cut(whole.dattn, B, s.S, w * p.S, p.S), "dattn");
+        test.that(y.dqkv == cut(whole.dqkv, B, s.T, w * p.T, p.T), "dqkv");
+        halo = poison<float>(B * (L - 1) * C);  // of this part, for the next
+        lighthouse_halo(halo.data(), part_attn.data(), y.slot.data(), B, &p);
+    }
 }
 
 // Selection from scores that tie, that are all equal, or that are not numbers.
@@ -1001,12 +1064,18 @@ int main() {
     struct { int B; LighthouseShape shape; } settings[] = {
         {1, shape_of(16, 1, 16, 2, 2, 4, 4)},      {2, shape_of(64, 2, 16, 2, 2, 16, 8)},
         {1, shape_of(512, 2, 32, 3, 4, 32, 16)},   {2, shape_of(240, 1, 20, 4, 2, 24, 8)},
-        {1, shape_of(160, 2, 16, 5, 2, 8, 4)},     {1, shape_of(136, 1, 128, 2, 8, 16, 16)},
+        {1, shape_of(160, 2, 16, 5, 2, 8, 4)},     {1, shape_of(1024, 1, 16, 4, 4, 16, 8)},
+        {2, shape_of(512, 3, 16, 4, 2, 16, 4)},    {1, shape_of(136, 1, 128, 2, 8, 16, 16)},
         {1, shape_of(1024, 1, 16, 3, 8, 16, 16)},  {3, shape_of(384, 1, 64, 2, 4, 96, 32)},
     };
     for (auto& setting : settings) {
         test_lighthouse(setting.B, setting.shape, 0);
         test_lighthouse(setting.B, setting.shape, 10000);
+        for (int W = 2; W <= setting.shape.tiles; W++) {
+            if (setting.shape.tiles % W) continue;
+            test_parts(setting.B, setting.shape, W, 0);
+            test_parts(setting.B, setting.shape, W, 10000);
+        }
         test_selection(setting.B, setting.shape);
         test_causality(setting.B, setting.shape, 10000);
     }
