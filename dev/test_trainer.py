@@ -327,7 +327,7 @@ def test_fp8_trains_like_fp32(lab, program):
     a, b = ([e["loss_dense"] for e in events(folder, "eval")] for folder in (wide, fp8))
     assert a[0] == b[0] and max(abs(x / y - 1) for x, y in zip(a, b)) < 0.002
     parts = events(fp8, "memory")[0]["parts"]
-    assert parts["FP8 operands"] == 2 * 4 * T * 4 * 16 and parts["FP8 weights"] == 2 * 3 * 12 * 16 * 16 + 3 * 3 * 4 * 8
+    assert parts["FP8 operands"] == 2 * 4 * T * 4 * 16 and parts["FP8 weights"] == 2 * 3 * 12 * 16 * 16 + 3 * 3 * 4 * 16
     assert not any("FP8" in part for part in events(wide, "memory")[0]["parts"])
     finished = lab.train("fp8", **dict(options, steps=31), fp8=0, resume=1)  # the state of a run does not depend on it
     assert len(step_events(finished)) == 31
