@@ -1198,9 +1198,10 @@ static uint64_t loader_fingerprint(const Loader* d) {
 // the matrix's largest magnitude there. GPUs multiply FP8 rows by rows only, so a matrix may lie there twice, as it is
 // and transposed.
 typedef uint8_t fp8_t;
-struct Fp8Scale {
-    float amax;      // the largest magnitude of the wider matrix, or a bound of it
+struct alignas(16) Fp8Scale {  // cuBLASLt refuses a scale, which inverse is to it, at any other address
     float inverse;   // FP8 number times inverse: the number it stands for
+    float amax;      // the largest magnitude of the wider matrix, or a bound of it
+    float unused[2];
 };
 struct Fp8Matrix {
     fp8_t* rows;     // (N, C), or NULL: not wanted
@@ -1835,6 +1836,10 @@ static MatmulPlan* matmul_plan(const MatmulShape& s) {
     // terms and longer sums, leave them for fp32 registers every few steps.
     int8_t fast = s.operands == FP8;
     cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof(fast)));
+    if (s.operands != FLOATX) {  // the choice of a kernel should know that there are scales; every product has its own
+        for (auto scale : {CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER})
+            cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, scale, &cublaslt_workspace, sizeof(void*)));
+    }
     cublasLtMatmulHeuristicResult_t found[2];
     p->proposals = matmul_candidates(p, found, 2);
     p->algo = found[0].algo;

@@ -12,7 +12,6 @@ With --fp8 1 the losses lie within 2% of bf16's; it too resumes and recomputes t
 """
 import json
 import os
-import random
 import shutil
 import struct
 import subprocess
@@ -75,6 +74,12 @@ def model_bytes(out):
     return open(os.path.join(out, "model.bin"), "rb").read()
 
 
+def at_once(f, of):
+    """Results of f, four runs sharing the GPU: starting takes most of a short run's time."""
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(f, of))
+
+
 def main():
     work = tempfile.mkdtemp()
     data = work
@@ -89,8 +94,8 @@ def main():
                 cases.append((f"{attention} {positions} D {head}", f"train_gpt_{attention}", options))
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
         cpu = list(pool.map(lambda c: run(c[1] + "_cpu", os.path.join(work, "cpu " + c[0]), data, *c[2]), cases))
-    for (name, program, options), cpu_out in zip(cases, cpu):
-        out = run(program, os.path.join(work, "gpu " + name), data, *options)
+    gpu = at_once(lambda c: run(c[1], os.path.join(work, "gpu " + c[0]), data, *c[2]), cases)
+    for (name, program, options), out, cpu_out in zip(cases, gpu, cpu):
         worst = worst_difference(losses(out), losses(cpu_out))
         a, b = [[e["loss_dense"] for e in events(o, "eval")] for o in (out, cpu_out)]
         fell = losses(cpu_out)[0] - losses(cpu_out)[-1]
@@ -103,13 +108,16 @@ def main():
         o = options + ["--deterministic", deterministic, "--fp8", fp8]
         kind = f"deterministic {deterministic}, fp8 {fp8}"
         whole = run("train_gpt_lighthouse", f"{work}/{kind}", data, *o)
-        for stop in (SWITCH - 5, SWITCH, SWITCH + 5):
+
+        def resumed(stop):
             out = f"{work}/{kind}, resumed at {stop}"
             run("train_gpt_lighthouse", out, data, *o, "--checkpoint-every", str(stop), "--keep-last", "0")
             for name in os.listdir(out):
                 if name != f"ckpt_{stop:08d}.bin":
                     os.unlink(os.path.join(out, name))
-            run("train_gpt_lighthouse", out, data, *o, "--resume", "1")
+            return run("train_gpt_lighthouse", out, data, *o, "--resume", "1")
+        stops = (SWITCH - 5, SWITCH, SWITCH + 5)
+        for stop, out in zip(stops, at_once(resumed, stops)):
             worst = worst_difference(losses(out), losses(whole)[stop:])
             same = model_bytes(out) == model_bytes(whole)
             check(same if deterministic == "1" else worst < 0.002, f"resume at step {stop}, {kind}",
@@ -117,12 +125,12 @@ def main():
             shutil.rmtree(out)
     for fp8 in ("0", "1"):
         whole = model_bytes(f"{work}/deterministic 1, fp8 {fp8}")
-        for level in range(5):
-            out = run("train_gpt_lighthouse", f"{work}/recompute {level}, fp8 {fp8}", data, *options, "--deterministic", "1",
-                      "--fp8", fp8, "--recompute", str(level))
+        for level, out in enumerate(at_once(lambda level: run(
+                "train_gpt_lighthouse", f"{work}/recompute {level}, fp8 {fp8}", data, *options, "--deterministic", "1", "--fp8", fp8,
+                "--recompute", str(level)), range(5))):
             check(model_bytes(out) == whole, f"recompute {level}, fp8 {fp8}", "the same bits as the automatic level")
-    for name, program, o in cases:
-        out, wide = run(program, f"{work}/fp8 {name}", data, *o, "--fp8", "1"), f"{work}/gpu {name}"
+    for (name, _, _), out in zip(cases, at_once(lambda c: run(c[1], f"{work}/fp8 {c[0]}", data, *c[2], "--fp8", "1"), cases)):
+        wide = f"{work}/gpu {name}"
         worst = worst_difference(losses(out), losses(wide))
         worst_eval = worst_difference([e["loss_dense"] for e in events(out, "eval")], [e["loss_dense"] for e in events(wide, "eval")])
         check(0 < worst < 0.02 and worst_eval < 0.02, f"fp8 {name}",

@@ -500,7 +500,7 @@ def test_real_kill_with_workers(tmp_path, ranks):
     lines = source.decode().splitlines(True)
     rng = random.Random(2)
     with open(str(tmp_path / "in.jsonl"), "w") as f:
-        for i in range(400):
+        for i in range(1000):  # so much that a busy machine, too, is still at it when it is stopped
             at = rng.randrange(len(lines) - 400)
             f.write(json.dumps({"text": "".join(lines[at:at + 400])}) + "\n")
     args = ["--source", "files", "--input", str(tmp_path / "in.jsonl"), "--tokenizer", "gpt2", "--workers", "2",
