@@ -3365,8 +3365,9 @@ static void lighthouse_gather(floatX* slots /*(B,S,3,H,D)*/, const floatX* qkv /
 }
 
 // A slot's gradient is the sum of dout over the tokens that it was added to: c_l tokens from the last one it covers on.
-// The last entries' tokens behind T are the first ones of the part of the sequence that follows, the halo.
-template <int D>
+// The last entries' tokens behind T are the first ones of the part of the sequence that follows, the halo. Without one
+// the kernel takes fewer registers.
+template <int D, bool HALO>
 __global__ void __launch_bounds__(SLOT_THREADS) lighthouse_scatter_backward_kernel(
         floatX* dattn, const floatX* __restrict__ dout, const floatX* __restrict__ halo,
         const int32_t* __restrict__ index, LighthouseShape s, unsigned chunks) {
@@ -3380,7 +3381,7 @@ __global__ void __launch_bounds__(SLOT_THREADS) lighthouse_scatter_backward_kern
     int64_t count = s.T - first < width ? s.T - first : width;
     float sum[1][8] = {};
     sum_rows(sum, dout + (at.b * s.T + first) * row + at.h * D + lane * 8, row, 0, count);
-    if (halo && count < width) {
+    if (HALO && count < width) {
         int64_t rows = ((int64_t)1 << ((s.levels - 1) * pool_bits(s))) - 1;
         sum_rows(sum, halo + at.b * rows * row + at.h * D + lane * 8, row, 0, width - count);
     }
@@ -3391,8 +3392,9 @@ static void lighthouse_scatter_backward(floatX* dattn /*(B,S,H,D)*/, const float
                                         const floatX* halo /*(B,c_{L-1}-1,H,D) or NULL*/,
                                         const int32_t* index /*(B,H,S)*/, int B, const LighthouseShape* s) {
     unsigned chunks = grid_for(s->S, SLOT_THREADS / (s->D / 8)), blocks = grid_for((int64_t)B * s->H * chunks, 1);
-    WITH_HEAD_SIZE(s->D, lighthouse_scatter_backward_kernel<HEAD><<<blocks, SLOT_THREADS, 0, main_stream>>>(
-                             dattn, dout, halo, index, *s, chunks));
+    WITH_HEAD_SIZE(s->D, auto* kernel = halo ? lighthouse_scatter_backward_kernel<HEAD, true>
+                                             : lighthouse_scatter_backward_kernel<HEAD, false>;
+                   kernel<<<blocks, SLOT_THREADS, 0, main_stream>>>(dattn, dout, halo, index, *s, chunks));
 }
 
 // ---- scatter, and the backward of gather: kernels that make tokens
@@ -3405,8 +3407,9 @@ static void lighthouse_scatter_backward(floatX* dattn /*(B,S,H,D)*/, const float
 
 // Token t receives from level l the entry floor((t+1)/c_l) - 1, which is the same for tokens u CHUNK - 1 to u CHUNK +
 // CHUNK - 2. So chunk u begins a token before u CHUNK, and there is one chunk more than T / CHUNK. Where the tokens are
-// a part of a sequence, entry -1 is the last one of the part before, in its halo.
-template <int D, int CHUNK>
+// a part of a sequence, entry -1 is the last one of the part before, in its halo. Without one the kernel takes fewer
+// registers.
+template <int D, int CHUNK, bool HALO>
 __global__ void lighthouse_scatter_kernel(floatX* out, const floatX* __restrict__ attn,
                                           const floatX* __restrict__ halo, const int32_t* __restrict__ slot, int B,
                                           LighthouseShape s) {
@@ -3426,7 +3429,7 @@ __global__ void lighthouse_scatter_kernel(floatX* out, const floatX* __restrict_
         int64_t i = (end >> (l * bits)) - 1;
         int32_t r = i >= 0 ? head_slot[s.off[l] + i] : -1;
         if (r >= 0) add_pack(shared_sum, load8(x + r * row));
-        else if (i < 0 && halo)
+        else if (HALO && i < 0)
             add_pack(shared_sum, load8(halo + (b * (s.levels - 1) + l - 1) * row + h * D + lane * 8));
     }
     Pack8<floatX> pack = to_pack8<floatX>(shared_sum);
@@ -3453,8 +3456,9 @@ static void lighthouse_scatter(floatX* out /*(B,T,H,D)*/, const floatX* attn /*(
         int64_t groups = (s->T / CHUNK + 1) * s->H * B;
         opRequire(groups <= UINT32_MAX, "%ld groups of tokens: more than 32 bits count", groups);
         unsigned blocks = grid_for(groups * (s->D / 8), 128);
-        WITH_HEAD_SIZE(s->D, lighthouse_scatter_kernel<HEAD, CHUNK><<<blocks, 128, 0, main_stream>>>(
-                                 out, attn, halo, slot, B, *s));
+        WITH_HEAD_SIZE(s->D, auto* kernel = halo ? lighthouse_scatter_kernel<HEAD, CHUNK, true>
+                                                 : lighthouse_scatter_kernel<HEAD, CHUNK, false>;
+                       kernel<<<blocks, 128, 0, main_stream>>>(out, attn, halo, slot, B, *s));
     });
 }
 

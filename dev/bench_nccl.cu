@@ -6,7 +6,8 @@
 //   mpirun -n 8 build/bench_nccl cp=8 reduce_scatter=50331648 all_gather=25165824 all_to_all=75497472
 //
 // A size is the bytes of the whole buffer on one rank, of which it sends the share of the others: (ranks - 1) / ranks,
-// in all_to_all of the cp ranks of its group, all groups at once. The rate is that of the bytes sent.
+// in all_to_all and shift of the cp ranks of its group, all groups at once: all but the last of a group send all of
+// what they shift. The rate is that of the bytes sent.
 #define TRAINER_NO_MAIN
 #include "../train_gpt_lighthouse.cu"
 #include <vector>
@@ -20,6 +21,7 @@ struct Measurement {
 static void run_call(const Measurement& x, char* recv, char* send) {
     if (!strcmp(x.call, "reduce_scatter")) reduce_scatter_start((float*)send, x.bytes / sizeof(float));
     else if (!strcmp(x.call, "all_gather")) all_gather_start(send, x.bytes);
+    else if (!strcmp(x.call, "shift")) shift(recv, send, x.bytes, 1);
     else all_to_all(recv, send, x.bytes / x.ranks);
 }
 
@@ -47,17 +49,17 @@ int main(int argc, char** argv) {
         int64_t value = 0;
         bool known = sscanf(argv[i], "%31[a-z_]=%ld", call, &value) == 2 && value >= 1;
         const char* name = NULL;
-        for (const char* c : {"reduce_scatter", "all_gather", "all_to_all"}) if (!strcmp(call, c)) name = c;
+        for (const char* c : {"reduce_scatter", "all_gather", "all_to_all", "shift"}) if (!strcmp(call, c)) name = c;
         if (known && name) wanted.push_back({name, value, 0});
         else if (known && !strcmp(call, "cp")) cp = value;
-        else fatal("\"%s\" is no measurement: give cp=RANKS, reduce_scatter=BYTES, all_gather=BYTES, all_to_all=BYTES",
-                   argv[i]);
+        else fatal("\"%s\" is no measurement: give cp=RANKS, reduce_scatter=BYTES, all_gather=BYTES, all_to_all=BYTES, "
+                   "shift=BYTES", argv[i]);
     }
     processes_split(cp);
     int64_t most = 0;
     for (Measurement& x : wanted) {
-        bool in_groups = !strcmp(x.call, "all_to_all");
-        if (in_groups && cp == 1) fatal("all_to_all is measured in groups: give cp=RANKS, 2 or more");
+        bool in_groups = !strcmp(x.call, "all_to_all") || !strcmp(x.call, "shift");
+        if (in_groups && cp == 1) fatal("%s is measured in groups: give cp=RANKS, 2 or more", x.call);
         x.ranks = in_groups ? procs.cp : procs.world;
         x.bytes = ceil_div(x.bytes, 256 * x.ranks) * 256 * x.ranks;
         most = std::max(most, x.bytes);

@@ -121,13 +121,20 @@ def same_losses(run, reference, since=0):
 
 # ---- 1. the same losses on any number of ranks
 
-CASES = {  # each with another micro-batch, so another number of micro-steps; all recompute levels under --cp
+# Each with another micro-batch, so another number of micro-steps; all recompute levels under --cp. Of two tiles (tile
+# 8) two ranks hold one each, and Lighthouse layers exchange slots; between four ranks they exchange tokens.
+FOUR_TILES = dict(tile=4)
+CASES = {
     "dp 2": dict(ranks=2, batch_size=2),
     "dp 3": dict(ranks=3, batch_size=1),
     "dp 4": dict(ranks=4, batch_size=3, recompute=4),
     "cp 2": dict(ranks=2, cp=2, batch_size=1, recompute=0),
     "cp 4": dict(ranks=4, cp=4, batch_size=2, recompute=1),
     "dp 2, cp 2": dict(ranks=4, cp=2, batch_size=3, recompute=2),
+    "cp 4, slots": dict(ranks=4, cp=4, batch_size=2, recompute=2, **FOUR_TILES),
+    "cp 4, slots, learned": dict(ranks=4, cp=4, batch_size=1, recompute=3, positions="learned", **FOUR_TILES),
+    "dp 2, cp 2, two tiles a rank": dict(ranks=4, cp=2, batch_size=2, recompute=4, **FOUR_TILES),
+    "cp 2, more slots than tokens": dict(ranks=2, cp=2, batch_size=2, recompute=2, topk=32),
     "dp 3, learned": dict(ranks=3, batch_size=2, positions="learned"),
     "cp 2, learned": dict(ranks=2, cp=2, batch_size=2, recompute=3, positions="learned"),
     "cp 4, learned": dict(ranks=4, cp=4, batch_size=1, recompute=4, positions="learned"),
@@ -140,7 +147,7 @@ CASES = {  # each with another micro-batch, so another number of micro-steps; al
 @pytest.mark.parametrize("case", CASES)
 def test_losses_are_those_of_one_rank(lab, reference, case):
     options = CASES[case]
-    one = reference(**{name: options[name] for name in ("positions", "program") if name in options})
+    one = reference(**{name: options[name] for name in ("positions", "program", "topk", "tile") if name in options})
     result = lab.run("run", **options)
     assert result.code == 0, result.err
     run = lab.folder / "run"
@@ -149,6 +156,21 @@ def test_losses_are_those_of_one_rank(lab, reference, case):
     assert "\033" not in result.out, "mpirun gives its first process a terminal; its output in a file has plain lines"
     config, = events(run, "config")
     assert config["processes"] == options["ranks"] and config["tokens_per_step"] == BATCH * T
+
+
+@pytest.mark.parametrize("ranks,options,exchanged", [
+    (2, {}, "slots"), (4, {}, "tokens, since tiles do not divide,"), (4, FOUR_TILES, "slots"),
+    (2, dict(topk=32), "tokens")])  # 32 entries expanded per level: 160 slots of 128 tokens
+def test_what_a_lighthouse_layer_exchanges(lab, ranks, options, exchanged):
+    result = execute(lab.command("run", plan_ranks=ranks, cp=ranks, **options) + ["--dry-run"])
+    assert f"exchanges {exchanged} between the {ranks} that share a sequence" in result.out, result.out
+
+
+def test_recompute_levels_repeat_their_bits(lab):
+    """What is exchanged again in the backward pass is what was exchanged before."""
+    options = dict(ranks=4, cp=4, steps=3, switch_step=2, batch_size=2, **FOUR_TILES)
+    models = [model_bytes(lab.train(f"level_{level}", recompute=level, **options)) for level in range(5)]
+    assert all(model == models[0] for model in models)
 
 
 def test_one_rank_under_mpirun_is_the_run_without(lab, reference):

@@ -1,7 +1,7 @@
 """The arithmetic of many GPUs, for scripts/bench_scaling and scripts/predict_scaling: what a rank sends in a step and
 what it keeps. A shape is what the trainer's log.jsonl says of a run: layers, channels, heads, padded_vocab, positions,
 B (sequences of a micro-step on one rank), T, tokens (of a step, all ranks), recompute, and lighthouse: slots, levels,
-pool and dense_layers, or None. world = dp x cp ranks."""
+pool, topk, tile and dense_layers, or None. world = dp x cp ranks."""
 import importlib.machinery
 import importlib.util
 import math
@@ -39,7 +39,8 @@ def groups(shape, world):
 
 def collectives(shape, phase, world, cp, element=2):
     """The collectives of one step: call, what it carries, bytes of the buffer on one rank, calls a step, ranks that
-    share it. A rank sends (ranks - 1) / ranks of the buffer. element: bytes of a parameter or activation."""
+    share it. A rank sends (ranks - 1) / ranks of the buffer; of a shift to the next rank all but the last send all.
+    element: bytes of a parameter or activation."""
     found = []
     if world > 1:
         first, *layers = groups(shape, world)
@@ -50,19 +51,30 @@ def collectives(shape, phase, world, cp, element=2):
                           "calls": calls, "ranks": world})
     if cp > 1:
         micro_steps = shape["tokens"] // (shape["B"] * shape["T"] * (world // cp))
-        rows = element * shape["T"] // cp * shape["channels"]  # one (T/cp, C): sequences are exchanged one by one
-        layers, level = shape["layers"], shape["recompute"]
-        # Forward and backward; and again what is recomputed in the backward pass.
-        qkv = 2 * layers + (level >= 3) * layers
-        att = 2 * layers + (level >= 2) * layers
-        for what, n, calls in (("qkv and its gradient", 3, qkv), ("attention's output and its gradient", 1, att)):
-            found.append({"call": "all_to_all", "what": what, "bytes": n * rows,
-                          "calls": micro_steps * shape["B"] * calls, "ranks": cp})
+        row, level, B = element * shape["channels"], shape["recompute"], shape["B"]
+        sparse = sparse_layers(shape, phase) if exchanges_slots(shape, cp) else 0
+        dense = shape["layers"] - sparse
+
+        def add(call, what, size, calls):
+            if calls:
+                found.append({"call": call, "what": what, "bytes": size, "calls": micro_steps * calls, "ranks": cp})
+
+        # Forward and backward; and again what is recomputed in the backward pass. Sequences are exchanged one by one.
+        tokens = row * shape["T"] // cp
+        add("all_to_all", "qkv and its gradient", 3 * tokens, B * dense * (2 + (level >= 3)))
+        add("all_to_all", "attention's output and its gradient", tokens, B * dense * (2 + (level >= 2)))
+        if sparse:
+            lh = shape["lighthouse"]
+            slots = row * lh["slots"] // cp
+            add("all_to_all", "qkv of the slots and its gradient", 3 * slots, B * sparse * (2 + (level >= 2)))
+            add("all_to_all", "output of the slots and its gradient", slots, B * sparse * (2 + (level >= 2)))
+            add("shift", "output of the last slots", B * row * (lh["levels"] - 1), sparse * (1 + (level >= 2)))
+            add("shift", "gradient of the first tokens", row * halo_rows(lh), B * sparse)
     return found
 
 
 def sent(call):
-    """Bytes that a rank sends in one call."""
+    """Bytes that a rank sends in one call; in a shift, which the last rank has nobody for, on average."""
     return call["bytes"] * (call["ranks"] - 1) // call["ranks"]
 
 
@@ -70,6 +82,17 @@ def sparse_layers(shape, phase):
     """Layers whose attention runs over the slots."""
     lh = shape["lighthouse"]
     return shape["layers"] - len(lh["dense_layers"]) if phase == "lighthouse" and lh else 0
+
+
+def exchanges_slots(shape, cp):
+    """Whether Lighthouse layers exchange slots between cp ranks, not tokens: the trainer's choose_exchange()."""
+    lh = shape["lighthouse"]
+    return bool(cp > 1 and lh) and lh["topk"] // lh["tile"] % cp == 0 and lh["slots"] < shape["T"]
+
+
+def halo_rows(lh):
+    """Tokens behind a part of a sequence that its last entries reach."""
+    return lh["pool"] ** (lh["levels"] - 1) - 1
 
 
 # ---- memory -------------------------------------------------------------------------------------------------------
@@ -112,6 +135,8 @@ def activations(shape, phase, cp, element):
         total += (sparse if level < 2 else 1) * 3 * s                                     # gathered qkv
         total += sparse * (s + 8 * slots * NH)     # output, sums and index of the slots
         total += 12 * entries + 4 * s              # scores, slot of each entry; gradients of the slots
+        if exchanges_slots(shape, cp):             # output of the own slots; what the neighbours give
+            total += s + element * shape["B"] * C * halo_rows(lh)
     total += 2 * u + 3 * statistic                 # the last block's output, its LayerNorm, the losses
     chunk = (512 << 20) // (shape["padded_vocab"] * element) // 128 * 128
     total += element * min(N, max(chunk, 128)) * shape["padded_vocab"]                    # logits of some rows
