@@ -3568,7 +3568,8 @@ struct LighthouseBuffers {  // of one layer; E entries of all levels, S slots. W
     floatX* dslots;     // (B, S, 3, NH/W, D) shared by the layers
     floatX* dattn;      // (B, S, NH/W, D) shared by the layers
     floatX* own_attn;   // (B, S/W, NH, D) shared by the layers, only where slots are exchanged: attn of the own slots
-    floatX* halo;       // (B, c_{L-1} - 1, NH, D) like own_attn: what a neighbour's slots or tokens give to those here
+    floatX* halo;       // (B, c_{L-1} - 1, NH, D) like own_attn: rows of the next process's dout; (B, L-1, NH, D) in
+                        // the forward pass: outputs of the previous one's last entries
 };
 
 // ===================================================================================================================
