@@ -1033,6 +1033,14 @@ static double all_sum(double x) {
     all_sum(&x, 1);
     return x;
 }
+static double all_min(double x) {
+    double least = x, *all = (double*)host_alloc(procs.world * sizeof(double));
+    std::fill(all, all + procs.world, x);  // where the others are only planned for
+    gather_to_all(all, &x, sizeof x);
+    for (int rank = 0; rank < procs.world; rank++) least = std::min(least, all[rank]);
+    free(all);
+    return least;
+}
 
 PRINTF_LIKE(1) static void say(const char* format, ...) {  // rank 0 speaks for all
     for (FILE* f : {procs.rank ? NULL : stdout, rank_log}) {
@@ -4097,8 +4105,8 @@ static void product_backward(Model* m, int l, int p, Run r, floatX* dinp /*(B,T/
     int64_t N = run_rows(r);
     int C = products[p].in * m->dims.C, OC = products[p].out * m->dims.C;
     if (!r.fp8) {
-        matmul_backward(dinp, dweight, r.first, dbias, dout, product_input(y, p, false), weight(m, products[p].weight, l),
-                        p == FCPROJ ? y->fch : NULL, N, C, OC);
+        matmul_backward(dinp, dweight, r.first, dbias, dout, product_input(y, p, false),
+                        weight(m, products[p].weight, l), p == FCPROJ ? y->fch : NULL, N, C, OC);
         return;
     }
     Fp8Matrix dout8 = fp8_gradient(m, p, l, N);
@@ -5312,6 +5320,7 @@ static double gib(double bytes) { return bytes / (1024.0 * 1024 * 1024); }
 static Plan choose_plan(Model* m, Config* c, int64_t sample_T) {
     size_t room = device_memory_free();
     if (!strcmp(backend_name, "cpu")) room /= procs.local_world;
+    room = (size_t)all_min((double)room);  // one level for all: their exchanges must match
     Plan p;
     int B = (int)c->batch_size, first = c->recompute < 0 ? 0 : (int)c->recompute, last = c->recompute < 0 ? 4 : first;
     for (int level = first; level <= last; level++) {

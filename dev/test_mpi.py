@@ -198,6 +198,36 @@ def test_ranks_repeat_their_bits(lab):
     assert checkpoint_body(checkpoint(first, 8)) == checkpoint_body(checkpoint(resumed, 8))
 
 
+LITTLE_MEMORY = r'''
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+FILE* fopen(const char* path, const char* mode) {  // rank 1 finds as much memory free as the environment says
+    FILE* (*real)(const char*, const char*) = dlsym(RTLD_NEXT, "fopen");
+    const char *rank = getenv("OMPI_COMM_WORLD_RANK"), *line = getenv("LITTLE_MEMORY");
+    if (strcmp(path, "/proc/meminfo") || !rank || strcmp(rank, "1")) return real(path, mode);
+    return fmemopen((void*)line, strlen(line), "r");
+}
+'''
+
+
+def test_ranks_take_one_recompute_level(lab):
+    """Left to the program, the level is what fits on every rank: with different ones their exchanges would not match."""
+    plans = [events(lab.train(f"level_{level}", ranks=2, cp=2, steps=1, switch_step=1, recompute=level), "memory")[0]["total_bytes"]
+             for level in (0, 3)]
+    assert plans[1] < plans[0]
+    (lab.folder / "little.c").write_text(LITTLE_MEMORY)
+    subprocess.run(["gcc", "-shared", "-fPIC", "little.c", "-o", "little.so", "-ldl"], cwd=lab.folder, check=True)
+    free = f"MemAvailable: {2 * (plans[1] // 1024 + 4)} kB"  # two ranks share it
+    command = lab.command("run", ranks=2, cp=2, steps=3, switch_step=2)
+    command[1:1] = ["-x", f"LD_PRELOAD={lab.folder / 'little.so'}", "-x", f"LITTLE_MEMORY={free}"]
+    result = execute(command)
+    assert result.code == 0, result.err
+    assert 0 < events(lab.folder / "run", "config")[0]["options"]["recompute"] <= 3
+
+
 # ---- 2. files
 
 def test_checkpoints_go_from_any_number_of_ranks_to_any_other(lab, reference):
