@@ -1743,7 +1743,8 @@ __global__ void __launch_bounds__(512, 2) layernorm_backward_kernel(floatX* dinp
 static size_t layernorm_backward_scratch_bytes(int C) { return (size_t)LAYERNORM_MAX_BLOCKS * 3 * C * sizeof(float); }
 
 static void layernorm_backward(floatX* dinp /*(N,C) +=*/, float* dweight /*(C) +=*/, float* dbias /*(C) +=*/,
-                               float* dsum /*(C) += the sums of dinp's columns, or NULL*/, const floatX* dout /*(N,C)*/, const floatX* inp /*(N,C)*/, const floatX* weight /*(C)*/,
+                               float* dsum /*(C) += the sums of dinp's columns, or NULL*/,
+                               const floatX* dout /*(N,C)*/, const floatX* inp /*(N,C)*/, const floatX* weight /*(C)*/,
                                const float* mean /*(N)*/, const float* rstd /*(N)*/, int64_t N, int C) {
     layernorm_require("layernorm_backward", C);
     float* partial = (float*)scratch(layernorm_backward_scratch_bytes(C), "layernorm_backward");
@@ -4243,8 +4244,8 @@ static void begin_gradients(Model* m) {
     if (!m->dims.rope) device_zero(gradient(m, WPE, 0), m->size[WPE] * sizeof(float));
 }
 
-// One micro-step: adds sum(loss) to the sum of losses and the gradients of sum(loss) * dloss to grads. On a GPU the work
-// is only queued; the batch may be refilled when its event has passed.
+// One micro-step: adds sum(loss) to the sum of losses and the gradients of sum(loss) * dloss to grads. On a GPU the
+// work is only queued; the batch may be refilled when its event has passed.
 static void model_micro_step(Model* m, Batch* b, Run r, float dloss) {
     model_trunk(m, b->tokens, r);
     model_head(m, b->targets, r, dloss);

@@ -403,8 +403,8 @@ void fp8_matmul_forward(floatX* out /*(N,OC)*/, Fp8Matrix inp /*(N,C) rows*/, Fp
 }
 
 void fp8_matmul_backward(floatX* dinp /*(N,C)*/, float* dweight /*(OC,C) +=, or = if fresh*/, bool fresh,
-                         Fp8Matrix dout /*(N,OC) both*/, Fp8Matrix inp /*(N,C) columns*/, Fp8Matrix weight /*(OC,C) columns*/, int64_t N, int C,
-                         int OC) {
+                         Fp8Matrix dout /*(N,OC) both*/, Fp8Matrix inp /*(N,C) columns*/,
+                         Fp8Matrix weight /*(OC,C) columns*/, int64_t N, int C, int OC) {
     fp8_matmul(dinp, dout.rows, weight.columns, NULL, NULL, N, C, OC,
                (float)dout.scale->inverse * weight.scale->inverse, true);
     fp8_matmul(dweight, dout.columns, inp.columns, NULL, fresh ? NULL : dweight, OC, C, N,
