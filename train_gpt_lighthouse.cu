@@ -5658,7 +5658,7 @@ static double validate(Trainer* t, Phase phase) {
         log_line(t->logs.main, "s:%ld tel:%.6f", step, dense);
     }
     log_line(t->logs.jsonl, "{\"event\":\"eval\",\"step\":%ld,\"loss_dense\":%s,\"loss_lighthouse\":%s,\"tokens\":%ld,"
-             "\"train_s\":%.3f,\"wall_s\":%.3f}", step, json_number(dense).s, json_number(lighthouse).s,
+             "\"train_s\":%.6f,\"wall_s\":%.6f}", step, json_number(dense).s, json_number(lighthouse).s,
              step * c->total_batch_size, t->state.train_s, wall_seconds(t));
     restart_clock(t);
     return dense;
@@ -5778,7 +5778,7 @@ static void train_step(Trainer* t) {
              elapsed * 1e3, total / elapsed, phase_name[phase]);
     log_line(t->logs.jsonl, "{\"event\":\"step\",\"step\":%ld,\"loss\":%s,\"lr\":%.9g,\"norm\":%s,\"ms\":%.3f,"
              "\"host_ahead_ms\":%.3f,\"tokens_per_second\":%.1f,\"mfu\":%.4f,\"phase\":\"%s\",\"tokens\":%ld,"
-             "\"train_s\":%.3f,\"wall_s\":%.3f,\"skipped\":%s}", s->step, json_number(loss).s, lr, json_number(norm).s,
+             "\"train_s\":%.6f,\"wall_s\":%.6f,\"skipped\":%s}", s->step, json_number(loss).s, lr, json_number(norm).s,
              elapsed * 1e3, (now - queued) * 1e3, total / elapsed, mfu, phase_name[phase], s->step * total, s->train_s,
              wall_seconds(t), skip ? "true" : "false");
 }
@@ -5799,7 +5799,7 @@ static void finish(Trainer* t, double val_loss) {
     }
     say("wall-clock %s; %.2f GiB of device memory taken; final validation loss %s; the model is in %s\n",
         duration(wall_seconds(t)).s, gib(device_memory_taken()), json_number(val_loss).s, path);
-    log_line(t->logs.jsonl, "{\"event\":\"total\",\"steps\":%ld,\"tokens\":%ld,\"train_s\":%.3f,\"wall_s\":%.3f,"
+    log_line(t->logs.jsonl, "{\"event\":\"total\",\"steps\":%ld,\"tokens\":%ld,\"train_s\":%.6f,\"wall_s\":%.6f,"
              "\"phases\":{\"lighthouse\":%s,\"dense\":%s},\"final_val_loss\":%s,\"device_bytes\":%zu}", s->step,
              s->step * total, s->train_s, wall_seconds(t), phases[0], phases[1], json_number(val_loss).s,
              device_memory_taken());
@@ -5835,7 +5835,7 @@ int main(int argc, char** argv) {
             progress_clear(&t->logs);
             say("step %ld | the switch: dense attention in every layer from here on\n", s->step);
             log_line(t->logs.jsonl, "{\"event\":\"switch\",\"step\":%ld,\"from\":\"lighthouse\",\"to\":\"dense\","
-                     "\"train_s\":%.3f}", s->step, s->train_s);
+                     "\"train_s\":%.6f}", s->step, s->train_s);
             memset(&s->loss, 0, sizeof s->loss);  // the loss jumps at the switch; that is no outlier
             memset(&s->norm, 0, sizeof s->norm);
         }
