@@ -1886,7 +1886,7 @@ template <class Multiply> static void matmul_tune(MatmulPlan* p, void* d, Multip
     unsigned long long first_hash = 0, this_hash;
     float best = INFINITY;
     for (int i = 0; i < count; i++) {
-        device_zero(d, s.float_out ? bytes : 0);
+        if (s.float_out) device_zero(d, bytes);
         device_zero(hash, sizeof *hash);
         multiply(&found[i].algo, d);
         hash_kernel<<<device_sms * 8, 256, 0, main_stream>>>(hash, (uint32_t*)d, bytes / 4);

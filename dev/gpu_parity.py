@@ -44,10 +44,14 @@ def make_data(folder):
     write_shard(os.path.join(folder, "val_0.bin"), [256] + list(text[-16384:]))
 
 
+def command_of(program, out, data, *options):
+    return [os.path.join(ROOT, program), "--train-data", f"{data}/train_*.bin", "--val-data", f"{data}/val_*.bin",
+            "--out-dir", out, "--model", "d6", "--depth", "4", "--seq-len", str(T), "--batch-size", "2",
+            "--learning-rate", "3e-4", "--warmup-steps", "10", "--val-every", "10", "--val-batches", "2", "--steps", str(STEPS), *options]
+
+
 def run(program, out, data, *options):
-    command = [os.path.join(ROOT, program), "--train-data", f"{data}/train_*.bin", "--val-data", f"{data}/val_*.bin",
-               "--out-dir", out, "--model", "d6", "--depth", "4", "--seq-len", str(T), "--batch-size", "2",
-               "--learning-rate", "3e-4", "--warmup-steps", "10", "--val-every", "10", "--val-batches", "2", "--steps", str(STEPS), *options]
+    command = command_of(program, out, data, *options)
     environment = dict(os.environ, OMP_NUM_THREADS="2") if program.endswith("_cpu") else os.environ
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:

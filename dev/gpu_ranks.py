@@ -17,9 +17,9 @@ import tempfile
 import time
 
 import gpu_parity
-from gpu_parity import ROOT, STEPS, SWITCH, T, check, events, losses, model_bytes, worst_difference
+from gpu_parity import STEPS, SWITCH, T, check, command_of, events, losses, model_bytes, worst_difference
 
-PROGRAM = os.path.join(ROOT, "train_gpt_lighthouse")
+PROGRAM = "train_gpt_lighthouse"
 GEOMETRY = ["--dense-layers", "0", "--switch-step", str(SWITCH), "--channels", "256", "--heads", "4", "--total-batch-size", str(4 * T)]
 TILES = ["--topk", "64", "--tile", "16"]  # four tiles, which ranks can share; left alone, these lengths have one
 
@@ -33,9 +33,7 @@ def mpirun(ranks):
 
 
 def command(work, out, ranks, *options):
-    return [*(mpirun(ranks) if ranks else []), PROGRAM, "--train-data", f"{work}/train_*.bin", "--val-data", f"{work}/val_*.bin", "--out-dir",
-            out, "--model", "d6", "--depth", "4", "--seq-len", str(T), "--learning-rate", "3e-4", "--warmup-steps", "10", "--val-every",
-            "10", "--val-batches", "100", "--steps", str(STEPS), *GEOMETRY, *options]
+    return [*(mpirun(ranks) if ranks else []), *command_of(PROGRAM, out, work, "--val-batches", "100", *GEOMETRY, *options)]
 
 
 def run(work, out, ranks, *options):
