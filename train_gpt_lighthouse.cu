@@ -2412,6 +2412,82 @@ static void rope_rotate(floatX* qkv /*(B,T,3,H,D), q and k in place*/, const flo
     cudaCheck(cudaGetLastError());
 }
 
+// The rotation undone, and the sums of the columns on the way. A block takes 768 columns of a range of rows, three
+// times 256: every head size divides 256, so one set of angles does for a lane's three packs of a row.
+__global__ void __launch_bounds__(256, 2)
+    rope_backward_kernel(floatX* dqkv, float* partial /*(ranges,3,H,D)*/, const float* table, int64_t N, int64_t T,
+                         int H, int D, int64_t range) {
+    __shared__ float sums[8][256];
+    int lane = threadIdx.x, warp = threadIdx.y, far = D / 16, d = lane % (2 * far) * 8, C = H * D;
+    int c0 = blockIdx.x * 768 + lane * 8;
+    bool lower = d < D / 2;
+    int64_t end = min(N, (int64_t)(blockIdx.y + 1) * range), row0 = blockIdx.y * range + warp, position = row0 % T;
+    float sum[3][8] = {};
+    for (; row0 < end; row0 += 16) {
+        Pack8<floatX> mine[2][3];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+#pragma unroll
+            for (int u = 0; u < 3; u++) {
+                mine[r][u] = {};
+                if (row0 + 8 * r < end && c0 + u * 256 < 3 * C)
+                    mine[r][u] = load8(dqkv + (row0 + 8 * r) * 3 * C + c0 + u * 256);
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float cosine[8], sine[8];
+            rope_angles(cosine, sine, table, position, lower ? d : d - D / 2, D);
+            position += 8;
+            if (position >= T) position %= T;
+            for (int i = 0; i < 8; i++) sine[i] = lower ? sine[i] : -sine[i];
+#pragma unroll
+            for (int u = 0; u < 3; u++) {
+                Pack8<floatX> other;
+#pragma unroll
+                for (int i = 0; i < (int)sizeof(floatX) * 2; i++) {
+                    ((int*)&other)[i] = __shfl_xor_sync(0xffffffffu, ((int*)&mine[r][u])[i], far);
+                }
+                int c = c0 + u * 256;
+                float y[8];
+                for (int i = 0; i < 8; i++) {
+                    y[i] = (float)mine[r][u].v[i];
+                    if (c < 2 * C) y[i] = y[i] * cosine[i] + (float)other.v[i] * sine[i];
+                    sum[u][i] += y[i];
+                }
+                if (row0 + 8 * r < end && c < 2 * C)
+                    store8(dqkv + (row0 + 8 * r) * 3 * C + c, to_pack8<floatX>(y));
+            }
+        }
+    }
+    int t = warp * 32 + lane;
+    for (int u = 0; u < 3; u++) {
+        for (int i = 0; i < 8; i++) sums[warp][i * 32 + lane] = sum[u][i];  // neighbouring lanes in neighbouring banks
+        __syncthreads();
+        int column = blockIdx.x * 768 + u * 256 + t % 32 * 8 + t / 32;
+        float total = 0.0f;
+        for (int w = 0; w < 8; w++) total += sums[w][t];
+        if (column < 3 * C) partial[(int64_t)blockIdx.y * 3 * C + column] = total;
+        __syncthreads();
+    }
+}
+
+// The inverse rotation, and dbias += the sums of dqkv's columns, which are the gradient of q's, k's and v's biases.
+static void rope_backward(floatX* dqkv /*(B,T,3,H,D), q and k in place*/, float* dbias /*(3,H,D) +=*/,
+                          const float* table /*device memory*/, int B, int64_t T, int H, int D) {
+    opRequire(D >= 16 && D <= 256 && (D & (D - 1)) == 0, "rope_backward: head size %d, not 16, 32, 64, 128 or 256", D);
+    int64_t N = B * T;
+    int OC = 3 * H * D, column_blocks = (int)ceil_div(OC, 768);
+    float* partial = (float*)scratch(matmul_backward_scratch_bytes(OC), "matmul_backward");
+    int64_t ranges = std::max(1, std::min(2 * device_sms, BIAS_MAX_BLOCKS / 3) / column_blocks);  // one wave
+    int64_t range = ceil_div(N, std::min(ranges, ceil_div(N, 16)));
+    ranges = ceil_div(N, range);
+    rope_backward_kernel<<<dim3(column_blocks, (unsigned)ranges), dim3(32, 8), 0, main_stream>>>(dqkv, partial, table,
+                                                                                                 N, T, H, D, range);
+    cudaCheck(cudaGetLastError());
+    add_partials({{dbias}, 1}, partial, (int)ranges, OC);
+}
+
 // ---- context parallelism: blocks of heads
 // A row of all heads is W blocks of n elements, one block for each process. Packed, all rows of a process's block lie
 // together. A warp a row: it reads or writes the row's W blocks one behind the other.
@@ -3565,6 +3641,55 @@ static void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const float
                                  dqkv, dslots, slot, rope, B, *s, t0));
     });
 }
+
+// A slot of level l gives each of its c_l tokens 1/c_l of its gradient, so the sums of dqkv's columns are those of the
+// slots' gradients, of which there are far fewer. A block takes a range of the slots of all sequences, of one head;
+// neighbouring blocks take the other heads.
+template <int D>
+__global__ void __launch_bounds__(256) lighthouse_bias_backward_kernel(
+        float* partial /*(ranges,3,H,D)*/, const floatX* __restrict__ dslots, const int32_t* __restrict__ index,
+        const float* __restrict__ rope, int64_t rows, LighthouseShape s, int64_t t0, int64_t range) {
+    constexpr int LANES = D / 8, GROUPS = 256 / LANES;
+    __shared__ float sums[GROUPS][3 * D];
+    int h = blockIdx.x % s.H, lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
+    int64_t at = blockIdx.x / s.H, end = min(rows, (at + 1) * range), part = (int64_t)s.H * D;
+    int64_t b = (at * range + group) / s.S, r = (at * range + group) % s.S;
+    float sum[3][8] = {};
+    for (int64_t row = at * range + group; row < end; row += GROUPS) {
+        int32_t flat = index[(b * s.H + h) * s.S + r];
+        int l = entry_level(s, flat);
+        int64_t position = t0 + ((int64_t)(flat - s.off[l] + 1) << (l * pool_bits(s))) - 1;
+        slot_gradient<D>(dslots + row * 3 * part + h * D + lane * 8, part, rope, position, lane,
+                         [&](int which, const float (&y)[8]) {
+#pragma unroll
+            for (int d = 0; d < 8; d++) sum[which][d] += y[d];
+        });
+        for (r += GROUPS; r >= s.S; b++) r -= s.S;
+    }
+    for (int which = 0; which < 3; which++) {
+        for (int d = 0; d < 8; d++) sums[group][which * D + lane * 8 + d] = sum[which][d];
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < 3 * D; c += 256) {
+        float total = 0.0f;
+        for (int g = 0; g < GROUPS; g++) total += sums[g][c];
+        partial[at * 3 * part + c / D * part + h * D + c % D] = total;
+    }
+}
+
+static void lighthouse_bias_backward(float* dbias /*(3,H,D) += the sums of dqkv's columns*/,
+                                     const floatX* dslots /*(B,S,3,H,D)*/, const int32_t* index /*(B,H,S)*/,
+                                     const float* rope /*table or NULL*/, int B, const LighthouseShape* s,
+                                     int64_t t0 /*position of token 0*/) {
+    int OC = 3 * s->H * s->D;
+    int64_t rows = B * s->S, most = std::min(4 * device_sms / s->H, BIAS_MAX_BLOCKS * 256 / OC);
+    float* partial = (float*)scratch(matmul_backward_scratch_bytes(OC), "matmul_backward");
+    int64_t range = ceil_div(rows, std::max((int64_t)1, std::min(most, ceil_div(rows, 64))));
+    int64_t ranges = ceil_div(rows, range);
+    WITH_HEAD_SIZE(s->D, lighthouse_bias_backward_kernel<HEAD><<<grid_for(ranges * s->H, 1), 256, 0, main_stream>>>(
+                             partial, dslots, index, rope, rows, *s, t0, range));
+    add_partials({{dbias}, 1}, partial, (int)ranges, OC);
+}
 #endif
 
 struct LighthouseBuffers {  // of one layer; E entries of all levels, S slots. Where slots are exchanged, E/W and S/W
@@ -4021,7 +4146,8 @@ static void lighthouse_forward(Model* m, LayerActs* y, Run r, bool again, bool r
 }
 
 // dout and dqkv are of own tokens and all heads where slots are exchanged, else of all tokens and own heads.
-static void lighthouse_backward(Model* m, LayerActs* y, Run r, floatX* dqkv, const floatX* dout) {
+static void lighthouse_backward(Model* m, LayerActs* y, Run r, floatX* dqkv,
+                                float* dbias /*(3C) += the sums of dqkv's columns, or NULL*/, const floatX* dout) {
     LighthouseBuffers* b = &y->lh;
     const LighthouseShape *all = &m->shape, *s = m->exchange_slots ? &m->own_shape : all;
     const floatX* halo = NULL;
@@ -4037,6 +4163,8 @@ static void lighthouse_backward(Model* m, LayerActs* y, Run r, floatX* dqkv, con
     sdpa_backward(b->dslots, b->dattn, b->slots, b->attn, b->stats, r.B, all->S, all->H, all->D);
     if (m->exchange_slots) heads_to_rows(b->dslots, b->dslots, y->gelu, r.B, all->S, 3, C);
     lighthouse_gather_backward(dqkv, b->dslots, b->slot, m->rope, r.B, s, m->exchange_slots ? first_token(r) : 0);
+    if (dbias)
+        lighthouse_bias_backward(dbias, b->dslots, b->index, m->rope, r.B, s, m->exchange_slots ? first_token(r) : 0);
 }
 
 // ---- the matrix products of the layers, in floatX or with FP8 operands
@@ -4095,14 +4223,12 @@ static void product_forward(Model* m, int l, int p, Run r, floatX* out /*(B,T/W,
     if (out) fp8_matmul_forward(out, inp8, fp8_weight(m, p, l), bias, addend, N, C, OC);
 }
 
-// From dout the gradients of product p's input and weight, and of QKV's and FC's bias: the bias of a product into the
-// residual stream has the sums of dres as its gradient, and whoever wrote dres made them. FCPROJ leaves the gradient of
-// fch; with FP8 that of GELU's result, which FC turns into that of fch while it quantizes.
-static void product_backward(Model* m, int l, int p, Run r, floatX* dinp /*(B,T/W,C)*/,
+// From dout the gradients of product p's input, weight and, unless whoever wrote dout made it, bias. FCPROJ leaves the
+// gradient of fch; with FP8 that of GELU's result, which FC turns into that of fch while it quantizes.
+static void product_backward(Model* m, int l, int p, Run r, floatX* dinp /*(B,T/W,C)*/, float* dbias /*or NULL*/,
                              const floatX* dout /*(B,T/W,OC)*/) {
     LayerActs* y = &m->acts.layer[l];
     float* dweight = gradient(m, products[p].weight, l);
-    float* dbias = p == QKV || p == FC ? gradient(m, products[p].weight + 1, l) : NULL;
     int64_t N = run_rows(r);
     int C = products[p].in * m->dims.C, OC = products[p].out * m->dims.C;
     if (!r.fp8) {
@@ -4146,7 +4272,9 @@ static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
     #undef NEEDED
 }
 
-// dres comes in as the gradient of the block's output and leaves as that of its input.
+// dres comes in as the gradient of the block's output and leaves as that of its input. The gradient of the bias of a
+// product into the residual stream is the sums of dres, which LayerNorm's backward makes while it writes dres. QKV's
+// comes with the backward of the rotation or of Lighthouse, where those see all heads; FP8's quantization makes both.
 static void block_backward(Model* m, int l, Run r) {
     const Dims* d = &m->dims;
     int64_t N = run_rows(r);
@@ -4157,22 +4285,25 @@ static void block_backward(Model* m, int l, Run r) {
     limit_lead();
     if (r.recompute > 0 || lighthouse) block_forward(m, l, r, NULL, true);
 
-    product_backward(m, l, FCPROJ, r, a->dwide, a->dres);
-    product_backward(m, l, FC, r, a->dbtc, a->dwide);
+    product_backward(m, l, FCPROJ, r, a->dwide, NULL, a->dres);
+    product_backward(m, l, FC, r, a->dbtc, gradient(m, FCB, l), a->dwide);
     layernorm_backward(a->dres, gradient(m, LN2W, l), gradient(m, LN2B, l), gradient(m, ATTPROJB, l), a->dbtc, y->x2,
                        weight(m, LN2W, l), y->ln2_mean, y->ln2_rstd, N, C);
 
-    product_backward(m, l, ATTPROJ, r, a->dbtc, a->dres);
+    product_backward(m, l, ATTPROJ, r, a->dbtc, NULL, a->dres);
     floatX* dqkv = a->dwide;
+    float* dbias = gradient(m, QKVB, l);
+    bool early = procs.cp == 1 && !r.fp8 && (lighthouse || d->rope);
     if (exchange_tokens) rows_to_heads(a->dbtc, a->dbtc, y->gelu, r.B, r.T, 1, C);
     if (lighthouse) {
-        lighthouse_backward(m, y, r, dqkv, a->dbtc);
+        lighthouse_backward(m, y, r, dqkv, early ? dbias : NULL, a->dbtc);
     } else {
         sdpa_backward(dqkv, a->dbtc, y->qkv, y->att_heads, y->stats, r.B, r.T, heads, D);
-        if (d->rope) rope_rotate(dqkv, m->rope, -1, r.B, r.T, heads, D);
+        if (d->rope && early) rope_backward(dqkv, dbias, m->rope, r.B, r.T, heads, D);
+        else if (d->rope) rope_rotate(dqkv, m->rope, -1, r.B, r.T, heads, D);
     }
     if (exchange_tokens) heads_to_rows(dqkv, dqkv, y->gelu, r.B, r.T, 3, C);
-    product_backward(m, l, QKV, r, a->dbtc, dqkv);
+    product_backward(m, l, QKV, r, a->dbtc, early ? NULL : dbias, dqkv);
     layernorm_backward(a->dres, gradient(m, LN1W, l), gradient(m, LN1B, l), l > 0 ? gradient(m, FCPROJB, l - 1) : NULL,
                        a->dbtc, y->x, weight(m, LN1W, l), y->ln1_mean, y->ln1_rstd, N, C);
 }

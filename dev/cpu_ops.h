@@ -296,6 +296,18 @@ void gelu_backward(floatX* dinp, const floatX* dout, const floatX* inp, int64_t 
     }
 }
 
+void bias_backward(float* dbias /*(OC) +=*/, const floatX* dout /*(N,OC)*/, int64_t N, int OC) {
+    #pragma omp parallel for
+    for (int64_t o0 = 0; o0 < OC; o0 += 64) {
+        int64_t o1 = min64(OC, o0 + 64);
+        float sum[64] = {0};
+        for (int64_t i = 0; i < N; i++) {
+            for (int64_t o = o0; o < o1; o++) sum[o - o0] += dout[i * OC + o];
+        }
+        for (int64_t o = o0; o < o1; o++) dbias[o] += sum[o - o0];
+    }
+}
+
 void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC,C) +=, or = if fresh*/, bool fresh,
                      float* dbias /*(OC) += or NULL*/, const floatX* dout /*(N,OC)*/, const floatX* inp,
                      const floatX* weight,
@@ -304,17 +316,7 @@ void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC,C) +=,
     if (dinp) matmul(dinp, dout, false, weight, false, N, C, OC, false);
     if (dinp && gelu_inp) gelu_backward(dinp, dinp, gelu_inp, N * C);
     matmul(dweight, dout, true, inp, false, OC, C, N, !fresh);
-    if (dbias) {
-        #pragma omp parallel for
-        for (int64_t o0 = 0; o0 < OC; o0 += 64) {
-            int64_t o1 = min64(OC, o0 + 64);
-            float sum[64] = {0};
-            for (int64_t i = 0; i < N; i++) {
-                for (int64_t o = o0; o < o1; o++) sum[o - o0] += dout[i * OC + o];
-            }
-            for (int64_t o = o0; o < o1; o++) dbias[o] += sum[o - o0];
-        }
-    }
+    if (dbias) bias_backward(dbias, dout, N, OC);
 }
 
 // FP8: a gradient's numbers are e5m2 (2 bits of mantissa, exponents down to -14), the others e4m3 (3 bits, down to -6).
@@ -474,6 +476,12 @@ void rope_rotate(floatX* qkv /*(B,T,3,H,D), q and k in place*/, const float* tab
     for (int64_t bt = 0; bt < B * T; bt++) {
         for (int64_t h = 0; h < 2 * H; h++) rope_turn(qkv + (bt * 3 * H + h) * D, table, bt % T, direction, D);
     }
+}
+
+void rope_backward(floatX* dqkv /*(B,T,3,H,D), q and k in place*/, float* dbias /*(3,H,D) += the sums of its columns*/,
+                   const float* table, int B, int64_t T, int H, int D) {
+    rope_rotate(dqkv, table, -1, B, T, H, D);
+    bias_backward(dbias, dqkv, B * T, 3 * H * D);
 }
 
 // ---- causal attention -----------------------------------------------------------------------------------------
@@ -871,6 +879,31 @@ void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dslo
             }
         }
         free(turned);
+    }
+}
+
+// The sums of dqkv's columns are those of the slots' gradients: each of a slot's c_l tokens gets 1/c_l of it.
+void lighthouse_bias_backward(float* dbias /*(3,H,D) +=*/, const floatX* dslots /*(B,S,3,H,D)*/, const int32_t* index,
+                              const float* rope, int B, const LighthouseShape* s, int64_t t0 /*position of token 0*/) {
+    int64_t H = s->H, D = s->D, S = s->S;
+    #pragma omp parallel
+    {
+        float *turned = allocate_floats(D), *sum = allocate_floats(D);
+        #pragma omp for
+        for (int64_t ph = 0; ph < 3 * H; ph++) {
+            int64_t part = ph / H, h = ph % H;
+            for (int64_t d = 0; d < D; d++) sum[d] = 0;
+            for (int64_t br = 0; br < B * S; br++) {
+                int64_t i, width;
+                entry_level(&i, &width, index[(br / S * H + h) * S + br % S], s);
+                memcpy(turned, dslots + (br * 3 * H + ph) * D, D * sizeof(float));
+                if (rope && part < 2) rope_turn(turned, rope, t0 + (i + 1) * width - 1, -1, s->D);
+                for (int64_t d = 0; d < D; d++) sum[d] += turned[d];
+            }
+            for (int64_t d = 0; d < D; d++) dbias[ph * D + d] += sum[d];
+        }
+        free(turned);
+        free(sum);
     }
 }
 

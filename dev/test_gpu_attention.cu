@@ -233,6 +233,8 @@ static void test_ops(const Case& c, uint64_t seed) {
     float* d_table = to_device<float>(table);
     floatX* d_slots = device_array<floatX>(B * S * 3 * C);
     floatX* d_dqkv = device_array<floatX>(B * T * 3 * C);
+    float* d_sums = device_array<float>(3 * C);
+    Floats before = random_host(3 * C, seed + 4);
     for (int rope = 0; rope < 2; rope++) {
         Floats slots = run_twice<float>(d_slots, B * S * 3 * C, &same, [&] {
             lighthouse_gather(d_slots, d_qkv, d_index, rope ? d_table : NULL, B, &s, 0);
@@ -248,6 +250,16 @@ static void test_ops(const Case& c, uint64_t seed) {
         cpu::lighthouse_gather_backward(dqkv_reference.data(), dslots.data(), slot.data(),
                                         rope ? table.data() : NULL, B, &s, 0);
         report_floats(rope ? "gather backward, rope" : "gather backward", dqkv, dqkv_reference, ROUNDED, same, name);
+
+        Floats sums = run_twice<float>(d_sums, 3 * C, &same, [&] {
+            cudaCheck(cudaMemcpyAsync(d_sums, before.data(), 3 * C * sizeof(float), cudaMemcpyHostToDevice,
+                                      main_stream));
+            lighthouse_bias_backward(d_sums, d_dslots, d_index, rope ? d_table : NULL, B, &s, 0);
+        });
+        Floats sums_reference = before;
+        cpu::lighthouse_bias_backward(sums_reference.data(), dslots.data(), index.data(), rope ? table.data() : NULL,
+                                      B, &s, 0);
+        report_floats(rope ? "bias backward, rope" : "bias backward", sums, sums_reference, 1e-5, same, name);
     }
 
     floatX* d_out = device_array<floatX>(B * T * C);
@@ -859,6 +871,8 @@ int main(int argc, char** argv) {
         return argc == 1;
     };
     device_open(0);
+    op_scratch_bytes = matmul_backward_scratch_bytes(3 * 36 * 128);  // of the widest case
+    op_scratch = (char*)device_alloc(op_scratch_bytes);
     size_t free_bytes = 0, total_bytes = 0;
     cudaCheck(cudaMemGetInfo(&free_bytes, &total_bytes));
     const bool large = free_bytes > (size_t)45e9;  // what a million tokens take

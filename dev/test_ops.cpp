@@ -488,9 +488,10 @@ static void test_rope(int B, int64_t T, int H, int D, double theta) {
         rope_table(table.data(), T, D, theta);
         rope_rotate(x.data(), table.data(), 1, B, T, H, D);
         rope_rotate(dx.data(), table.data(), -1, B, T, H, D);
-        std::vector<R> back = x;
+        std::vector<R> back = x, again = to<R>(dout), dbias(3 * H * D, 1);
         rope_rotate(back.data(), table.data(), -1, B, T, H, D);
-        return {wide(x), wide(dx), wide(back)};
+        rope_backward(again.data(), dbias.data(), table.data(), B, T, H, D);
+        return {wide(x), wide(dx), wide(back), wide(again), wide(dbias)};
     };
     Results d = run(0.0), f = run(0.0f);
     Doubles expected = qkv;
@@ -499,6 +500,10 @@ static void test_rope(int B, int64_t T, int H, int D, double theta) {
     }
     test.value("rotated", d[0], f[0], expected);
     test.value("turned back", d[2], f[2], qkv);
+    Doubles sums(3 * H * D, 1);
+    for (size_t i = 0; i < n; i++) sums[i % sums.size()] += d[1][i];
+    test.that(d[3] == d[1] && f[3] == f[1], "rope_backward turns back too");
+    test.value("and adds the sums of the columns", d[4], f[4], sums);
     test.at_most("backward is the transpose", fabs(dot(d[0], dout) - dot(qkv, d[1])) / sqrt((double)n), DOUBLE_BOUND);
 }
 
@@ -737,7 +742,7 @@ static Doubles lighthouse_plainly(const Doubles& qkv, const Ints& index, double 
 }
 
 // The whole operation and its backward. An empty index is filled by the selection made here.
-struct Lighthouse { Doubles scores, slots, attn, out, dattn, dslots, dqkv; };
+struct Lighthouse { Doubles scores, slots, attn, out, dattn, dslots, dqkv, dbias; };
 template <typename R>
 static Lighthouse lighthouse(const Doubles& qkv, const Doubles& dout, Ints* index, double theta, int B,
                              const LighthouseShape& s) {
@@ -761,7 +766,9 @@ static Lighthouse lighthouse(const Doubles& qkv, const Doubles& dout, Ints* inde
     lighthouse_scatter_backward(dattn.data(), dy.data(), NULL, index->data(), B, &s);
     sdpa_backward(dslots.data(), dattn.data(), slots.data(), attn.data(), stats.data(), B, s.S, s.H, s.D);
     lighthouse_gather_backward(dx.data(), dslots.data(), slot.data(), rope, B, &s, 0);
-    return {wide(scores), wide(slots), wide(attn), wide(out), wide(dattn), wide(dslots), wide(dx)};
+    std::vector<R> dbias(3 * s.H * s.D, 1);
+    lighthouse_bias_backward(dbias.data(), dslots.data(), index->data(), rope, B, &s, 0);
+    return {wide(scores), wide(slots), wide(attn), wide(out), wide(dattn), wide(dslots), wide(dx), wide(dbias)};
 }
 
 static void check_selection(Test* test, const Ints& index, int B, const LighthouseShape& s) {
@@ -821,6 +828,9 @@ static void test_lighthouse(int B, const LighthouseShape& s, double theta) {
     test.at_most("gather's", fabs(dot(d.slots, d.dslots) - dot(qkv, d.dqkv)) / sqrt((double)n), DOUBLE_BOUND);
     auto loss = [&] { return dot(lighthouse_plainly(qkv, index, theta, B, s), dout); };
     test.gradient("dqkv", d.dqkv, f.dqkv, {}, qkv, loss);
+    Doubles sums(3 * s.H * s.D, 1);
+    for (size_t i = 0; i < 3 * n; i++) sums[i % sums.size()] += d.dqkv[i];
+    test.value("dbias", d.dbias, f.dbias, sums);
 }
 
 // What each operation gives over sequences, or over the part of them that begins at token t0.
