@@ -471,7 +471,8 @@ static void cuda_check(cudaError_t error, const char* call, const char* file, in
     if (error == cudaSuccess) return;
     const char* hint = "run again under compute-sanitizer to find the kernel";
     if (error == cudaErrorMemoryAllocation)
-        hint = "the device's memory is full: is another process on it? See nvidia-smi";
+        hint = "the memory is full: the device's (is another process on it? See nvidia-smi), or the host's for "
+               "cudaMallocHost";
     if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion)
         hint = "this program was built for another GPU or a newer driver: build it on this machine";
     if (error == cudaErrorInsufficientDriver)
@@ -1222,7 +1223,8 @@ struct Fp8Matrix {
 using namespace cpu;
 
 // On a CPU the operations take every shape and need no memory beside their tensors.
-static void operations_open(int, int, bool) {}
+static void operations_open(int, int, int, bool) {}
+static void lighthouse_open(const LighthouseShape*) {}
 static size_t operations_bytes(int64_t, int, int) { return 0; }
 static size_t sdpa_prepare(int, int64_t, int, int, bool, bool) { return 0; }
 static void operations_allocate(size_t, size_t) {}
@@ -1780,14 +1782,15 @@ struct MatmulPlan {
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t a, b, d;
     cublasLtMatmulAlgo_t algo;
-    int proposals;  // 1 or 2: cuBLASLt knows one kernel, or more
+    int proposals;  // how many kernels cuBLASLt knows; 2: that many or more
     bool tuned;
 };
 constexpr int MATMUL_PLANS = 256, MATMUL_CANDIDATES = 8;
 static MatmulPlan matmul_plans[MATMUL_PLANS];
 static int64_t matmul_plan_count;
 
-// cuBLASLt's kernels for a plan, the one that it takes for the best first. Returns how many were found.
+// cuBLASLt's kernels for a plan, the one that it takes for the best first. Returns how many were found: at least one,
+// except for dgelu, which can do without.
 static int matmul_candidates(const MatmulPlan* p, cublasLtMatmulHeuristicResult_t* found, int wanted) {
     cublasLtMatmulPreference_t preference;
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
@@ -1802,9 +1805,10 @@ static int matmul_candidates(const MatmulPlan* p, cublasLtMatmulHeuristicResult_
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(cublaslt_handle, p->desc, p->a, p->b, p->d, p->d, preference,
                                                            wanted, found, &count);
     const MatmulShape& s = p->shape;
-    opRequire(status == CUBLAS_STATUS_SUCCESS && count > 0, "cuBLASLt knows no kernel for m = %ld, n = %ld, k = %ld, "
-              "trans %d %d, bias %d, dgelu %d, operands of kind %d: %s", s.m, s.n, s.k, s.trans_a, s.trans_b, s.bias,
-              s.dgelu, s.operands, cublasLtGetStatusString(status));
+    if (status != CUBLAS_STATUS_SUCCESS) count = 0;
+    opRequire(count > 0 || s.dgelu, "cuBLASLt knows no kernel for m = %ld, n = %ld, k = %ld, trans %d %d, bias %d, "
+              "operands of kind %d: %s", s.m, s.n, s.k, s.trans_a, s.trans_b, s.bias, s.operands,
+              cublasLtGetStatusString(status));
     cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
     return count;
 }
@@ -1851,7 +1855,7 @@ static MatmulPlan* matmul_plan(const MatmulShape& s) {
     }
     cublasLtMatmulHeuristicResult_t found[2];
     p->proposals = matmul_candidates(p, found, 2);
-    p->algo = found[0].algo;
+    if (p->proposals) p->algo = found[0].algo;
     return p;
 }
 
@@ -1867,6 +1871,7 @@ __global__ void __launch_bounds__(256) hash_kernel(unsigned long long* hash, con
 
 // Training measures the kernels that cuBLASLt proposes on the operands of a shape's first product. Those that give the
 // same bits as its first proposal are free to choose from, so a resumed run, or another rank, may choose differently.
+// Whether a kernel takes the operands shows only when it starts.
 static bool matmul_tuning;             // set by what trains; the tests take the first proposal
 static const double MATMUL_TUNE_FLOPS = 1e10;  // below, a product is too short to matter
 static size_t matmul_tune_scratch_bytes(int64_t m, int64_t n) { return 256 + m * n * sizeof(float); }
@@ -1888,7 +1893,7 @@ template <class Multiply> static void matmul_tune(MatmulPlan* p, void* d, Multip
     for (int i = 0; i < count; i++) {
         if (s.float_out) device_zero(d, bytes);
         device_zero(hash, sizeof *hash);
-        multiply(&found[i].algo, d);
+        if (multiply(&found[i].algo, d) != CUBLAS_STATUS_SUCCESS && i > 0) continue;
         hash_kernel<<<device_sms * 8, 256, 0, main_stream>>>(hash, (uint32_t*)d, bytes / 4);
         cudaCheck(cudaGetLastError());
         copy_to_host(&this_hash, hash, sizeof this_hash);
@@ -1896,7 +1901,7 @@ template <class Multiply> static void matmul_tune(MatmulPlan* p, void* d, Multip
         if (this_hash != first_hash) continue;
         for (int repeat = 0; repeat < 3; repeat++) {
             cudaCheck(cudaEventRecord(from, main_stream));
-            multiply(&found[i].algo, d);
+            cublasCheck(multiply(&found[i].algo, d));
             cudaCheck(cudaEventRecord(to, main_stream));
             cudaCheck(cudaEventSynchronize(to));
             float ms;
@@ -1931,11 +1936,11 @@ static void matmul_cublaslt(MatmulShape s, void* d, const void* a, const void* b
     auto multiply = [&](const cublasLtMatmulAlgo_t* algo, void* to) {
         const float one = 1.0f, beta = add ? 1.0f : 0.0f;
         const void* c = add && add != d ? add : to;
-        cublasCheck(cublasLtMatmul(cublaslt_handle, p->desc, &one, a, p->a, b, p->b, &beta, c, p->d, to, p->d, algo,
-                                   cublaslt_workspace, cublaslt_workspace_bytes, main_stream));
+        return cublasLtMatmul(cublaslt_handle, p->desc, &one, a, p->a, b, p->b, &beta, c, p->d, to, p->d, algo,
+                              cublaslt_workspace, cublaslt_workspace_bytes, main_stream);
     };
     if (matmul_tuning && !p->tuned) matmul_tune(p, d, multiply);
-    multiply(&p->algo, d);
+    cublasCheck(multiply(&p->algo, d));
 }
 
 static void matmul_forward(floatX* out /*(N,OC)*/, const floatX* inp /*(N,C)*/, const floatX* weight /*(OC,C)*/,
@@ -2689,7 +2694,9 @@ static CudnnNode cudnn_new(SdpaGraph* g, cudnnBackendDescriptorType_t type) {
 static CudnnNode sdpa_tensor(SdpaGraph* g, int64_t id /*0: a value inside the graph*/, SdpaLayout layout,
                              cudnnDataType_t type) {
     CudnnNode d = cudnn_new(g, CUDNN_BACKEND_TENSOR_DESCRIPTOR);
-    int64_t alignment = 16, unique = id ? id : g->next_id++;
+    const SdpaPlan* p = g->plan;
+    bool anywhere = id == SDPA_STATS && p->H < p->heads && p->T % 4;  // a head's statistics among others'
+    int64_t alignment = anywhere ? 4 : 16, unique = id ? id : g->next_id++;
     bool yes = true, scalar = id >= SDPA_SCALE;
     cudnn_set(d, CUDNN_ATTR_TENSOR_DATA_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &type);
     cudnn_set(d, CUDNN_ATTR_TENSOR_DIMENSIONS, CUDNN_TYPE_INT64, 4, layout.dims);
@@ -3025,8 +3032,10 @@ static void sdpa_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dout /*(B,
 
 // ---- what the operations need of a run
 // Refuses what the kernels do not do.
-static void operations_open(int C, int NH, bool deterministic) {
+static void operations_open(int C, int NH, int Vp, bool deterministic) {
     int D = C / NH;
+    if (C > LAYERNORM_MAX_C) fatal("--channels is %d; on the GPU it is at most %d", C, LAYERNORM_MAX_C);
+    if (Vp % 8) fatal("the model pads its vocabulary to %d, on the GPU it must be a multiple of 8: export it anew", Vp);
     if (D != 64 && D != 128)
         fatal("--channels %d with --heads %d makes heads of %d channels; on the GPU they have 64 or 128", C, NH, D);
     sdpa_deterministic = deterministic;
@@ -3325,27 +3334,42 @@ __global__ void __launch_bounds__(1024) lighthouse_select_kernel(int32_t* index,
     }
 }
 
+// The most candidates that a level of a tile has, and the shared memory that its selection takes without their keys.
+static int64_t select_candidates(const LighthouseShape* s) {
+    return std::max(s->n[s->levels - 1] / s->tiles, s->levels > 2 ? (int64_t)s->tile * s->pool : 0);
+}
+static int64_t select_shared_bytes(const LighthouseShape* s) {
+    return (264 + 2 * (s->levels - 1) * (s->tile + select_candidates(s) / 32 + 1)) * sizeof(int32_t);
+}
+
+// Refuses what the selection does not do.
+static int select_shared_limit;
+static void lighthouse_open(const LighthouseShape* s) {
+    int device;
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaDeviceGetAttribute(&select_shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    cudaCheck(cudaFuncSetAttribute(lighthouse_select_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   select_shared_limit));
+    if (s->off[s->levels] > INT32_MAX)
+        fatal("--seq-len %ld has %ld entries of all levels; an index has 32 bits", s->T, s->off[s->levels]);
+    if (select_shared_bytes(s) > select_shared_limit)
+        fatal("the selection of a tile, of up to %ld candidates a level, takes %ld bytes of shared memory, a block of "
+              "this GPU has %d: %s", select_candidates(s), select_shared_bytes(s), select_shared_limit,
+              s->n[s->levels - 1] / s->tiles < select_candidates(s) ? "lower --tile or --pool"
+                                                                     : "raise --topk or --levels, or lower --tile");
+}
+
 static void lighthouse_select(int32_t* index /*(B,H,S) flat entry index in sequence order*/,
                               const float* scores /*(2,B,H,E)*/, int B, const LighthouseShape* s) {
-    static int limit;  // of a block's shared memory
-    if (!limit) {
-        int device;
-        cudaCheck(cudaGetDevice(&device));
-        cudaCheck(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-        cudaCheck(cudaFuncSetAttribute(lighthouse_select_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit));
-    }
-    int64_t coarse = s->n[s->levels - 1] / s->tiles, below = s->levels > 2 ? (int64_t)s->tile * s->pool : 0;
-    int64_t most = std::max(coarse, below), words = most / 32 + 1;
-    int64_t shared = (264 + 2 * (s->levels - 1) * (s->tile + words)) * sizeof(int32_t);
-    int64_t keys = 2 * most * sizeof(uint32_t), entries = s->off[s->levels];
-    opRequire(entries <= INT32_MAX, "%ld entries of all levels: an index has 32 bits", entries);
-    opRequire(shared <= limit, "a tile of %ld coarsest entries needs %ld bytes of shared memory, the GPU has %d: raise "
-              "topk, levels or pool", coarse, shared, limit);
-    bool cached = shared + keys <= limit;
+    if (!select_shared_limit) lighthouse_open(s);
+    int64_t most = select_candidates(s), shared = select_shared_bytes(s), keys = 2 * most * sizeof(uint32_t);
+    opRequire(shared <= select_shared_limit, "a tile of %ld candidates needs %ld bytes of shared memory, the GPU has "
+              "%d: lighthouse_open() was not asked", most, shared, select_shared_limit);
+    bool cached = shared + keys <= select_shared_limit;
     int threads = most >= 1024 ? 1024 : most <= 128 ? 128 : (int)(most + 31) / 32 * 32;
     if (cached) shared += keys;
     lighthouse_select_kernel<<<grid_for((int64_t)B * s->H * s->tiles, 1), threads, shared, main_stream>>>(
-        index, scores, B, *s, (int)words, cached);
+        index, scores, B, *s, (int)(most / 32 + 1), cached);
     cudaCheck(cudaGetLastError());
 }
 
@@ -3968,10 +3992,11 @@ static Phase attention_kind(const Model* m, int l, Phase phase) {
     return lighthouse_built && phase == LIGHTHOUSE && m->lighthouse_layer[l] ? LIGHTHOUSE : DENSE;
 }
 
-// Rows of the logits made at a time: about 512 MiB, never the whole sequence's.
+// Rows of the logits made at a time: at most about 1 GiB, in equal chunks. Each chunk adds to the whole gradient of WTE,
+// so few are better.
 static int64_t head_rows(const Model* m, int64_t rows) {
-    int64_t chunk = (512ll << 20) / ((int64_t)m->dims.Vp * sizeof(floatX)) / 128 * 128;
-    return std::min(rows, std::max<int64_t>(chunk, 128));
+    int64_t most = std::max<int64_t>((1ll << 30) / ((int64_t)m->dims.Vp * sizeof(floatX)) / 128 * 128, 128);
+    return std::min(rows, ceil_div(ceil_div(rows, ceil_div(rows, most)), 128) * 128);
 }
 
 // Places the activations of a pass in the arena. A tensor that the recompute level keeps gets its own place in every
@@ -5737,7 +5762,8 @@ static void setup(Trainer* t, int argc, char** argv) {
 
     device_open(procs.local_rank);
     collectives_open();
-    operations_open(dims.C, dims.NH, c->deterministic);
+    operations_open(dims.C, dims.NH, dims.Vp, c->deterministic);
+    if (m->has_lighthouse) lighthouse_open(&m->shape);
     if (c->fp8) fp8_open();
     int64_t sample_T = sample_length(c);
     Plan plan = choose_plan(m, c, sample_T);
