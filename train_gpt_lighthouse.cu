@@ -424,6 +424,7 @@ static void copy_to_device_async(void* device, const void* host, size_t bytes) {
 struct DeviceEvent {};
 static void event_record(DeviceEvent*) {}
 static void event_wait(DeviceEvent*) {}
+static void stream_wait(DeviceEvent*) {}
 static void limit_lead() {}
 static void device_open(int) {}
 static void device_synchronize() {}
@@ -562,16 +563,20 @@ static void copy_to_device_async(void* device, const void* host, size_t bytes) {
     cudaCheck(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, main_stream));
 }
 struct DeviceEvent { cudaEvent_t event; };  // starts out as all zeros: nothing to wait for
-static void event_record(DeviceEvent* e) {
+static void event_record(DeviceEvent* e, cudaStream_t stream = main_stream) {
     if (!e->event) cudaCheck(cudaEventCreateWithFlags(&e->event, cudaEventDisableTiming));
-    cudaCheck(cudaEventRecord(e->event, main_stream));
+    cudaCheck(cudaEventRecord(e->event, stream));
 }
+// The host waits for what was recorded, or main_stream does while the host goes on.
 static void event_wait(DeviceEvent* e) {
     if (!e->event) return;
     Wait w = {0, 0};
     while (waits_for_others && cudaEventQuery(e->event) == cudaErrorNotReady) wait_a_moment(&w);
     (void)cudaGetLastError();
     cudaCheck(cudaEventSynchronize(e->event));
+}
+static void stream_wait(DeviceEvent* e) {
+    if (e->event) cudaCheck(cudaStreamWaitEvent(main_stream, e->event));
 }
 // Keeps the host at most four calls of this function ahead of the device where other processes may hang: a launch
 // behind too many others would wait without a limit.
@@ -878,13 +883,15 @@ static void reduce_scatter_start(float* x, int64_t n) {
     ncclCheck(ncclReduceScatter(x, x + procs.rank * piece, piece, ncclFloat32, ncclSum, nccl_world, collective_stream));
 }
 
-// Starts the pieces of x being gathered: rank r's piece r of bytes / world is sent to all. x is on the device.
-static void all_gather_start(void* x, int64_t bytes) {
+// Starts the pieces of x being gathered: rank r's piece r of bytes / world is sent to all. x is on the device, and is
+// whole after `done` or collectives_join().
+static void all_gather_start(void* x, int64_t bytes, DeviceEvent* done) {
     if (!procs.connected) return;
     cudaCheck(cudaEventRecord(collective_event, main_stream));
     cudaCheck(cudaStreamWaitEvent(collective_stream, collective_event));
     int64_t piece = bytes / procs.world;
     ncclCheck(ncclAllGather((char*)x + procs.rank * piece, x, piece, ncclInt8, nccl_world, collective_stream));
+    event_record(done, collective_stream);
 }
 
 // What follows on main_stream runs after the collectives started so far.
@@ -929,7 +936,8 @@ static void collectives_open() {
     int64_t piece = 1 << 20;
     char* x = (char*)device_alloc(2 * procs.world * piece);
     reduce_scatter_start((float*)x, procs.world * piece / sizeof(float));
-    all_gather_start(x, procs.world * piece);
+    DeviceEvent done = {};
+    all_gather_start(x, procs.world * piece, &done);
     collectives_join();
     if (procs.cp > 1) {
         all_to_all(x + procs.world * piece, x, piece);
@@ -977,7 +985,7 @@ static void reduce_scatter_start(float* x, int64_t n) {
 }
 
 // Gathers the pieces of x: rank r's piece r of bytes / world is sent to all.
-static void all_gather_start(void* x, int64_t bytes) {
+static void all_gather_start(void* x, int64_t bytes, DeviceEvent*) {
     int64_t piece = bytes / procs.world;
     if (procs.world > 1) exchange(WORLD_GROUP, (char*)x, piece, (char*)x + procs.rank * piece, 0, piece);
 }
@@ -1023,7 +1031,7 @@ static void gather_to_all(void* all, const void* mine, int bytes) { memcpy(all, 
 template <typename Number> static void all_sum(Number*, int64_t) {}
 static void barrier() {}
 static void reduce_scatter_start(float*, int64_t) {}
-static void all_gather_start(void*, int64_t) {}
+static void all_gather_start(void*, int64_t, DeviceEvent*) {}
 static void collectives_join() {}
 static void all_to_all(void*, const void*, int64_t) {}  // this and the next are not called: cp is 1
 static void shift(void*, const void*, int64_t, int) {}
@@ -3861,6 +3869,7 @@ struct Model {
     Activations acts;
     Batch batch[3];            // training alternates between two of them, evaluation has the third
     double* sums;              // (2) on the device: the losses of the step, the squares of its gradient
+    DeviceEvent gathered[1 + MAX_LAYERS];  // of each group: its parameters are there from all processes
 };
 enum { LOSS_SUM, NORM_SUM };
 
@@ -3955,10 +3964,12 @@ static void set_weights(Model* m, const Piece* p, int64_t i, const float* host, 
     free(rounded);
 }
 
-// Every process's slice of the parameters, to all.
+// Starts every process's slice of a group's parameters on its way to all. Who reads them waits first: so the groups of
+// later layers travel while the first layers of the next forward pass are at work.
 static void gather_params(Model* m, int g) {
-    all_gather_start(m->params + group_begin(m, g), group_size(m, g) * sizeof(floatX));
+    all_gather_start(m->params + group_begin(m, g), group_size(m, g) * sizeof(floatX), &m->gathered[g]);
 }
+static void await_params(Model* m, int g) { stream_wait(&m->gathered[g]); }
 static void gather_all_params(Model* m) {
     for (int g = 0; g <= m->dims.L; g++) gather_params(m, g);
     collectives_join();
@@ -3992,8 +4003,8 @@ static Phase attention_kind(const Model* m, int l, Phase phase) {
     return lighthouse_built && phase == LIGHTHOUSE && m->lighthouse_layer[l] ? LIGHTHOUSE : DENSE;
 }
 
-// Rows of the logits made at a time: at most about 1 GiB, in equal chunks. Each chunk adds to the whole gradient of WTE,
-// so few are better.
+// Rows of the logits made at a time: at most about 1 GiB, in equal chunks. Each chunk adds to the whole gradient of
+// WTE, so few are better.
 static int64_t head_rows(const Model* m, int64_t rows) {
     int64_t most = std::max<int64_t>((1ll << 30) / ((int64_t)m->dims.Vp * sizeof(floatX)) / 128 * 128, 128);
     return std::min(rows, ceil_div(ceil_div(rows, ceil_div(rows, most)), 128) * 128);
@@ -4210,7 +4221,8 @@ static Fp8Matrix fp8_gradient(const Model* m, int p, int l, int64_t N) {
 static void fp8_weights_update(Model* m) {
     if (!m->fp8_weights) return;
     device_zero(m->fp8_scales, m->dims.L * PRODUCTS * sizeof(Fp8Scale));
-    for (int l = 0; l < m->dims.L; l++)
+    for (int l = 0; l < m->dims.L; l++) {
+        await_params(m, 1 + l);
         for (int p = 0; p < PRODUCTS; p++) {
             int C = products[p].in * m->dims.C, OC = products[p].out * m->dims.C;
             Fp8Matrix w = fp8_weight(m, p, l);
@@ -4218,6 +4230,7 @@ static void fp8_weights_update(Model* m) {
             fp8_amax(w.scale, wide, NULL, (int64_t)OC * C);
             fp8_quantize(w, NULL, wide, NULL, OC, C, false);
         }
+    }
 }
 
 // What product p of a layer reads. With FP8 GELU of fch is only made while it is quantized.
@@ -4277,6 +4290,7 @@ static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
     LayerActs* y = &m->acts.layer[l];
     bool lighthouse = attention_kind(m, l, r.phase) == LIGHTHOUSE, exchange_tokens = !lighthouse || !m->exchange_slots;
     limit_lead();
+    if (!again) await_params(m, 1 + l);
     #define NEEDED(level) (!again || r.recompute >= (level))
     if (NEEDED(2))
         layernorm_forward(y->ln1, y->ln1_mean, y->ln1_rstd, y->x, weight(m, LN1W, l), weight(m, LN1B, l), N, C);
@@ -4343,6 +4357,7 @@ static void model_trunk(Model* m, const int* host_tokens /*(B, T/W)*/, Run r) {
         device_zero(m->fp8_scales + d->L * PRODUCTS, 2 * d->L * PRODUCTS * sizeof(Fp8Scale));
     copy_to_device_async(m->tokens, host_tokens, N * sizeof(int));
     Activations* a = &m->acts;
+    await_params(m, 0);
     encoder_forward(a->layer[0].x, m->tokens, weight(m, WTE, 0), d->rope ? NULL : weight(m, WPE, 0), r.B,
                     r.T / procs.cp, d->C, first_token(r));
     for (int l = 0; l < d->L; l++) block_forward(m, l, r, l + 1 < d->L ? a->layer[l + 1].x : a->x_final, false);
@@ -4616,7 +4631,6 @@ static void model_update(Model* m, const Config* c, double lr, double grad_scale
         }
         gather_params(m, g);
     }
-    collectives_join();
 }
 
 // ===================================================================================================================
@@ -5825,6 +5839,7 @@ static void save_checkpoint(Trainer* t) {
     const Config* c = &t->config;
     double start = seconds();
     t->state.wall_s = wall_seconds(t);
+    collectives_join();  // the run may end after this
     char* path = checkpoint_path(c, t->state.step);
     checkpoint_write(&t->model, path, &t->state);
     if (procs.rank == 0) checkpoint_prune(c, t->state.step);
