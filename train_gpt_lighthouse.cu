@@ -176,7 +176,7 @@ static const Option options[] = {
     {"temperature", "", OPT_REAL, AT(temperature), "1.0", 0.01, 100, "softmax temperature of the samples"},
     {"recompute", "r", OPT_INT, AT(recompute), "-1", -1, 4,
      "[memory] 0: keep all activations; 1: recompute GELU; 2: and LayerNorm; 3: all but attention; "
-     "4: and dense attention; -1: the least that fits"},
+     "4: and dense attention; -1: the least that fits, and one less in as many layers as fit"},
     {"deterministic", "", OPT_INT, AT(deterministic), "0", 0, 1,
      "1: dense attention's backward gives the same bits every run"},
     {"dry-run", "", OPT_FLAG, AT(dry_run), "0", 0, 1, "print the configuration and the memory plan, and stop"},
@@ -3813,7 +3813,7 @@ struct Run {
     int64_t T;      // of the whole sequences; a process has T/W of each
     Phase phase;
     bool train;     // activations are kept, gradients are made
-    int recompute;  // 0..4, see the option
+    int recompute;  // the sum of the layers' levels, 0..4L: see layer_level()
     bool fp8;       // only where train: what is evaluated is the model that is written, in floatX
     bool first;     // of the step's micro-steps: products write the matrices' gradients instead of adding to them
     bool last;      // of the step's micro-steps: gradients are complete, and summed over the processes
@@ -4003,6 +4003,11 @@ static Phase attention_kind(const Model* m, int l, Phase phase) {
     return lighthouse_built && phase == LIGHTHOUSE && m->lighthouse_layer[l] ? LIGHTHOUSE : DENSE;
 }
 
+// The recompute level of layer l, see the option. Where levels are mixed the first layers have one less than the rest.
+static int layer_level(const Model* m, Run r, int l) {
+    return r.train ? (r.recompute + l) / m->dims.L : 5;  // 5: nothing is kept
+}
+
 // Rows of the logits made at a time: at most about 1 GiB, in equal chunks. Each chunk adds to the whole gradient of
 // WTE, so few are better.
 static int64_t head_rows(const Model* m, int64_t rows) {
@@ -4010,8 +4015,8 @@ static int64_t head_rows(const Model* m, int64_t rows) {
     return std::min(rows, ceil_div(ceil_div(rows, ceil_div(rows, most)), 128) * 128);
 }
 
-// Places the activations of a pass in the arena. A tensor that the recompute level keeps gets its own place in every
-// layer; one that it does not keep is placed once, for layer 0, and shared.
+// Places the activations of a pass in the arena. A tensor that a layer's recompute level keeps gets its own place; one
+// that it does not keep is placed once, before the layers, and shared.
 static void activations_layout(Activations* a, Arena* arena, const Model* m, Run r) {
     const Dims* d = &m->dims;
     int64_t N = run_rows(r), C = d->C, NH = d->NH;
@@ -4019,35 +4024,35 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
     int64_t entries = r.B * s->H * s->off[s->levels], slots = r.B * s->S * s->H;  // NH/W times all, or NH times 1/W
     bool any_lighthouse = false, any_dense = false;
     for (int l = 0; l < d->L; l++) (attention_kind(m, l, r.phase) == LIGHTHOUSE ? any_lighthouse : any_dense) = true;
-    int level = r.train ? r.recompute : 5;  // 5: nothing is kept
+    int highest = layer_level(m, r, d->L - 1);
     // A dense layer's backward needs att in both forms; from level 2 on the one of heads is kept, and exchanged again.
     bool two_forms = r.train && procs.cp > 1;
     // With FP8 the products' inputs are kept as the columns that the weights' gradients read. GELU's result is then
     // never made, LayerNorm's only on the way there.
-    bool keep_norms = level < 2 && !r.fp8;
+    auto keep_norms = [&](int level) { return level < 2 && !r.fp8; };
 
     LayerActs shared;
     memset(&shared, 0, sizeof shared);
     floatX* ping_pong = NULL;
     if (!r.train) ping_pong = TAKE(arena, floatX, N * C);
-    if (r.fp8 ? procs.cp > 1 : level >= 1) shared.gelu = TAKE(arena, floatX, N * 4 * C);
+    if (r.fp8 ? procs.cp > 1 : highest >= 1) shared.gelu = TAKE(arena, floatX, N * 4 * C);
     for (int p = 0; p < PRODUCTS; p++)
-        if (r.fp8 && level >= products[p].again) shared.columns[p] = TAKE(arena, fp8_t, N * products[p].in * C);
-    if (!keep_norms) {
+        if (r.fp8 && highest >= products[p].again) shared.columns[p] = TAKE(arena, fp8_t, N * products[p].in * C);
+    if (!keep_norms(highest)) {
         shared.ln1 = TAKE(arena, floatX, N * C);
         shared.ln2 = TAKE(arena, floatX, N * C);
     }
-    if (level >= 2) {
+    if (highest >= 2) {
         if (any_lighthouse) shared.lh.slots = TAKE(arena, floatX, slots * 3 * s->D);
-        if (any_lighthouse || two_forms || level >= 4) shared.att = TAKE(arena, floatX, N * C);
-        if (two_forms && any_dense && level >= 4) shared.att_heads = TAKE(arena, floatX, N * C);
+        if (any_lighthouse || two_forms || highest >= 4) shared.att = TAKE(arena, floatX, N * C);
+        if (two_forms && any_dense && highest >= 4) shared.att_heads = TAKE(arena, floatX, N * C);
     }
-    if (level >= 3) {
+    if (highest >= 3) {
         shared.qkv = TAKE(arena, floatX, N * 3 * C);
         shared.x2 = TAKE(arena, floatX, N * C);
         shared.fch = TAKE(arena, floatX, N * 4 * C);
     }
-    if (level >= 4 && any_dense) shared.stats = TAKE(arena, float, N * NH);
+    if (highest >= 4 && any_dense) shared.stats = TAKE(arena, float, N * NH);
     if (any_lighthouse) {
         shared.lh.scores = TAKE(arena, float, 2 * entries);
         shared.lh.slot = TAKE(arena, int32_t, entries);
@@ -4063,6 +4068,7 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
     for (int l = 0; l < d->L; l++) {
         LayerActs* y = &a->layer[l];
         bool lighthouse = attention_kind(m, l, r.phase) == LIGHTHOUSE;
+        int level = layer_level(m, r, l);
         if (!r.train && l > 0) {  // every layer uses the buffers of the first; the residual stream alternates
             *y = a->layer[0];
             y->x = l % 2 ? ping_pong : a->layer[0].x;
@@ -4078,7 +4084,7 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
         if (level < 1 && !r.fp8) y->gelu = TAKE(arena, floatX, N * 4 * C);
         for (int p = 0; p < PRODUCTS; p++)
             if (r.fp8 && level < products[p].again) y->columns[p] = TAKE(arena, fp8_t, N * products[p].in * C);
-        if (keep_norms) {
+        if (keep_norms(level)) {
             y->ln1 = TAKE(arena, floatX, N * C);
             y->ln2 = TAKE(arena, floatX, N * C);
         }
@@ -4240,7 +4246,7 @@ static const floatX* product_input(const LayerActs* y, int p, bool fp8) {
 }
 
 // out = input weight^T + bias + addend. With again out is NULL if it was kept; what of the input the backward pass
-// needs is made again unless the recompute level kept it.
+// needs is made again unless the layer's recompute level kept it.
 static void product_forward(Model* m, int l, int p, Run r, floatX* out /*(B,T/W,OC) or NULL*/,
                             const floatX* addend /*(B,T/W,OC) or NULL*/, bool again) {
     LayerActs* y = &m->acts.layer[l];
@@ -4255,7 +4261,7 @@ static void product_forward(Model* m, int l, int p, Run r, floatX* out /*(B,T/W,
     Fp8Matrix inp8 = fp8_input(m, p, l);
     const floatX* pre = p == FCPROJ ? y->fch : NULL;
     if (!out) inp8.rows = NULL;
-    if (again && r.recompute < products[p].again) inp8.columns = NULL;
+    if (again && layer_level(m, r, l) < products[p].again) inp8.columns = NULL;
     if (!again) fp8_amax(inp8.scale, inp, pre, N * C);
     if (inp8.rows || inp8.columns) fp8_quantize(inp8, NULL, inp, pre, N, C, false);
     if (out) fp8_matmul_forward(out, inp8, fp8_weight(m, p, l), bias, addend, N, C, OC);
@@ -4289,9 +4295,10 @@ static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
     int C = d->C, D = d->C / d->NH, heads = d->NH / procs.cp;
     LayerActs* y = &m->acts.layer[l];
     bool lighthouse = attention_kind(m, l, r.phase) == LIGHTHOUSE, exchange_tokens = !lighthouse || !m->exchange_slots;
+    int level = layer_level(m, r, l);
     limit_lead();
     if (!again) await_params(m, 1 + l);
-    #define NEEDED(level) (!again || r.recompute >= (level))
+    #define NEEDED(from) (!again || level >= (from))
     if (NEEDED(2))
         layernorm_forward(y->ln1, y->ln1_mean, y->ln1_rstd, y->x, weight(m, LN1W, l), weight(m, LN1B, l), N, C);
     product_forward(m, l, QKV, r, NEEDED(3) ? y->qkv : NULL, NULL, again);
@@ -4322,7 +4329,7 @@ static void block_backward(Model* m, int l, Run r) {
     LayerActs* y = &a->layer[l];
     bool lighthouse = attention_kind(m, l, r.phase) == LIGHTHOUSE, exchange_tokens = !lighthouse || !m->exchange_slots;
     limit_lead();
-    if (r.recompute > 0 || lighthouse) block_forward(m, l, r, NULL, true);
+    if (layer_level(m, r, l) > 0 || lighthouse) block_forward(m, l, r, NULL, true);
 
     product_backward(m, l, FCPROJ, r, a->dwide, NULL, a->dres);
     product_backward(m, l, FC, r, a->dbtc, gradient(m, FCB, l), a->dwide);
@@ -4457,7 +4464,7 @@ static double step_flops(const Model* m, Phase phase, int64_t T, double tokens) 
 struct Plan {
     const char* name[16];
     size_t bytes[16], total;
-    int parts;
+    int parts, recompute;  // Run's
 };
 
 static void plan_add(Plan* p, const char* name, size_t bytes) {
@@ -4496,6 +4503,7 @@ static size_t fp8_operand_bytes(const Model* m, const Config* c, int B) {
 static Plan memory_plan(const Model* m, const Config* c, int64_t sample_T, int recompute, int B) {
     Plan p;
     memset(&p, 0, sizeof p);
+    p.recompute = recompute;
     int D = m->dims.C / m->dims.NH, heads = m->dims.NH / procs.cp;
     plan_add(&p, "parameters", m->padded * sizeof(floatX));
     if (sizeof(floatX) != sizeof(float)) plan_add(&p, "fp32 masters", m->owned * sizeof(float));
@@ -5487,25 +5495,34 @@ static double measure_device(Model* m, int64_t T) {
 
 static double gib(double bytes) { return bytes / (1024.0 * 1024 * 1024); }
 
-// Chooses the recompute level if it is left to us and refuses what does not fit, with what would.
+// Chooses the recompute levels if they are left to us and refuses what does not fit, with what would.
 static Plan choose_plan(Model* m, Config* c, int64_t sample_T) {
     size_t room = device_memory_free();
     if (!strcmp(backend_name, "cpu")) room /= procs.local_world;
-    room = (size_t)all_min((double)room);  // one level for all: their exchanges must match
-    Plan p;
-    int B = (int)c->batch_size, first = c->recompute < 0 ? 0 : (int)c->recompute, last = c->recompute < 0 ? 4 : first;
-    for (int level = first; level <= last; level++) {
-        p = memory_plan(m, c, sample_T, level, B);
-        c->recompute = level;
-        if (p.total <= room) return p;
+    room = (size_t)all_min((double)room);  // the same levels for all: their exchanges must match
+    int B = (int)c->batch_size, L = m->dims.L;
+    bool automatic = c->recompute < 0;
+    if (automatic) c->recompute = 0;
+    Plan p = memory_plan(m, c, sample_T, c->recompute * L, B);
+    while (automatic && p.total > room && c->recompute < 4) p = memory_plan(m, c, sample_T, ++c->recompute * L, B);
+    if (p.total > room) {
+        Plan least = memory_plan(m, c, sample_T, 4 * L, B), single = memory_plan(m, c, sample_T, 4 * L, 1);
+        char* hint = least.total <= room ? text("--recompute 4 would fit (%.2f GiB)", gib(least.total))
+                   : single.total <= room ? text("--batch-size 1 --recompute 4 would fit (%.2f GiB)", gib(single.total))
+                   : text("even --batch-size 1 --recompute 4 takes %.2f GiB: lower --seq-len or take a smaller model",
+                          gib(single.total));
+        fatal("this run takes %.2f GiB and %.2f GiB are free, %.2f GiB too few: %s", gib(p.total), gib(room),
+              gib(p.total - room), hint);
     }
-    Plan least = memory_plan(m, c, sample_T, 4, B), single = memory_plan(m, c, sample_T, 4, 1);
-    char* hint = least.total <= room ? text("--recompute 4 would fit (%.2f GiB)", gib(least.total))
-               : single.total <= room ? text("--batch-size 1 --recompute 4 would fit (%.2f GiB)", gib(single.total))
-               : text("even --batch-size 1 --recompute 4 takes %.2f GiB: lower --seq-len or take a smaller model",
-                      gib(single.total));
-    fatal("this run takes %.2f GiB and %.2f GiB are free, %.2f GiB too few: %s", gib(p.total), gib(room),
-          gib(p.total - room), hint);
+    if (!automatic || c->recompute == 0) return p;
+    // As many layers as fit go one level lower. All of them do not: that was tried.
+    for (int fits = 0, too_many = L; too_many - fits > 1;) {
+        int lower = (fits + too_many) / 2;
+        Plan finer = memory_plan(m, c, sample_T, c->recompute * L - lower, B);
+        if (finer.total <= room) fits = lower, p = finer;
+        else too_many = lower;
+    }
+    return p;
 }
 
 struct Trainer {
@@ -5517,6 +5534,7 @@ struct Trainer {
     RunState state;
     Logs logs;
     int64_t steps, switch_step, accumulation;  // micro-steps of a step
+    int recompute;                             // Run's
     Batch* ready;                              // the next micro-step's batch, if it was read ahead
     double clock;                              // when the step that runs now began
     double device_flops, started, wall_before; // wall_before: of the run before this process
@@ -5552,8 +5570,10 @@ static void log_configuration(const Trainer* t, const Plan* plan, const char* de
         for (int l = 0, n = 0; l < d->L; l++) if (!m->lighthouse_layer[l]) fprintf(f, "%s%d", n++ ? "," : "", l);
         fprintf(f, "]}");
     } else fprintf(f, "null");
+    Run r = {0, 0, DENSE, true, plan->recompute};
+    for (int l = 0; l < d->L; l++) fprintf(f, "%s%d", l ? "," : ",\"recompute_levels\":[", layer_level(m, r, l));
     char* device_json = json_string(device);
-    log_line(f, ",\"steps\":%ld,\"switch_step\":%ld,\"tokens_per_step\":%ld,\"processes\":%d,\"cp\":%d,"
+    log_line(f, "],\"steps\":%ld,\"switch_step\":%ld,\"tokens_per_step\":%ld,\"processes\":%d,\"cp\":%d,"
              "\"device\":%s,\"backend\":\"%s\",\"measured_flops\":%.6g}", t->steps, t->switch_step,
              c->total_batch_size, procs.world, procs.cp, device_json, backend_name, t->device_flops);
     free(device_json);
@@ -5598,8 +5618,11 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
         if (phase == DENSE || t->switch_step > 0)
             say("operations  %.4g TFLOP a %s step\n",
                 step_flops(m, (Phase)phase, c->seq_len, (double)c->total_batch_size) * 1e-12, phase_name[phase]);
-    say("memory      %.2f GiB%s of %.2f GiB free, recompute level %ld:", gib(plan->total),
-        procs.world > 1 ? " per process" : "", gib(device_memory_free()), c->recompute);
+    say("memory      %.2f GiB%s of %.2f GiB free, recompute level ", gib(plan->total),
+        procs.world > 1 ? " per process" : "", gib(device_memory_free()));
+    int level = (int)c->recompute, lower = level * d->L - plan->recompute;  // layers one level lower
+    if (lower) say("%d in %d layer%s, %d in %d:", level - 1, lower, lower > 1 ? "s" : "", level, d->L - lower);
+    else say("%d:", level);
     for (int i = 0; i < plan->parts; i++) say("%s %s %.2f", i ? "," : "", plan->name[i], gib(plan->bytes[i]));
     say("\n");
 }
@@ -5781,6 +5804,7 @@ static void setup(Trainer* t, int argc, char** argv) {
     if (c->fp8) fp8_open();
     int64_t sample_T = sample_length(c);
     Plan plan = choose_plan(m, c, sample_T);
+    t->recompute = plan.recompute;
     char device[256];
     device_name(device, sizeof device);
     print_configuration(t, &plan, device);
@@ -5900,7 +5924,7 @@ static void train_step(Trainer* t) {
     step_begun = s->step + 1;
     Phase phase = phase_at(t, s->step);
     int64_t T = c->seq_len, B = c->batch_size, total = c->total_batch_size;
-    Run r = {(int)B, T, phase, true, (int)c->recompute, c->fp8 != 0};
+    Run r = {(int)B, T, phase, true, t->recompute, c->fp8 != 0};
 
     begin_gradients(m);
     device_zero(m->sums, 2 * sizeof(double));

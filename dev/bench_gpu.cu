@@ -6,6 +6,7 @@
 //   make build/bench_gpu
 //   build/bench_gpu B=1 T=98304 L=30 C=1024 NH=8 Vp=512 S=18432 dense=4    dense: the layers whose attention is over T
 //   build/bench_gpu B=16 T=1024 L=48 C=1600 NH=25 Vp=50304 dense=48 fp8=1  the layers' products with e4m3 operands
+//   build/bench_gpu ... again=5 dense_again=2  layers at recompute level 3, of the dense ones at 4
 //
 // A product runs with the fastest of the kernels that cuBLASLt proposes, whichever the trainer takes; the head's with
 // as many rows at a time as the trainer. Operands are random: zeros take less power and so run faster.
@@ -15,7 +16,7 @@
 #include <functional>
 #include <vector>
 
-struct Shape { int64_t B, T, L, C, NH, Vp, S, dense, recompute, fp8; };
+struct Shape { int64_t B, T, L, C, NH, Vp, S, dense, again, dense_again, fp8; };
 
 // Nearly normal, standard deviation 1.
 template <typename T> __global__ void fill_kernel(T* p, int64_t n) {
@@ -124,19 +125,19 @@ struct Launch {
     std::vector<double> ms;    // of all its launches, pass by pass
 };
 
-// The three products of a layer inp (N,C) -> out (N,OC), the forward one `forwards` times.
+// The three products of a layer inp (N,C) -> out (N,OC), the forward one in `again` layers twice.
 static void add_products(std::vector<Launch>* step, const char* part, const Buffers& x, int64_t N, int64_t C,
-                         int64_t OC, int64_t layers, int64_t forwards, bool fp8) {
-    step->push_back({part, layers * forwards, product(x.out, x.weights, x.inp, OC, N, C, true, false, false, fp8), {}});
+                         int64_t OC, int64_t layers, int64_t again, bool fp8) {
+    step->push_back({part, layers + again, product(x.out, x.weights, x.inp, OC, N, C, true, false, false, fp8), {}});
     step->push_back({part, layers, product(x.out, x.weights, x.dout, C, N, OC, false, false, false, fp8), {}});
     step->push_back({part, layers, product(x.sums, x.inp, x.dout, C, OC, N, false, true, true, fp8), {}});
 }
 
 static void add_attention(std::vector<Launch>* step, const char* part, const Buffers& x, const Shape& s, int64_t T,
-                          int64_t layers, int64_t forwards) {
+                          int64_t layers, int64_t again) {
     int B = (int)s.B, NH = (int)s.NH, D = (int)(s.C / s.NH);
     floatX* dqkv = x.out + s.B * T * s.C;
-    step->push_back({part, layers * forwards, [=] { sdpa_forward(x.out, x.stats, x.qkv, B, T, NH, D); }, {}});
+    step->push_back({part, layers + again, [=] { sdpa_forward(x.out, x.stats, x.qkv, B, T, NH, D); }, {}});
     step->push_back({part, layers, [=] { sdpa_backward(dqkv, x.datt, x.qkv, x.out, x.stats, B, T, NH, D); }, {}});
 }
 
@@ -144,8 +145,8 @@ int main(int argc, char** argv) {
     Shape s = {};
     const struct { const char* name; int64_t* value; bool needed; } fields[] = {
         {"B", &s.B, true}, {"T", &s.T, true}, {"L", &s.L, true}, {"C", &s.C, true}, {"NH", &s.NH, true},
-        {"Vp", &s.Vp, true}, {"S", &s.S, false}, {"dense", &s.dense, false}, {"recompute", &s.recompute, false},
-        {"fp8", &s.fp8, false}};
+        {"Vp", &s.Vp, true}, {"S", &s.S, false}, {"dense", &s.dense, false}, {"again", &s.again, false},
+        {"dense_again", &s.dense_again, false}, {"fp8", &s.fp8, false}};
     for (int i = 1; i < argc; i++) {
         bool known = false;
         for (auto& f : fields) {
@@ -154,7 +155,8 @@ int main(int argc, char** argv) {
             *f.value = atoll(argv[i] + n + 1);
             known = true;
         }
-        if (!known) fatal("\"%s\" is no size: give B= T= L= C= NH= Vp= dense= S= recompute= fp8=", argv[i]);
+        if (!known)
+            fatal("\"%s\" is no size: give B= T= L= C= NH= Vp= dense= S= again= dense_again= fp8=", argv[i]);
     }
     for (auto& f : fields)
         if (f.needed && *f.value < 1) fatal("%s is %ld: give %s=N, N at least 1", f.name, *f.value, f.name);
@@ -187,16 +189,15 @@ int main(int argc, char** argv) {
     x.stats = (float*)device_alloc(N * s.NH * sizeof(float));
 
     std::vector<Launch> step;
-    int64_t again = s.recompute >= 3 ? 2 : 1;
-    add_products(&step, "qkv", x, N, C, 3 * C, s.L, again, s.fp8);
-    if (s.dense) add_attention(&step, "attention_T", x, s, s.T, s.dense, s.recompute >= 4 ? 2 : 1);
-    if (s.dense < s.L) add_attention(&step, "attention_S", x, s, s.S, s.L - s.dense, 1);
-    add_products(&step, "attproj", x, N, C, C, s.L, again, s.fp8);
-    add_products(&step, "fc", x, N, C, 4 * C, s.L, again, s.fp8);
-    add_products(&step, "fcproj", x, N, 4 * C, C, s.L, 1, s.fp8);
+    add_products(&step, "qkv", x, N, C, 3 * C, s.L, s.again, s.fp8);
+    if (s.dense) add_attention(&step, "attention_T", x, s, s.T, s.dense, s.dense_again);
+    if (s.dense < s.L) add_attention(&step, "attention_S", x, s, s.S, s.L - s.dense, 0);
+    add_products(&step, "attproj", x, N, C, C, s.L, s.again, s.fp8);
+    add_products(&step, "fc", x, N, C, 4 * C, s.L, s.again, s.fp8);
+    add_products(&step, "fcproj", x, N, 4 * C, C, s.L, 0, s.fp8);
     Buffers h = x;
     h.inp = x.head_inp; h.dout = x.head_dout; h.weights = x.wte;
-    add_products(&step, "head", h, chunk, C, s.Vp, chunks, 1, false);
+    add_products(&step, "head", h, chunk, C, s.Vp, chunks, 0, false);
 
     double alone = 0;
     for (Launch& t : step) {

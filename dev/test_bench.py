@@ -40,9 +40,10 @@ def refused(*args):
 
 def shape_of(**changes):
     lighthouse = {"levels": 3, "pool": 4, "topk": 1536, "tile": 128, "slots": 18432, "dense_layers": [0, 1, 28, 29]}
-    return dict({"layers": 30, "channels": 1024, "heads": 8, "vocab": 512, "padded_vocab": 512, "parameters": 378000000,
-                 "positions": "rope", "B": 1, "T": 98304, "tokens": 98304, "recompute": 0, "fp8": 0,
-                 "lighthouse": lighthouse}, **changes)
+    shape = dict({"layers": 30, "channels": 1024, "heads": 8, "vocab": 512, "padded_vocab": 512,
+                  "parameters": 378000000, "positions": "rope", "B": 1, "T": 98304, "tokens": 98304, "fp8": 0,
+                  "lighthouse": lighthouse}, **changes)
+    return dict({"recompute": [0] * shape["layers"]}, **shape)
 
 
 def row(table, name, **fields):
@@ -151,9 +152,9 @@ def test_the_last_measurement_counts():
 
 def test_bytes_of_a_step():
     """Kernel by kernel for one layer, in rows of C elements; the difference of two depths leaves the rest out."""
-    def layer(phase, **changes):
-        lighthouse = dict(shape_of()["lighthouse"], dense_layers=[])
-        a, b = (bench.other_bytes(shape_of(layers=n, lighthouse=lighthouse, **changes), phase) for n in (3, 2))
+    def layer(phase, recompute=0, **changes):
+        changes["lighthouse"] = dict(shape_of()["lighthouse"], dense_layers=[])
+        a, b = (bench.other_bytes(shape_of(layers=n, recompute=[0, 0, recompute][:n], **changes), phase) for n in (3, 2))
         return (a - b) / (98304 * 1024 * 2)
 
     ln, gelu, gelu_back, ln_back, rope = 2, 4 + 4, 4 + 4 + 4, 4, 2 + 2

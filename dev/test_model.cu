@@ -1,5 +1,5 @@
 // Proves that the whole model's loss, logits and every gradient, dense and under Lighthouse, agree with PyTorch's, for every
-// recompute level; and that all recompute levels give the same bits. Reference files are made by dev/oracle.py.
+// recompute level; and that all recompute levels, also mixed, give the same bits. Reference files are made by dev/oracle.py.
 //   make build/test_model && build/test_model FILE...
 // The bounds are shares of each tensor's norm; the oracle computes in fp64. fp32: 1e-5 on the CPU, 1e-4 on the GPU, whose fast
 // exponentials differ more. bf16 rounds weights and activations to 2^-9: 0.03 for dense attention; under Lighthouse the
@@ -99,13 +99,17 @@ static void test_file(const char* path) {
     m->has_lighthouse = true;
     char why[512];
     if (!lighthouse_shape(&m->shape, T, h[7], h[8] / h[7], h[10], h[11], h[12], h[13], why, sizeof why)) fatal("%s: %s", path, why);
-    Plan plan = memory_plan(m, &c, 0, 0, (int)B);
-    c.fp8 = has_fp8();  // here both kinds of pass run: room for the larger one's activations
-    Plan fp8_plan = memory_plan(m, &c, 0, 0, (int)B);
-    for (int i = 0; i < fp8_plan.parts; i++)
-        if (!strcmp(fp8_plan.name[i], "activations"))
-            fp8_plan.bytes[i] = std::max(fp8_plan.bytes[i], plan_part(&plan, "activations"));
-    plan = fp8_plan;
+    Plan plan;
+    size_t activations = 0;  // here every kind of pass runs: room for the largest one's
+    int sums = 4 * m->dims.L + 1;
+    for (c.fp8 = 0; c.fp8 <= has_fp8(); c.fp8++)
+        for (int recompute = 0; recompute < sums; recompute++) {
+            plan = memory_plan(m, &c, 0, recompute, (int)B);
+            activations = std::max(activations, plan_part(&plan, "activations"));
+        }
+    c.fp8 = has_fp8();
+    for (int i = 0; i < plan.parts; i++)
+        if (!strcmp(plan.name[i], "activations")) plan.bytes[i] = activations;
     model_allocate(m, &c, &plan);
 
     int64_t n = m->parameters;
@@ -135,15 +139,15 @@ static void test_file(const char* path) {
         check((error < BOUND || !compare) && same_loss(loss, reference[1 + phase]), text("%s %s forward", path, kind),
               text("loss %.6f, PyTorch %.6f; logits differ by %.1e", loss, reference[1 + phase], error));
         free(out);
-        for (int pass = 0; pass < 5 * (1 + c.fp8); pass++) {  // the levels, then again with FP8
-            int level = pass % 5;
-            bool fp8 = pass >= 5;
+        for (int pass = 0; pass < sums * (1 + c.fp8); pass++) {  // every sum of levels, then again with FP8
+            int recompute = pass % sums;
+            bool fp8 = pass >= sums;
             const char* name = text("%s %s%s", path, kind, fp8 ? " FP8" : "");
             double bound = fp8 ? 0.3 : BOUND, loss_bound = fp8 ? 0.02 * reference[1 + phase] : 0;
-            Run r = {(int)B, T, (Phase)phase, true, level, fp8};
+            Run r = {(int)B, T, (Phase)phase, true, recompute, fp8};
             poison(m->arena.base, plan_part(&plan, "activations"));
             device_zero(m->grads, m->padded * 4);
-            r.first = level > 0;  // from level 1 on gradients are begun as a step begins them, over rubbish
+            r.first = recompute > 0;  // from the second pass on gradients are begun as a step begins them, over rubbish
             if (r.first) {
                 poison(m->grads, m->padded * 4);
                 begin_gradients(m);
@@ -152,7 +156,7 @@ static void test_file(const char* path) {
             model_micro_step(m, batch, r, 1.0f / N);
             loss = loss_sum(m) / N;
             get_all_gradients(m, mine);
-            if (level == 0) {
+            if (recompute == 0) {
                 double worst = 0;
                 bool compare_gradients = compare && !(fp8 && phase == LIGHTHOUSE);
                 for (int t = 0; t < TENSORS; t++) {
@@ -166,7 +170,7 @@ static void test_file(const char* path) {
                       text("loss %.6f; the worst of %d tensors differs by %.1e", loss, m->dims.rope ? TENSORS - 1 : TENSORS, worst));
                 memcpy(first, mine, n * 4);
             } else {
-                check(!memcmp(first, mine, n * 4), text("%s recompute %d", name, level), "same bits as recompute 0");
+                check(!memcmp(first, mine, n * 4), text("%s recompute %.3g", name, (double)recompute / m->dims.L), "same bits as recompute 0");
             }
         }
     }

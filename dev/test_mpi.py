@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from test_trainer import (ENV, ROOT, Lab, checkpoint, checkpoint_body, checkpoints, events, execute, model_bytes,
-                          programs, step_events, write_shard, write_tokenizer)
+from test_trainer import (ENV, ROOT, Lab, checkpoint, checkpoint_body, checkpoints, events, execute, little_memory,
+                          model_bytes, programs, step_events, write_shard, write_tokenizer)
 
 T, STEPS, SWITCH = 128, 20, 11
 BATCH = 12  # sequences of a step, which 1, 2, 3 and 4 data-parallel ranks can share
@@ -199,34 +199,19 @@ def test_ranks_repeat_their_bits(lab):
     assert checkpoint_body(checkpoint(first, 8)) == checkpoint_body(checkpoint(resumed, 8))
 
 
-LITTLE_MEMORY = r'''
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-FILE* fopen(const char* path, const char* mode) {  // rank 1 finds as much memory free as the environment says
-    FILE* (*real)(const char*, const char*) = dlsym(RTLD_NEXT, "fopen");
-    const char *rank = getenv("OMPI_COMM_WORLD_RANK"), *line = getenv("LITTLE_MEMORY");
-    if (strcmp(path, "/proc/meminfo") || !rank || strcmp(rank, "1")) return real(path, mode);
-    return fmemopen((void*)line, strlen(line), "r");
-}
-'''
-
-
-def test_ranks_take_one_recompute_level(lab):
-    """Left to the program, the level is what fits on every rank: with different ones their exchanges would not match."""
-    plans = [events(lab.train(f"level_{level}", ranks=2, cp=2, steps=1, switch_step=1, recompute=level), "memory")[0]["total_bytes"]
-             for level in (0, 3)]
-    assert plans[1] < plans[0]
-    (lab.folder / "little.c").write_text(LITTLE_MEMORY)
-    subprocess.run(["gcc", "-shared", "-fPIC", "little.c", "-o", "little.so", "-ldl"], cwd=lab.folder, check=True)
-    free = f"MemAvailable: {2 * (plans[1] // 1024 + 4)} kB"  # two ranks share it
-    command = lab.command("run", ranks=2, cp=2, steps=3, switch_step=2)
-    command[1:1] = ["-x", f"LD_PRELOAD={lab.folder / 'little.so'}", "-x", f"LITTLE_MEMORY={free}"]
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_ranks_take_the_same_recompute_levels(lab, positions):
+    """Left to the program, the levels are what fits on every rank: with different ones their exchanges would not match.
+    The model is the same as at one level in all layers."""
+    options = dict(ranks=2, cp=2, depth=4, steps=3, switch_step=2, positions=positions)
+    runs = [lab.train(f"level_{level}", recompute=level, **options) for level in (2, 3)]
+    free = sum(events(run, "memory")[0]["total_bytes"] for run in runs)  # between the two, as two ranks share it
+    command = lab.command("run", **options)
+    command[1:1] = [word for variable in little_memory(lab.folder, free) for word in ("-x", variable)]
     result = execute(command)
     assert result.code == 0, result.err
-    assert 0 < events(lab.folder / "run", "config")[0]["options"]["recompute"] <= 3
+    assert set(events(lab.folder / "run", "config")[0]["recompute_levels"]) == {2, 3}
+    assert model_bytes(runs[0]) == model_bytes(runs[1]) == model_bytes(lab.folder / "run")
 
 
 # ---- 2. files

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from test_trainer import write_shard
+from test_trainer import little_memory, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.dont_write_bytecode = True
@@ -77,7 +77,7 @@ def run_ranks(folder, ranks, *options, preload=None):
 def shape_of(config):
     o = config["options"]
     return dict(config["model"], B=o["batch-size"], T=o["seq-len"], tokens=config["tokens_per_step"],
-                recompute=o["recompute"], lighthouse=config["lighthouse"])
+                recompute=config["recompute_levels"], lighthouse=config["lighthouse"])
 
 
 @needs_mpi
@@ -115,14 +115,33 @@ def test_memory_that_the_trainer_takes(tmp_path, ranks, cp, level):
         assert size == pytest.approx(events["memory"]["parts"][name], rel=0.005), name
 
 
+@needs_mpi
+@pytest.mark.parametrize("cp", [1, 2])
+def test_memory_and_bytes_of_mixed_levels(tmp_path, monkeypatch, counter, cp):
+    """Where the first layers have recompute level 2 and the others 3: what fits into memory between that of the two."""
+    options = ("--cp", cp, "--depth", 5, "--switch-step", 1, "--checkpoint-every", 0)
+    taken = [run_ranks(tmp_path / "run", 2, *options, "--steps", 2, "--recompute", level)[0]["memory"]["total_bytes"]
+             for level in (2, 3)]
+    preload, line = (variable.partition("=")[2] for variable in little_memory(tmp_path, sum(taken)))  # for both ranks
+    monkeypatch.setenv("LITTLE_MEMORY", line)
+    runs = [run_ranks(tmp_path / "run", 2, *options, "--steps", steps, preload=f"{counter}:{preload}") for steps in (2, 4)]
+    events, (less, more) = runs[0][0], (sum(sent) for _, sent in runs)
+    shape = shape_of(events["config"])
+    assert set(shape["recompute"]) == {2, 3}
+    for name, size in scaling_model.memory(shape, 2, cp, element=4).items():
+        assert size == pytest.approx(events["memory"]["parts"][name], rel=0.005), name
+    calls = scaling_model.collectives(shape, "dense", 2, cp, element=4)
+    assert (more - less) / 2 == 2 * sum(scaling_model.sent(c) * c["calls"] for c in calls)
+
+
 def test_memory_of_the_measured_runs():
     """As the plans in dev/RESULTS.md's logs have it, in GiB."""
     lighthouse = {"levels": 3, "pool": 4, "slots": 18432, "dense_layers": [0, 1, 28, 29]}
     shape = {"layers": 30, "channels": 1024, "heads": 8, "padded_vocab": 512, "positions": "rope", "B": 1, "T": 98304,
-             "tokens": 98304, "recompute": 0, "lighthouse": lighthouse}
-    million = dict(shape, layers=12, channels=768, heads=12, padded_vocab=50304, T=1 << 20, recompute=3,
+             "tokens": 98304, "recompute": [0] * 30, "lighthouse": lighthouse}
+    million = dict(shape, layers=12, channels=768, heads=12, padded_vocab=50304, T=1 << 20, recompute=[3] * 12,
                    lighthouse=dict(lighthouse, slots=3 * (1 << 20) // 16, dense_layers=[]))
-    short = dict(million, B=64, T=1024, recompute=0, lighthouse=None)
+    short = dict(million, B=64, T=1024, recompute=[0] * 12, lighthouse=None)
     # 0.50 and 0.40: what the chunk of the logits has grown by since.
     for run, activations, workspace in ((shape, 95.49, 0.38), (million, 70.25 + 0.50, 3.05), (short, 19.29 + 0.40, 0.19)):
         parts = scaling_model.memory(run, 1, 1)
@@ -312,13 +331,13 @@ def test_one_gpu_is_as_measured():
     """The model of one GPU's step gives back the two steps that it was made of, but for the head of more token ids."""
     head = 6 * (predict.VOCAB - 512) * 1024 * 98304 / predict.HEAD_FLOPS * 1e3
     for phase, ms in predict.STEP_MS.items():
-        assert predict.compute_ms(98304, phase, 0) == pytest.approx(ms + head)
+        assert predict.compute_ms(predict.shape_of(98304, 1, 1, 0), phase) == pytest.approx(ms + head)
     assert predict.sdpa_ms(524288) == pytest.approx(3685) and predict.sdpa_ms(1 << 20) == pytest.approx(4 * 3685)
 
 
 def test_links_without_cost_scale_perfectly():
     free = links(ring=1e12, node=1e12, all_to_all=1e12, hop_us=0, node_hop_us=0, all_to_all_us=0)
-    one = predict.compute_ms(98304, "lighthouse", 0)
+    one = predict.compute_ms(predict.shape_of(98304, 1, 1, 0), "lighthouse")
     for gpus, cp in ((8, 1), (512, 8)):
         p = predict.predict(98304, gpus, cp, "lighthouse", free)
         assert p["step"] == pytest.approx(one / cp) and p["rate"] == pytest.approx(gpus * 98304 / one * 1e3)
@@ -346,9 +365,25 @@ def test_the_steps_by_hand():
     assert f"are {dense / 1e3:.1f} of those" in text
     assert f"it would be {(p['compute'] - dense + sparse) / 1e3:.1f}." in text
     sizes = (98304, 8, 1), (98304, 8, 8), (1 << 20, 8, 8), (1 << 22, 8, 8)
-    assert [predict.fitting(*size, 76)[0] for size in sizes] == [2, 0, 3, 4]
-    assert ("(`--gib 76`) 98,304 tokens fit at level 2, and at level 0 with cp 8; 1,048,576 on eight at level 3; "
-            "4,194,304 at level 4.") in text
+    alone, eight, million, four = (predict.levels_of(predict.fitting(*size, 76)[0]) for size in sizes)
+    assert (f"(`--gib 76`) 98,304 tokens fit at level {alone}, and at level {eight} with cp 8; 1,048,576 on eight at "
+            f"{million}; 4,194,304 at {four}.") in text
+
+
+def test_the_levels_that_fit():
+    """The least level that fits in all layers, then one less in as many as fit: one layer more would not."""
+    def taken(recompute):
+        shape = predict.shape_of(98304, 1, 1, recompute)
+        return shape["recompute"], sum(scaling_model.memory(shape, 1, 1).values()) / scaling_model.GIB
+
+    for recompute in (120, 99, 75, 45, 0):
+        levels, gib = taken(recompute)
+        shape, found, fits = predict.fitting(98304, 1, 1, gib + 0.001)
+        assert fits and shape["recompute"] == levels and found == gib and sum(levels) == recompute
+    levels, gib = taken(120)
+    assert predict.levels_of(predict.fitting(98304, 1, 1, gib + 0.001)[0]) == "4"
+    assert predict.levels_of(predict.shape_of(98304, 1, 1, 61)) == "2 in 29 layers, 3 in 1"
+    assert not predict.fitting(98304, 1, 1, gib - 0.001)[2]
 
 
 def test_measured_values_take_the_place(tmp_path, monkeypatch):

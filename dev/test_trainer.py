@@ -102,6 +102,30 @@ class Lab:
         return result
 
 
+LITTLE_MEMORY = r'''
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+FILE* fopen(const char* path, const char* mode) {  // rank 1, or a process alone, finds as much memory free as is said
+    FILE* (*real)(const char*, const char*) = dlsym(RTLD_NEXT, "fopen");
+    const char *rank = getenv("OMPI_COMM_WORLD_RANK"), *line = getenv("LITTLE_MEMORY");
+    if (strcmp(path, "/proc/meminfo") || !line || (rank && strcmp(rank, "1"))) return real(path, mode);
+    return fmemopen((void*)line, strlen(line), "r");
+}
+'''
+
+
+def little_memory(folder, free):
+    """The environment, as NAME=value, that lets a program find so many bytes free."""
+    library = folder / "little.so"
+    if not library.exists():
+        (folder / "little.c").write_text(LITTLE_MEMORY)
+        subprocess.run(["gcc", "-shared", "-fPIC", "little.c", "-o", library, "-ldl"], cwd=folder, check=True)
+    return [f"LD_PRELOAD={library}", f"LITTLE_MEMORY=MemAvailable: {int(free) // 1024} kB"]
+
+
 # ---- files
 
 def write_shard(path, tokens, width=2, **header):
@@ -308,13 +332,23 @@ def test_two_threads_repeat_their_bits(lab, monkeypatch):
 @pytest.mark.parametrize("positions", ["rope", "learned"])
 @pytest.mark.parametrize("program", ["lighthouse", "dense"])
 def test_recompute_levels_are_bit_equal(lab, program, positions, fp8):
-    """What is recomputed in the backward pass is what was computed: the trained model is the same at every level."""
-    models = []
-    for level in range(5):
-        options = dict(program=program, positions=positions, steps=6, batch_size=2, depth=4, recompute=level, learning_rate=1e-2, fp8=fp8)
-        models.append(model_bytes(lab.train(f"level_{level}", **options)))
-    assert models[0] != model_bytes(lab.train("untrained", **dict(options, steps=0)))
-    assert all(m == models[0] for m in models)
+    """What is recomputed in the backward pass is what was computed: the trained model is the same at every level, and where
+    the memory lies between that of two levels, so that the first layers have the lower one and the others the higher."""
+    options = dict(program=program, positions=positions, steps=6, batch_size=2, depth=4, learning_rate=1e-2, fp8=fp8)
+    runs = [lab.train(f"level_{level}", **options, recompute=level) for level in range(5)]
+    model, taken = model_bytes(runs[0]), [events(run, "memory")[0]["total_bytes"] for run in runs]
+    assert model != model_bytes(lab.train("untrained", **dict(options, steps=0)))
+    assert all(model_bytes(run) == model for run in runs)
+    for level in range(1, 5):
+        free = (3 * taken[level - 1] + taken[level]) / 4
+        result = execute(["env", *little_memory(lab.folder, free), *lab.command(f"mixed_{level}", **options)])
+        config, memory = (events(lab.folder / f"mixed_{level}", event)[0] for event in ("config", "memory"))
+        levels = config["recompute_levels"]
+        lower = levels.count(level - 1)
+        assert levels == [level - 1] * lower + [level] * (4 - lower) and 0 < lower < 4 and config["options"]["recompute"] == level
+        assert f"recompute level {level - 1} in {lower} layer{'s' * (lower > 1)}, {level} in {4 - lower}:" in result.out, result.out
+        assert taken[level] < memory["total_bytes"] <= free
+        assert model_bytes(lab.folder / f"mixed_{level}") == model
 
 
 @pytest.mark.parametrize("program", ["lighthouse", "dense"])
@@ -975,8 +1009,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(lab):
 # ---- 6. logs
 
 FIELDS = {
-    "config": {"program", "version", "time", "options", "model", "lighthouse", "steps", "switch_step", "tokens_per_step", "device",
-               "backend", "measured_flops"},
+    "config": {"program", "version", "time", "options", "model", "lighthouse", "recompute_levels", "steps", "switch_step",
+               "tokens_per_step", "device", "backend", "measured_flops"},
     "memory": {"total_bytes", "parts"},
     "resume": {"step", "file"},
     "step": {"step", "loss", "lr", "norm", "ms", "tokens_per_second", "mfu", "phase", "tokens", "train_s", "wall_s", "skipped"},

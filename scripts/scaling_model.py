@@ -1,7 +1,7 @@
 """The arithmetic of many GPUs, for scripts/bench_scaling and scripts/predict_scaling: what a rank sends in a step and
 what it keeps. A shape is what the trainer's log.jsonl says of a run: layers, channels, heads, padded_vocab, positions,
-B (sequences of a micro-step on one rank), T, tokens (of a step, all ranks), recompute, and lighthouse: slots, levels,
-pool, topk, tile and dense_layers, or None. world = dp x cp ranks."""
+B (sequences of a micro-step on one rank), T, tokens (of a step, all ranks), recompute (the level of every layer), and
+lighthouse: slots, levels, pool, topk, tile and dense_layers, or None. world = dp x cp ranks."""
 import importlib.machinery
 import importlib.util
 import math
@@ -51,9 +51,8 @@ def collectives(shape, phase, world, cp, element=2):
                           "calls": calls, "ranks": world})
     if cp > 1:
         micro_steps = shape["tokens"] // (shape["B"] * shape["T"] * (world // cp))
-        row, level, B = element * shape["channels"], shape["recompute"], shape["B"]
-        sparse = sparse_layers(shape, phase) if exchanges_slots(shape, cp) else 0
-        dense = shape["layers"] - sparse
+        row, B = element * shape["channels"], shape["B"]
+        sparse, dense = layer_levels(shape, phase if exchanges_slots(shape, cp) else "dense")
 
         def add(call, what, size, calls):
             if calls:
@@ -61,15 +60,15 @@ def collectives(shape, phase, world, cp, element=2):
 
         # Forward and backward; and again what is recomputed in the backward pass. Sequences are exchanged one by one.
         tokens = row * shape["T"] // cp
-        add("all_to_all", "qkv and its gradient", 3 * tokens, B * dense * (2 + (level >= 3)))
-        add("all_to_all", "attention's output and its gradient", tokens, B * dense * (2 + (level >= 2)))
+        add("all_to_all", "qkv and its gradient", 3 * tokens, B * passes(dense, 2, 3))
+        add("all_to_all", "attention's output and its gradient", tokens, B * passes(dense, 2, 2))
         if sparse:
             lh = shape["lighthouse"]
             slots = row * lh["slots"] // cp
-            add("all_to_all", "qkv of the slots and its gradient", 3 * slots, B * sparse * (2 + (level >= 2)))
-            add("all_to_all", "output of the slots and its gradient", slots, B * sparse * (2 + (level >= 2)))
-            add("shift", "output of the last slots", B * row * (lh["levels"] - 1), sparse * (1 + (level >= 2)))
-            add("shift", "gradient of the first tokens", row * halo_rows(lh), B * sparse)
+            add("all_to_all", "qkv of the slots and its gradient", 3 * slots, B * passes(sparse, 2, 2))
+            add("all_to_all", "output of the slots and its gradient", slots, B * passes(sparse, 2, 2))
+            add("shift", "output of the last slots", B * row * (lh["levels"] - 1), passes(sparse, 1, 2))
+            add("shift", "gradient of the first tokens", row * halo_rows(lh), B * len(sparse))
     return found
 
 
@@ -78,10 +77,17 @@ def sent(call):
     return call["bytes"] * (call["ranks"] - 1) // call["ranks"]
 
 
-def sparse_layers(shape, phase):
-    """Layers whose attention runs over the slots."""
+def layer_levels(shape, phase):
+    """The recompute levels of the layers whose attention runs over the slots, and of the others."""
     lh = shape["lighthouse"]
-    return shape["layers"] - len(lh["dense_layers"]) if phase == "lighthouse" and lh else 0
+    is_dense = [phase == "dense" or not lh or l in lh["dense_layers"] for l in range(shape["layers"])]
+    return ([level for level, dense in zip(shape["recompute"], is_dense) if not dense],
+            [level for level, dense in zip(shape["recompute"], is_dense) if dense])
+
+
+def passes(levels, once, again):
+    """How often layers of these levels do what each does so often, and once more from the level `again` on."""
+    return once * len(levels) + sum(level >= again for level in levels)
 
 
 def exchanges_slots(shape, cp):
@@ -113,27 +119,32 @@ def memory(shape, world, cp, element=2):
 
 def activations(shape, phase, cp, element):
     """Bytes of the activations of a training pass, the largest kind of pass."""
-    level, L, C, NH = shape["recompute"], shape["layers"], shape["channels"], shape["heads"]
+    L, C, NH = shape["layers"], shape["channels"], shape["heads"]
     N = shape["B"] * shape["T"] // cp              # rows on this rank; or all rows of its NH/cp heads
     u, statistic = element * N * C, 4 * N
-    sparse = sparse_layers(shape, phase)
-    dense = L - sparse
+    both, (sparse, dense) = shape["recompute"], layer_levels(shape, phase)
+    highest = max(both)
+
+    def places(levels, again):
+        """Of a tensor that is dropped from the level `again` on: one a layer that keeps it, one for all others."""
+        return sum(level < again for level in levels) + (highest >= again and len(levels) > 0)
+
     total = L * (u + 4 * statistic)                # inputs of the blocks; mean and 1/deviation of two LayerNorms
-    total += (L if level < 1 else 1) * 4 * u       # gelu
-    total += (L if level < 2 else 1) * 2 * u       # ln1, ln2
-    total += (L if level < 3 else 1) * 8 * u       # qkv, x2, fch
-    total += (dense if level < 4 else dense > 0) * statistic * NH                         # dense attention's sums
-    kept = (sparse if level < 2 else 0) + (dense if level < (2 if cp > 1 else 4) else 0)
-    total += (kept + (level >= 4 or level >= 2 and (sparse > 0 or cp > 1))) * u           # attention's output
+    total += places(both, 1) * 4 * u               # gelu
+    total += places(both, 2) * 2 * u               # ln1, ln2
+    total += places(both, 3) * 8 * u               # qkv, x2, fch
+    total += places(dense, 4) * statistic * NH     # dense attention's sums
+    kept = sum(level < 2 for level in sparse) + sum(level < (2 if cp > 1 else 4) for level in dense)
+    total += (kept + (highest >= 4 or highest >= 2 and (len(sparse) > 0 or cp > 1))) * u  # attention's output
     if cp > 1:                                     # and in the form of all rows of some heads
-        total += (dense if level < 4 else dense > 0) * u
+        total += places(dense, 4) * u
     if sparse:
         lh = shape["lighthouse"]
         slots = shape["B"] * lh["slots"] // cp     # rows of C elements
         entries = shape["B"] * NH * sum(shape["T"] // lh["pool"] ** l for l in range(lh["levels"])) // cp
         s = element * slots * C
-        total += (sparse if level < 2 else 1) * 3 * s                                     # gathered qkv
-        total += sparse * (s + 8 * slots * NH)     # output, sums and index of the slots
+        total += places(sparse, 2) * 3 * s         # gathered qkv
+        total += len(sparse) * (s + 8 * slots * NH)                                       # output, sums, index of them
         total += 12 * entries + 4 * s              # scores, slot of each entry; gradients of the slots
         if exchanges_slots(shape, cp):             # output of the own slots; what the neighbours give
             total += s + element * shape["B"] * C * halo_rows(lh)
