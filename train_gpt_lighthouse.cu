@@ -3853,6 +3853,7 @@ struct Model {
     int64_t padded, owned;                        // elements of all groups; of this process's slices
     bool lighthouse_layer[MAX_LAYERS];       // in the Lighthouse phase; in the dense phase no layer is
     bool has_lighthouse;                     // at least one layer is, for part of the run
+    bool never_dense;                        // and for all of it: only evaluations and samples have a dense phase
     LighthouseShape shape;                   // of whole sequences and the NH/W heads of this process
     LighthouseShape own_shape;               // of the T/W tokens of this process and all heads
     bool exchange_slots;                     // a Lighthouse layer selects in own_shape and exchanges slots, not tokens
@@ -4459,7 +4460,7 @@ static double step_flops(const Model* m, Phase phase, int64_t T, double tokens) 
     return 6 * matrices * tokens + 6 * attention * (tokens / T);
 }
 
-// ---- the memory plan: everything that the run will ever take, both phases', before anything is taken
+// ---- the memory plan: everything that the run will ever take, in every phase, before anything is taken
 
 struct Plan {
     const char* name[16];
@@ -4483,7 +4484,8 @@ static Passes run_passes(const Model* m, const Config* c, int64_t sample_T, int 
     Passes p = {{}, 0};
     for (int phase = LIGHTHOUSE; phase <= DENSE; phase++) {
         if (phase == LIGHTHOUSE && !m->has_lighthouse) continue;
-        p.run[p.count++] = {B, c->seq_len, (Phase)phase, true, recompute, c->fp8 != 0};
+        if (phase == LIGHTHOUSE || !m->never_dense)
+            p.run[p.count++] = {B, c->seq_len, (Phase)phase, true, recompute, c->fp8 != 0};
         p.run[p.count++] = {B, c->seq_len, (Phase)phase, false, 0};
     }
     if (sample_T) p.run[p.count++] = {1, sample_T, DENSE, false, 0};
@@ -5669,6 +5671,7 @@ static void setup_run(Trainer* t) {
         t->switch_step = 0;
     }
     m->has_lighthouse = t->switch_step > 0;
+    m->never_dense = m->has_lighthouse && t->switch_step == t->steps;
     char why[512];
     int heads = m->dims.NH / procs.cp, D = m->dims.C / m->dims.NH;
     if (m->has_lighthouse && !lighthouse_defaults(&m->shape, c, heads, D, why, sizeof why))

@@ -154,7 +154,8 @@ def test_bytes_of_a_step():
     """Kernel by kernel for one layer, in rows of C elements; the difference of two depths leaves the rest out."""
     def layer(phase, recompute=0, **changes):
         changes["lighthouse"] = dict(shape_of()["lighthouse"], dense_layers=[])
-        a, b = (bench.other_bytes(shape_of(layers=n, recompute=[0, 0, recompute][:n], **changes), phase) for n in (3, 2))
+        a, b = (bench.other_bytes(shape_of(layers=n, recompute=[0, 0, recompute][:n], **changes), phase)
+                for n in (3, 2))
         return (a - b) / (98304 * 1024 * 2)
 
     ln, gelu, gelu_back, ln_back, rope = 2, 4 + 4, 4 + 4 + 4, 4, 2 + 2

@@ -747,6 +747,19 @@ def test_the_last_of_repeated_options_counts(lab):
     assert "run         5 steps" in result.out
 
 
+def test_a_run_that_is_never_dense_plans_no_dense_step(lab):
+    """With --switch-step 1.0 a dense training pass, the larger one at recompute level 3, takes no memory; evaluations are dense."""
+    options = dict(depth=12, dense_layers="none", seq_len=8 * T, recompute=3, steps=4, train_data=lab.data.large,
+                   val_data=lab.data.large, val_every=2, val_batches=2)
+    runs = [lab.train(f"until_{switch}", switch_step=switch, **options) for switch in ("1.0", "3", "4")]
+    never, later, also_never = (events(run, "memory")[0]["parts"] for run in runs)
+    assert never["activations"] < later["activations"] and never == also_never
+    assert model_bytes(runs[0]) == model_bytes(runs[2])
+    evaluations = [events(run, "eval") for run in runs]
+    assert [e["loss_dense"] for e in evaluations[0]][:2] == [e["loss_dense"] for e in evaluations[1]][:2]
+    assert evaluations[0][-1]["step"] == 4 and evaluations[0][-1]["loss_dense"] and evaluations[0][-1]["loss_lighthouse"]
+
+
 def test_a_plan_for_more_processes(lab):
     """--plan-ranks shows each process's memory: an N-th of the moments, all of the parameters; it starts and writes nothing."""
     def planned(ranks):
