@@ -4026,11 +4026,12 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
     bool any_lighthouse = false, any_dense = false;
     for (int l = 0; l < d->L; l++) (attention_kind(m, l, r.phase) == LIGHTHOUSE ? any_lighthouse : any_dense) = true;
     int highest = layer_level(m, r, d->L - 1);
-    // A dense layer's backward needs att in both forms; from level 2 on the one of heads is kept, and exchanged again.
+    // A dense layer's backward needs att in both forms, with FP8 only that of heads; from level 2 on that one is kept, and
+    // exchanged again.
     bool two_forms = r.train && procs.cp > 1;
     // With FP8 the products' inputs are kept as the columns that the weights' gradients read. GELU's result is then
-    // never made, LayerNorm's only on the way there.
-    auto keep_norms = [&](int level) { return level < 2 && !r.fp8; };
+    // never made, LayerNorm's and attention's only on the way there.
+    auto keep_inputs = [&](int level) { return level < 2 && !r.fp8; };
 
     LayerActs shared;
     memset(&shared, 0, sizeof shared);
@@ -4039,15 +4040,13 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
     if (r.fp8 ? procs.cp > 1 : highest >= 1) shared.gelu = TAKE(arena, floatX, N * 4 * C);
     for (int p = 0; p < PRODUCTS; p++)
         if (r.fp8 && highest >= products[p].again) shared.columns[p] = TAKE(arena, fp8_t, N * products[p].in * C);
-    if (!keep_norms(highest)) {
+    if (!keep_inputs(highest)) {
         shared.ln1 = TAKE(arena, floatX, N * C);
         shared.ln2 = TAKE(arena, floatX, N * C);
-    }
-    if (highest >= 2) {
-        if (any_lighthouse) shared.lh.slots = TAKE(arena, floatX, slots * 3 * s->D);
         if (any_lighthouse || two_forms || highest >= 4) shared.att = TAKE(arena, floatX, N * C);
-        if (two_forms && any_dense && highest >= 4) shared.att_heads = TAKE(arena, floatX, N * C);
     }
+    if (highest >= 2 && any_lighthouse) shared.lh.slots = TAKE(arena, floatX, slots * 3 * s->D);
+    if (highest >= 4 && any_dense && two_forms) shared.att_heads = TAKE(arena, floatX, N * C);
     if (highest >= 3) {
         shared.qkv = TAKE(arena, floatX, N * 3 * C);
         shared.x2 = TAKE(arena, floatX, N * C);
@@ -4085,12 +4084,12 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
         if (level < 1 && !r.fp8) y->gelu = TAKE(arena, floatX, N * 4 * C);
         for (int p = 0; p < PRODUCTS; p++)
             if (r.fp8 && level < products[p].again) y->columns[p] = TAKE(arena, fp8_t, N * products[p].in * C);
-        if (keep_norms(level)) {
+        if (keep_inputs(level)) {
             y->ln1 = TAKE(arena, floatX, N * C);
             y->ln2 = TAKE(arena, floatX, N * C);
         }
         if (level < 2 && lighthouse) y->lh.slots = TAKE(arena, floatX, slots * 3 * s->D);
-        if (level < (lighthouse || two_forms ? 2 : 4)) y->att = TAKE(arena, floatX, N * C);
+        if (lighthouse || two_forms ? keep_inputs(level) : level < 4) y->att = TAKE(arena, floatX, N * C);
         if (lighthouse || !two_forms) y->att_heads = y->att;
         else if (level < 4) y->att_heads = TAKE(arena, floatX, N * C);
         if (level < 3) {

@@ -167,9 +167,10 @@ def test_what_a_lighthouse_layer_exchanges(lab, ranks, options, exchanged):
     assert f"exchanges {exchanged} between the {ranks} that share a sequence" in result.out, result.out
 
 
-def test_recompute_levels_repeat_their_bits(lab):
+@pytest.mark.parametrize("options", [FOUR_TILES, dict(FOUR_TILES, fp8=1), dict(fp8=1)], ids=["slots", "slots, FP8", "tokens, FP8"])
+def test_recompute_levels_repeat_their_bits(lab, options):
     """What is exchanged again in the backward pass is what was exchanged before."""
-    options = dict(ranks=4, cp=4, steps=3, switch_step=2, batch_size=2, **FOUR_TILES)
+    options = dict(ranks=4, cp=4, steps=3, switch_step=2, batch_size=2, **options)
     models = [model_bytes(lab.train(f"level_{level}", recompute=level, **options)) for level in range(5)]
     assert all(model == models[0] for model in models)
 

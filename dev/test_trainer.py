@@ -351,6 +351,17 @@ def test_recompute_levels_are_bit_equal(lab, program, positions, fp8):
         assert model_bytes(lab.folder / f"mixed_{level}") == model
 
 
+def test_fp8_keeps_inputs_as_columns_only(lab):
+    """A Lighthouse layer keeps what its products read at a byte an element: LayerNorm's and attention's results not besides."""
+    def layer(level, fp8):  # bytes
+        options = dict(dense_layers="none", steps=1, switch_step=1, recompute=level, fp8=fp8)
+        three, four = (events(lab.train(f"{level} {fp8} {n}", depth=n, **options), "memory")[0]["parts"] for n in (3, 4))
+        return four["activations"] - three["activations"]
+    wide, fp8, elements = layer(1, 0), layer(1, 1), T * 16
+    assert wide - fp8 == 3 * (4 - 1) * elements
+    assert layer(0, 1) - fp8 == 4 * elements  # GELU's result
+
+
 @pytest.mark.parametrize("program", ["lighthouse", "dense"])
 def test_fp8_trains_like_fp32(lab, program):
     """With FP8 operands the losses lie within 0.2% of those without and are not the same; evaluations are made without FP8."""
