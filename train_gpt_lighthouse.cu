@@ -4026,8 +4026,8 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
     bool any_lighthouse = false, any_dense = false;
     for (int l = 0; l < d->L; l++) (attention_kind(m, l, r.phase) == LIGHTHOUSE ? any_lighthouse : any_dense) = true;
     int highest = layer_level(m, r, d->L - 1);
-    // A dense layer's backward needs att in both forms, with FP8 only that of heads; from level 2 on that one is kept, and
-    // exchanged again.
+    // A dense layer's backward needs att in both forms, but with FP8 only that of heads; from level 2 on that one is
+    // kept, and exchanged again.
     bool two_forms = r.train && procs.cp > 1;
     // With FP8 the products' inputs are kept as the columns that the weights' gradients read. GELU's result is then
     // never made, LayerNorm's and attention's only on the way there.
@@ -5498,13 +5498,15 @@ static double gib(double bytes) { return bytes / (1024.0 * 1024 * 1024); }
 
 // Chooses the recompute levels if they are left to us and refuses what does not fit, with what would.
 static Plan choose_plan(Model* m, Config* c, int64_t sample_T) {
-    size_t room = device_memory_free();
-    if (!strcmp(backend_name, "cpu")) room /= procs.local_world;
-    room = (size_t)all_min((double)room);  // the same levels for all: their exchanges must match
+    const size_t spare = 128ll << 20;  // of a GPU, for kernels that are loaded at their first launch and for rounding
     int B = (int)c->batch_size, L = m->dims.L;
     bool automatic = c->recompute < 0;
     if (automatic) c->recompute = 0;
     Plan p = memory_plan(m, c, sample_T, c->recompute * L, B);
+    size_t room = device_memory_free();  // only now: on a GPU that plan built cuDNN's, which take memory themselves
+    if (!strcmp(backend_name, "cpu")) room /= procs.local_world;
+    else room -= std::min(room, spare);
+    room = (size_t)all_min((double)room);  // the same levels for all: their exchanges must match
     while (automatic && p.total > room && c->recompute < 4) p = memory_plan(m, c, sample_T, ++c->recompute * L, B);
     if (p.total > room) {
         Plan least = memory_plan(m, c, sample_T, 4 * L, B), single = memory_plan(m, c, sample_T, 4 * L, 1);
@@ -5512,7 +5514,7 @@ static Plan choose_plan(Model* m, Config* c, int64_t sample_T) {
                    : single.total <= room ? text("--batch-size 1 --recompute 4 would fit (%.2f GiB)", gib(single.total))
                    : text("even --batch-size 1 --recompute 4 takes %.2f GiB: lower --seq-len or take a smaller model",
                           gib(single.total));
-        fatal("this run takes %.2f GiB and %.2f GiB are free, %.2f GiB too few: %s", gib(p.total), gib(room),
+        fatal("this run takes %.2f GiB and %.2f GiB are free for it, %.2f GiB too few: %s", gib(p.total), gib(room),
               gib(p.total - room), hint);
     }
     if (!automatic || c->recompute == 0) return p;
