@@ -424,7 +424,6 @@ static void copy_to_device_async(void* device, const void* host, size_t bytes) {
 struct DeviceEvent {};
 static void event_record(DeviceEvent*) {}
 static void event_wait(DeviceEvent*) {}
-static void stream_wait(DeviceEvent*) {}
 static void limit_lead() {}
 static void device_open(int) {}
 static void device_synchronize() {}
@@ -563,20 +562,16 @@ static void copy_to_device_async(void* device, const void* host, size_t bytes) {
     cudaCheck(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, main_stream));
 }
 struct DeviceEvent { cudaEvent_t event; };  // starts out as all zeros: nothing to wait for
-static void event_record(DeviceEvent* e, cudaStream_t stream = main_stream) {
+static void event_record(DeviceEvent* e) {
     if (!e->event) cudaCheck(cudaEventCreateWithFlags(&e->event, cudaEventDisableTiming));
-    cudaCheck(cudaEventRecord(e->event, stream));
+    cudaCheck(cudaEventRecord(e->event, main_stream));
 }
-// The host waits for what was recorded, or main_stream does while the host goes on.
 static void event_wait(DeviceEvent* e) {
     if (!e->event) return;
     Wait w = {0, 0};
     while (waits_for_others && cudaEventQuery(e->event) == cudaErrorNotReady) wait_a_moment(&w);
     (void)cudaGetLastError();
     cudaCheck(cudaEventSynchronize(e->event));
-}
-static void stream_wait(DeviceEvent* e) {
-    if (e->event) cudaCheck(cudaStreamWaitEvent(main_stream, e->event));
 }
 // Keeps the host at most four calls of this function ahead of the device where other processes may hang: a launch
 // behind too many others would wait without a limit.
@@ -883,15 +878,13 @@ static void reduce_scatter_start(float* x, int64_t n) {
     ncclCheck(ncclReduceScatter(x, x + procs.rank * piece, piece, ncclFloat32, ncclSum, nccl_world, collective_stream));
 }
 
-// Starts the pieces of x being gathered: rank r's piece r of bytes / world is sent to all. x is on the device, and is
-// whole after `done` or collectives_join().
-static void all_gather_start(void* x, int64_t bytes, DeviceEvent* done) {
+// Starts the pieces of x being gathered: rank r's piece r of bytes / world is sent to all. x is on the device.
+static void all_gather_start(void* x, int64_t bytes) {
     if (!procs.connected) return;
     cudaCheck(cudaEventRecord(collective_event, main_stream));
     cudaCheck(cudaStreamWaitEvent(collective_stream, collective_event));
     int64_t piece = bytes / procs.world;
     ncclCheck(ncclAllGather((char*)x + procs.rank * piece, x, piece, ncclInt8, nccl_world, collective_stream));
-    event_record(done, collective_stream);
 }
 
 // What follows on main_stream runs after the collectives started so far.
@@ -936,8 +929,7 @@ static void collectives_open() {
     int64_t piece = 1 << 20;
     char* x = (char*)device_alloc(2 * procs.world * piece);
     reduce_scatter_start((float*)x, procs.world * piece / sizeof(float));
-    DeviceEvent done = {};
-    all_gather_start(x, procs.world * piece, &done);
+    all_gather_start(x, procs.world * piece);
     collectives_join();
     if (procs.cp > 1) {
         all_to_all(x + procs.world * piece, x, piece);
@@ -985,7 +977,7 @@ static void reduce_scatter_start(float* x, int64_t n) {
 }
 
 // Gathers the pieces of x: rank r's piece r of bytes / world is sent to all.
-static void all_gather_start(void* x, int64_t bytes, DeviceEvent*) {
+static void all_gather_start(void* x, int64_t bytes) {
     int64_t piece = bytes / procs.world;
     if (procs.world > 1) exchange(WORLD_GROUP, (char*)x, piece, (char*)x + procs.rank * piece, 0, piece);
 }
@@ -1031,7 +1023,7 @@ static void gather_to_all(void* all, const void* mine, int bytes) { memcpy(all, 
 template <typename Number> static void all_sum(Number*, int64_t) {}
 static void barrier() {}
 static void reduce_scatter_start(float*, int64_t) {}
-static void all_gather_start(void*, int64_t, DeviceEvent*) {}
+static void all_gather_start(void*, int64_t) {}
 static void collectives_join() {}
 static void all_to_all(void*, const void*, int64_t) {}  // this and the next are not called: cp is 1
 static void shift(void*, const void*, int64_t, int) {}
@@ -2425,82 +2417,6 @@ static void rope_rotate(floatX* qkv /*(B,T,3,H,D), q and k in place*/, const flo
     cudaCheck(cudaGetLastError());
 }
 
-// The rotation undone, and the sums of the columns on the way. A block takes 768 columns of a range of rows, three
-// times 256: every head size divides 256, so one set of angles does for a lane's three packs of a row.
-__global__ void __launch_bounds__(256, 2)
-    rope_backward_kernel(floatX* dqkv, float* partial /*(ranges,3,H,D)*/, const float* table, int64_t N, int64_t T,
-                         int H, int D, int64_t range) {
-    __shared__ float sums[8][256];
-    int lane = threadIdx.x, warp = threadIdx.y, far = D / 16, d = lane % (2 * far) * 8, C = H * D;
-    int c0 = blockIdx.x * 768 + lane * 8;
-    bool lower = d < D / 2;
-    int64_t end = min(N, (int64_t)(blockIdx.y + 1) * range), row0 = blockIdx.y * range + warp, position = row0 % T;
-    float sum[3][8] = {};
-    for (; row0 < end; row0 += 16) {
-        Pack8<floatX> mine[2][3];
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-#pragma unroll
-            for (int u = 0; u < 3; u++) {
-                mine[r][u] = {};
-                if (row0 + 8 * r < end && c0 + u * 256 < 3 * C)
-                    mine[r][u] = load8(dqkv + (row0 + 8 * r) * 3 * C + c0 + u * 256);
-            }
-        }
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            float cosine[8], sine[8];
-            rope_angles(cosine, sine, table, position, lower ? d : d - D / 2, D);
-            position += 8;
-            if (position >= T) position %= T;
-            for (int i = 0; i < 8; i++) sine[i] = lower ? sine[i] : -sine[i];
-#pragma unroll
-            for (int u = 0; u < 3; u++) {
-                Pack8<floatX> other;
-#pragma unroll
-                for (int i = 0; i < (int)sizeof(floatX) * 2; i++) {
-                    ((int*)&other)[i] = __shfl_xor_sync(0xffffffffu, ((int*)&mine[r][u])[i], far);
-                }
-                int c = c0 + u * 256;
-                float y[8];
-                for (int i = 0; i < 8; i++) {
-                    y[i] = (float)mine[r][u].v[i];
-                    if (c < 2 * C) y[i] = y[i] * cosine[i] + (float)other.v[i] * sine[i];
-                    sum[u][i] += y[i];
-                }
-                if (row0 + 8 * r < end && c < 2 * C)
-                    store8(dqkv + (row0 + 8 * r) * 3 * C + c, to_pack8<floatX>(y));
-            }
-        }
-    }
-    int t = warp * 32 + lane;
-    for (int u = 0; u < 3; u++) {
-        for (int i = 0; i < 8; i++) sums[warp][i * 32 + lane] = sum[u][i];  // neighbouring lanes in neighbouring banks
-        __syncthreads();
-        int column = blockIdx.x * 768 + u * 256 + t % 32 * 8 + t / 32;
-        float total = 0.0f;
-        for (int w = 0; w < 8; w++) total += sums[w][t];
-        if (column < 3 * C) partial[(int64_t)blockIdx.y * 3 * C + column] = total;
-        __syncthreads();
-    }
-}
-
-// The inverse rotation, and dbias += the sums of dqkv's columns, which are the gradient of q's, k's and v's biases.
-static void rope_backward(floatX* dqkv /*(B,T,3,H,D), q and k in place*/, float* dbias /*(3,H,D) +=*/,
-                          const float* table /*device memory*/, int B, int64_t T, int H, int D) {
-    opRequire(D >= 16 && D <= 256 && (D & (D - 1)) == 0, "rope_backward: head size %d, not 16, 32, 64, 128 or 256", D);
-    int64_t N = B * T;
-    int OC = 3 * H * D, column_blocks = (int)ceil_div(OC, 768);
-    float* partial = (float*)scratch(matmul_backward_scratch_bytes(OC), "matmul_backward");
-    int64_t ranges = std::max(1, std::min(2 * device_sms, BIAS_MAX_BLOCKS / 3) / column_blocks);  // one wave
-    int64_t range = ceil_div(N, std::min(ranges, ceil_div(N, 16)));
-    ranges = ceil_div(N, range);
-    rope_backward_kernel<<<dim3(column_blocks, (unsigned)ranges), dim3(32, 8), 0, main_stream>>>(dqkv, partial, table,
-                                                                                                 N, T, H, D, range);
-    cudaCheck(cudaGetLastError());
-    add_partials({{dbias}, 1}, partial, (int)ranges, OC);
-}
-
 // ---- context parallelism: blocks of heads
 // A row of all heads is W blocks of n elements, one block for each process. Packed, all rows of a process's block lie
 // together. A warp a row: it reads or writes the row's W blocks one behind the other.
@@ -3870,7 +3786,6 @@ struct Model {
     Activations acts;
     Batch batch[3];            // training alternates between two of them, evaluation has the third
     double* sums;              // (2) on the device: the losses of the step, the squares of its gradient
-    DeviceEvent gathered[1 + MAX_LAYERS];  // of each group: its parameters are there from all processes
 };
 enum { LOSS_SUM, NORM_SUM };
 
@@ -3965,12 +3880,10 @@ static void set_weights(Model* m, const Piece* p, int64_t i, const float* host, 
     free(rounded);
 }
 
-// Starts every process's slice of a group's parameters on its way to all. Who reads them waits first: so the groups of
-// later layers travel while the first layers of the next forward pass are at work.
+// Every process's slice of the parameters, to all.
 static void gather_params(Model* m, int g) {
-    all_gather_start(m->params + group_begin(m, g), group_size(m, g) * sizeof(floatX), &m->gathered[g]);
+    all_gather_start(m->params + group_begin(m, g), group_size(m, g) * sizeof(floatX));
 }
-static void await_params(Model* m, int g) { stream_wait(&m->gathered[g]); }
 static void gather_all_params(Model* m) {
     for (int g = 0; g <= m->dims.L; g++) gather_params(m, g);
     collectives_join();
@@ -4009,11 +3922,10 @@ static int layer_level(const Model* m, Run r, int l) {
     return r.train ? (r.recompute + l) / m->dims.L : 5;  // 5: nothing is kept
 }
 
-// Rows of the logits made at a time: at most about 1 GiB, in equal chunks. Each chunk adds to the whole gradient of
-// WTE, so few are better.
+// Rows of the logits made at a time: about 512 MiB, never the whole sequence's.
 static int64_t head_rows(const Model* m, int64_t rows) {
-    int64_t most = std::max<int64_t>((1ll << 30) / ((int64_t)m->dims.Vp * sizeof(floatX)) / 128 * 128, 128);
-    return std::min(rows, ceil_div(ceil_div(rows, ceil_div(rows, most)), 128) * 128);
+    int64_t chunk = (512ll << 20) / ((int64_t)m->dims.Vp * sizeof(floatX)) / 128 * 128;
+    return std::min(rows, std::max<int64_t>(chunk, 128));
 }
 
 // Places the activations of a pass in the arena. A tensor that a layer's recompute level keeps gets its own place; one
@@ -4227,8 +4139,7 @@ static Fp8Matrix fp8_gradient(const Model* m, int p, int l, int64_t N) {
 static void fp8_weights_update(Model* m) {
     if (!m->fp8_weights) return;
     device_zero(m->fp8_scales, m->dims.L * PRODUCTS * sizeof(Fp8Scale));
-    for (int l = 0; l < m->dims.L; l++) {
-        await_params(m, 1 + l);
+    for (int l = 0; l < m->dims.L; l++)
         for (int p = 0; p < PRODUCTS; p++) {
             int C = products[p].in * m->dims.C, OC = products[p].out * m->dims.C;
             Fp8Matrix w = fp8_weight(m, p, l);
@@ -4236,7 +4147,6 @@ static void fp8_weights_update(Model* m) {
             fp8_amax(w.scale, wide, NULL, (int64_t)OC * C);
             fp8_quantize(w, NULL, wide, NULL, OC, C, false);
         }
-    }
 }
 
 // What product p of a layer reads. With FP8 GELU of fch is only made while it is quantized.
@@ -4297,7 +4207,6 @@ static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
     bool lighthouse = attention_kind(m, l, r.phase) == LIGHTHOUSE, exchange_tokens = !lighthouse || !m->exchange_slots;
     int level = layer_level(m, r, l);
     limit_lead();
-    if (!again) await_params(m, 1 + l);
     #define NEEDED(from) (!again || level >= (from))
     if (NEEDED(2))
         layernorm_forward(y->ln1, y->ln1_mean, y->ln1_rstd, y->x, weight(m, LN1W, l), weight(m, LN1B, l), N, C);
@@ -4320,7 +4229,7 @@ static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
 
 // dres comes in as the gradient of the block's output and leaves as that of its input. The gradient of the bias of a
 // product into the residual stream is the sums of dres, which LayerNorm's backward makes while it writes dres. QKV's
-// comes with the backward of the rotation or of Lighthouse, where those see all heads; FP8's quantization makes both.
+// comes from the slots in a Lighthouse layer, where those are of all heads and FP8's quantization does not make it.
 static void block_backward(Model* m, int l, Run r) {
     const Dims* d = &m->dims;
     int64_t N = run_rows(r);
@@ -4339,17 +4248,16 @@ static void block_backward(Model* m, int l, Run r) {
     product_backward(m, l, ATTPROJ, r, a->dbtc, NULL, a->dres);
     floatX* dqkv = a->dwide;
     float* dbias = gradient(m, QKVB, l);
-    bool early = procs.cp == 1 && !r.fp8 && (lighthouse || d->rope);
+    bool from_slots = lighthouse && procs.cp == 1 && !r.fp8;
     if (exchange_tokens) rows_to_heads(a->dbtc, a->dbtc, y->gelu, r.B, r.T, 1, C);
     if (lighthouse) {
-        lighthouse_backward(m, y, r, dqkv, early ? dbias : NULL, a->dbtc);
+        lighthouse_backward(m, y, r, dqkv, from_slots ? dbias : NULL, a->dbtc);
     } else {
         sdpa_backward(dqkv, a->dbtc, y->qkv, y->att_heads, y->stats, r.B, r.T, heads, D);
-        if (d->rope && early) rope_backward(dqkv, dbias, m->rope, r.B, r.T, heads, D);
-        else if (d->rope) rope_rotate(dqkv, m->rope, -1, r.B, r.T, heads, D);
+        if (d->rope) rope_rotate(dqkv, m->rope, -1, r.B, r.T, heads, D);
     }
     if (exchange_tokens) heads_to_rows(dqkv, dqkv, y->gelu, r.B, r.T, 3, C);
-    product_backward(m, l, QKV, r, a->dbtc, early ? NULL : dbias, dqkv);
+    product_backward(m, l, QKV, r, a->dbtc, from_slots ? NULL : dbias, dqkv);
     layernorm_backward(a->dres, gradient(m, LN1W, l), gradient(m, LN1B, l), l > 0 ? gradient(m, FCPROJB, l - 1) : NULL,
                        a->dbtc, y->x, weight(m, LN1W, l), y->ln1_mean, y->ln1_rstd, N, C);
 }
@@ -4364,7 +4272,6 @@ static void model_trunk(Model* m, const int* host_tokens /*(B, T/W)*/, Run r) {
         device_zero(m->fp8_scales + d->L * PRODUCTS, 2 * d->L * PRODUCTS * sizeof(Fp8Scale));
     copy_to_device_async(m->tokens, host_tokens, N * sizeof(int));
     Activations* a = &m->acts;
-    await_params(m, 0);
     encoder_forward(a->layer[0].x, m->tokens, weight(m, WTE, 0), d->rope ? NULL : weight(m, WPE, 0), r.B,
                     r.T / procs.cp, d->C, first_token(r));
     for (int l = 0; l < d->L; l++) block_forward(m, l, r, l + 1 < d->L ? a->layer[l + 1].x : a->x_final, false);
@@ -4640,6 +4547,7 @@ static void model_update(Model* m, const Config* c, double lr, double grad_scale
         }
         gather_params(m, g);
     }
+    collectives_join();
 }
 
 // ===================================================================================================================
@@ -5867,7 +5775,6 @@ static void save_checkpoint(Trainer* t) {
     const Config* c = &t->config;
     double start = seconds();
     t->state.wall_s = wall_seconds(t);
-    collectives_join();  // the run may end after this
     char* path = checkpoint_path(c, t->state.step);
     checkpoint_write(&t->model, path, &t->state);
     if (procs.rank == 0) checkpoint_prune(c, t->state.step);

@@ -164,8 +164,9 @@ int main(int argc, char** argv) {
     if (s.dense < s.L && s.S < 1) fatal("%ld of %ld layers are not dense: give S=, their slots", s.L - s.dense, s.L);
     device_open(0);
     int64_t N = s.B * s.T, C = s.C, X = sizeof(floatX), wide = 4 * C, copied = (int64_t)1 << 30;
-    int64_t most = std::max<int64_t>((1ll << 30) / (s.Vp * X) / 128 * 128, 128), chunks = ceil_div(N, most);
-    int64_t chunk = N / chunks / 8 * 8;  // nearly head_rows(), whose chunks are multiples of 128
+    int64_t chunk = std::min(N, std::max<int64_t>((512ll << 20) / (s.Vp * X) / 128 * 128, 128));  // as head_rows()
+    int64_t chunks = ceil_div(N, chunk);
+    chunk = N / chunks / 8 * 8;  // equal ones
     int64_t results = std::max({N * wide, chunk * s.Vp, 2 * copied / X}), attention = 0;
     for (int64_t T : {s.dense ? s.T : 0, s.dense < s.L ? s.S : 0})
         if (T) attention = std::max(attention, sdpa_prepare((int)s.B, T, (int)s.NH, (int)(C / s.NH), true, true));

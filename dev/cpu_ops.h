@@ -296,18 +296,6 @@ void gelu_backward(floatX* dinp, const floatX* dout, const floatX* inp, int64_t 
     }
 }
 
-void bias_backward(float* dbias /*(OC) +=*/, const floatX* dout /*(N,OC)*/, int64_t N, int OC) {
-    #pragma omp parallel for
-    for (int64_t o0 = 0; o0 < OC; o0 += 64) {
-        int64_t o1 = min64(OC, o0 + 64);
-        float sum[64] = {0};
-        for (int64_t i = 0; i < N; i++) {
-            for (int64_t o = o0; o < o1; o++) sum[o - o0] += dout[i * OC + o];
-        }
-        for (int64_t o = o0; o < o1; o++) dbias[o] += sum[o - o0];
-    }
-}
-
 void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC,C) +=, or = if fresh*/, bool fresh,
                      float* dbias /*(OC) += or NULL*/, const floatX* dout /*(N,OC)*/, const floatX* inp,
                      const floatX* weight,
@@ -316,7 +304,17 @@ void matmul_backward(floatX* dinp /*(N,C) or NULL*/, float* dweight /*(OC,C) +=,
     if (dinp) matmul(dinp, dout, false, weight, false, N, C, OC, false);
     if (dinp && gelu_inp) gelu_backward(dinp, dinp, gelu_inp, N * C);
     matmul(dweight, dout, true, inp, false, OC, C, N, !fresh);
-    if (dbias) bias_backward(dbias, dout, N, OC);
+    if (dbias) {
+        #pragma omp parallel for
+        for (int64_t o0 = 0; o0 < OC; o0 += 64) {
+            int64_t o1 = min64(OC, o0 + 64);
+            float sum[64] = {0};
+            for (int64_t i = 0; i < N; i++) {
+                for (int64_t o = o0; o < o1; o++) sum[o - o0] += dout[i * OC + o];
+            }
+            for (int64_t o = o0; o < o1; o++) dbias[o] += sum[o - o0];
+        }
+    }
 }
 
 // FP8: a gradient's numbers are e5m2 (2 bits of mantissa, exponents down to -14), the others e4m3 (3 bits, down to -6).
@@ -476,12 +474,6 @@ void rope_rotate(floatX* qkv /*(B,T,3,H,D), q and k in place*/, const float* tab
     for (int64_t bt = 0; bt < B * T; bt++) {
         for (int64_t h = 0; h < 2 * H; h++) rope_turn(qkv + (bt * 3 * H + h) * D, table, bt % T, direction, D);
     }
-}
-
-void rope_backward(floatX* dqkv /*(B,T,3,H,D), q and k in place*/, float* dbias /*(3,H,D) += the sums of its columns*/,
-                   const float* table, int B, int64_t T, int H, int D) {
-    rope_rotate(dqkv, table, -1, B, T, H, D);
-    bias_backward(dbias, dqkv, B * T, 3 * H * D);
 }
 
 // ---- causal attention -----------------------------------------------------------------------------------------

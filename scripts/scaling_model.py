@@ -149,7 +149,6 @@ def activations(shape, phase, cp, element):
         if exchanges_slots(shape, cp):             # output of the own slots; what the neighbours give
             total += s + element * shape["B"] * C * halo_rows(lh)
     total += 2 * u + 3 * statistic                 # the last block's output, its LayerNorm, the losses
-    chunks = -(-N // max((1 << 30) // (shape["padded_vocab"] * element) // 128 * 128, 128))
-    rows = min(N, -(-N // chunks // 128) * 128)
-    total += element * rows * shape["padded_vocab"]                                       # logits of some rows
+    chunk = (512 << 20) // (shape["padded_vocab"] * element) // 128 * 128
+    total += element * min(N, max(chunk, 128)) * shape["padded_vocab"]                    # logits of some rows
     return total + 6 * u                           # gradients: of the stream, of C and of 4C channels
