@@ -39,6 +39,7 @@ Build with make; every program has --help.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -5646,6 +5647,11 @@ static void setup_tokenizer(Trainer* t) {
 
 static void setup_directory(const Config* c, const Model* m) {
     make_directories(c->out_dir);
+    if (procs.rank == 0) {  // two runs in one directory would remove each other's checkpoints
+        int lock = open(c->out_dir, O_RDONLY);  // stays open, and so locked, until this process ends
+        if (lock >= 0 && flock(lock, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK)  // some file systems have no locks
+            fatal("another run is writing to %s: wait for its end, or give another --out-dir", c->out_dir);
+    }
     int earlier;
     free(checkpoint_list(c->out_dir, &earlier));
     if (earlier && !c->resume)

@@ -550,6 +550,22 @@ def test_an_earlier_run_is_not_overwritten(lab, saved):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
+def test_two_runs_in_one_folder_are_refused(lab):
+    """While a run writes to its folder another is refused, with and without --resume 1; a dry run is not; then it is free."""
+    first = subprocess.Popen([str(c) for c in lab.command("run", steps=10 ** 6, checkpoint_every=0)], env=ENV, stdout=subprocess.PIPE,
+                             universal_newlines=True)
+    try:
+        while "step 1/" not in " ".join(first.stdout.readline().split()):
+            assert first.poll() is None
+        for resume in (0, 1):
+            lab.fails(lab.run("run", steps=4, resume=resume), f"another run is writing to {lab.folder / 'run'}", "--out-dir")
+        assert execute(lab.command("run", steps=4) + ["--dry-run"]).code == 0
+    finally:
+        first.kill()
+        first.communicate()
+    lab.train("run", steps=4)
+
+
 def test_resume_refuses_what_would_change_the_batches(lab, saved):
     """Another length, batch, data, seed, order or model: refused, with the thing named. A new learning rate is allowed."""
     def attempt(name, *words, **options):
