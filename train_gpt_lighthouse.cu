@@ -119,7 +119,7 @@ static const Option options[] = {
      "seed of the initialization, the shuffling and the samples"},
     {"out-dir", "o", OPT_TEXT, AT(out_dir), "runs/" PROGRAM, 0, 0, "[output] directory of the logs and checkpoints"},
     {"checkpoint-every", "n", OPT_INT, AT(checkpoint_every), "1000", 0, 1e12,
-     "steps between checkpoints; 0: only at the end and on SIGTERM or SIGINT"},
+     "steps between checkpoints; 0: only at the end and on SIGTERM, SIGINT or SIGUSR1"},
     {"keep-last", "nk", OPT_INT, AT(keep_last), "2", 0, 1e6, "checkpoints to keep, newest first; 0: all"},
     {"keep-every", "nm", OPT_INT, AT(keep_every), "0", 0, 1e12, "also keep checkpoints of every m-th step; 0: none"},
     {"resume", "y", OPT_INT, AT(resume), "0", 0, 1,
@@ -1035,6 +1035,12 @@ static double all_sum(double x) {
     all_sum(&x, 1);
     return x;
 }
+
+// SIGTERM, SIGINT or SIGUSR1, which mpirun hands on without killing soon after, asks a run to stop.
+static volatile sig_atomic_t stop_signal = 0;
+static void on_signal(int signal) { stop_signal = signal; }  // a second one ends the process: SA_RESETHAND
+static bool stop_asked() { return all_sum((double)stop_signal) > 0; }  // any process; all ask at once
+
 static double all_min(double x) {
     double least = x, *all = (double*)host_alloc(procs.world * sizeof(double));
     std::fill(all, all + procs.world, x);  // where the others are only planned for
@@ -4955,14 +4961,16 @@ static bool checkpoint_resume(Model* m, const Config* c, RunState* state, char**
 // 10. Evaluation and sampling; logs and progress.
 
 // Mean loss over the validation data, each data-parallel group taking every dp-th sequence. A batch that is not full
-// has its rest filled with targets of -1, which do not count.
-static double evaluate(Model* m, const Config* c, const Loader* data, Phase phase) {
+// has its rest filled with targets of -1, which do not count. Returns false if a signal stopped it before the end: at
+// long contexts a validation takes minutes.
+static bool evaluate(double* loss, Model* m, const Config* c, const Loader* data, Phase phase) {
     Run r = {(int)c->batch_size, c->seq_len, phase, false, 0};
     int64_t T = c->seq_len, B = r.B, rows = T / procs.cp;
     int64_t sequences = std::min(c->val_batches * B, data->windows);  // as on one process
     Batch* batch = &m->batch[2];
     device_zero(m->sums, 2 * sizeof(double));
     for (int64_t i = 0; i < sequences; i += B * procs.dp) {
+        if (stop_asked()) return false;
         int64_t valid = 0;
         event_wait(&batch->copied);
         for (int64_t b = 0; b < B; b++) {
@@ -4978,7 +4986,8 @@ static double evaluate(Model* m, const Config* c, const Loader* data, Phase phas
     }
     double sums[2];
     copy_to_host(sums, m->sums, sizeof sums);
-    return all_sum(sums[LOSS_SUM]) / ((double)sequences * T);
+    *loss = all_sum(sums[LOSS_SUM]) / ((double)sequences * T);
+    return true;
 }
 
 struct Tokenizer {
@@ -5448,6 +5457,8 @@ struct Trainer {
     int64_t steps, switch_step, accumulation;  // micro-steps of a step
     int recompute;                             // Run's
     Batch* ready;                              // the next micro-step's batch, if it was read ahead
+    int64_t saved;                             // the step of the newest checkpoint that is known to be whole, or -1
+    double val_loss;                           // of the last validation, or NAN
     double clock;                              // when the step that runs now began
     double device_flops, started, wall_before; // wall_before: of the run before this process
 };
@@ -5699,6 +5710,7 @@ static void setup(Trainer* t, int argc, char** argv) {
     Model* m = &t->model;
     memset(t, 0, sizeof *t);
     t->started = seconds();
+    t->val_loss = NAN;
     parse_options(c, argc, argv);
     setup_processes(c);
 
@@ -5734,6 +5746,7 @@ static void setup(Trainer* t, int argc, char** argv) {
     setup_directory(c, m);
     model_allocate(m, c, &plan);
     char* path = setup_state(t, from_file);
+    t->saved = path ? t->state.step : -1;
     fp8_weights_update(m);
     t->wall_before = t->state.wall_s;
     t->device_flops = measure_device(m, c->seq_len);
@@ -5756,12 +5769,14 @@ static void restart_clock(Trainer* t) {
     t->clock = seconds();
 }
 
-static double validate(Trainer* t, Phase phase) {
+// Returns false, with nothing logged, if a signal stopped it before the end.
+static bool validate(Trainer* t, Phase phase) {
     const Config* c = &t->config;
     int64_t step = t->state.step;
-    if (!t->has_val) return NAN;
-    double dense = evaluate(&t->model, c, &t->val, DENSE);
-    double lighthouse = phase == LIGHTHOUSE ? evaluate(&t->model, c, &t->val, LIGHTHOUSE) : NAN;
+    if (!t->has_val) return true;
+    double dense = NAN, lighthouse = NAN;
+    if (!evaluate(&dense, &t->model, c, &t->val, DENSE)) return false;
+    if (phase == LIGHTHOUSE && !evaluate(&lighthouse, &t->model, c, &t->val, LIGHTHOUSE)) return false;
     progress_clear(&t->logs);
     if (phase == LIGHTHOUSE) {
         say("step %ld | validation loss %.4f under dense attention, %.4f under Lighthouse\n", step, dense, lighthouse);
@@ -5773,8 +5788,9 @@ static double validate(Trainer* t, Phase phase) {
     log_line(t->logs.jsonl, "{\"event\":\"eval\",\"step\":%ld,\"loss_dense\":%s,\"loss_lighthouse\":%s,\"tokens\":%ld,"
              "\"train_s\":%.6f,\"wall_s\":%.6f}", step, json_number(dense).s, json_number(lighthouse).s,
              step * c->total_batch_size, t->state.train_s, wall_seconds(t));
+    t->val_loss = dense;
     restart_clock(t);
-    return dense;
+    return true;
 }
 
 static void save_checkpoint(Trainer* t) {
@@ -5783,6 +5799,7 @@ static void save_checkpoint(Trainer* t) {
     t->state.wall_s = wall_seconds(t);
     char* path = checkpoint_path(c, t->state.step);
     checkpoint_write(&t->model, path, &t->state);
+    t->saved = t->state.step;
     if (procs.rank == 0) checkpoint_prune(c, t->state.step);
     progress_clear(&t->logs);
     say("step %ld | checkpoint %s (%.2f GiB, %.1f s)\n", t->state.step, path, gib(checkpoint_bytes(&t->model)),
@@ -5896,7 +5913,7 @@ static void train_step(Trainer* t) {
              wall_seconds(t), skip ? "true" : "false");
 }
 
-static void finish(Trainer* t, double val_loss) {
+static void finish(Trainer* t) {
     const RunState* s = &t->state;
     int64_t total = t->config.total_batch_size;
     char* path = text("%s/model.bin", t->config.out_dir);
@@ -5911,18 +5928,15 @@ static void finish(Trainer* t, double val_loss) {
                          s->phase_s[p], rate);
     }
     say("wall-clock %s; %.2f GiB of device memory taken; final validation loss %s; the model is in %s\n",
-        duration(wall_seconds(t)).s, gib(device_memory_taken()), json_number(val_loss).s, path);
+        duration(wall_seconds(t)).s, gib(device_memory_taken()), json_number(t->val_loss).s, path);
     log_line(t->logs.jsonl, "{\"event\":\"total\",\"steps\":%ld,\"tokens\":%ld,\"train_s\":%.6f,\"wall_s\":%.6f,"
              "\"phases\":{\"lighthouse\":%s,\"dense\":%s},\"final_val_loss\":%s,\"device_bytes\":%zu}", s->step,
-             s->step * total, s->train_s, wall_seconds(t), phases[0], phases[1], json_number(val_loss).s,
+             s->step * total, s->train_s, wall_seconds(t), phases[0], phases[1], json_number(t->val_loss).s,
              device_memory_taken());
     free(path); free(phases[0]); free(phases[1]);
 }
 
 #ifndef TRAINER_NO_MAIN  // the tests include this file and have their own
-
-static volatile sig_atomic_t stop_signal = 0;
-static void on_signal(int signal) { stop_signal = signal; }  // a second one ends the process: SA_RESETHAND
 
 int main(int argc, char** argv) {
     static Trainer trainer;
@@ -5934,14 +5948,15 @@ int main(int argc, char** argv) {
     action.sa_flags = SA_RESETHAND;
     sigaction(SIGTERM, &action, NULL);
     sigaction(SIGINT, &action, NULL);
+    sigaction(SIGUSR1, &action, NULL);
     signal(SIGXFSZ, SIG_IGN);  // a file past its size limit then fails with a message
     setup(t, argc, argv);
     const Config* c = &t->config;
     RunState* s = &t->state;
 
-    double val_loss = NAN;
     restart_clock(t);
-    while (s->step < t->steps) {
+    bool stop = stop_asked();  // by a signal during the set-up
+    while (!stop && s->step < t->steps) {
         Phase phase = phase_at(t, s->step);
         bool at_switch = t->switch_step > 0 && s->step == t->switch_step;
         if (at_switch) {
@@ -5952,22 +5967,24 @@ int main(int argc, char** argv) {
             memset(&s->loss, 0, sizeof s->loss);  // the loss jumps at the switch; that is no outlier
             memset(&s->norm, 0, sizeof s->norm);
         }
-        if (at_switch || (c->val_every && s->step % c->val_every == 0)) validate(t, at_switch ? LIGHTHOUSE : phase);
+        if (at_switch || (c->val_every && s->step % c->val_every == 0))
+            stop = !validate(t, at_switch ? LIGHTHOUSE : phase);
+        if (stop) break;
         if (c->sample_every && s->step > 0 && s->step % c->sample_every == 0) write_sample(t);
         train_step(t);
-        int signal_number = (int)all_sum((double)stop_signal);
-        bool last = s->step == t->steps;
-        if (signal_number || last || (c->checkpoint_every && s->step % c->checkpoint_every == 0)) save_checkpoint(t);
-        if (signal_number && !last) {
-            progress_clear(&t->logs);
-            say("stopped by signal at step %ld; --resume 1 goes on from here\n", s->step);
-            processes_end();
-            return 128 + (stop_signal ? stop_signal : SIGTERM);
-        }
+        stop = stop_asked();
+        if (s->step == t->steps || (c->checkpoint_every && s->step % c->checkpoint_every == 0)) save_checkpoint(t);
     }
-    val_loss = validate(t, phase_at(t, t->steps > 0 ? t->steps - 1 : 0));
+    if (s->step == t->steps) stop = !validate(t, phase_at(t, t->steps > 0 ? t->steps - 1 : 0));
+    if (stop) {
+        if (t->saved != s->step) save_checkpoint(t);
+        progress_clear(&t->logs);
+        say("stopped by signal at step %ld; --resume 1 goes on from here\n", s->step);
+        processes_end();
+        return 128 + (stop_signal ? stop_signal : SIGTERM);
+    }
     if (c->sample_every) write_sample(t);
-    finish(t, val_loss);
+    finish(t);
     processes_end();
     return 0;
 }

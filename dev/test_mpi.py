@@ -340,16 +340,30 @@ def test_waiting_within_the_limit_is_no_hang(lab, reference):
     same_losses(lab.folder / "run", reference())
 
 
-def test_sigterm_to_mpirun_leaves_a_checkpoint(lab, reference):
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_mpirun_leaves_a_checkpoint(lab, reference, how):
     """As a preempted job gets it: the ranks finish the step, write, leave; another number of ranks goes on."""
     job = Job(lab.command("run", ranks=4, cp=2))
     job.wait_for_step(5)
-    job.process.send_signal(signal.SIGTERM)
+    job.process.send_signal(how)
     code, output = job.end(20)
     step, = checkpoints(lab.folder / "run")
     assert code != 0 and step >= 5, output
     lab.train("run", ranks=2, cp=2, batch_size=2, resume=1)
     same_losses(lab.folder / "run", reference())
+
+
+def test_a_signal_to_one_rank_breaks_off_a_validation(lab):
+    """All ranks leave a long validation at the same batch, with a checkpoint."""
+    long = write_shard(lab.folder / "long.bin", np.arange(50000 * T + 1) % 250)
+    job = Job(lab.command("run", ranks=3, batch_size=1, val_data=long, val_batches=50000, val_every=3, resume=1))
+    while "speed " not in job.output:
+        job.output += job.process.stdout.readline()
+    time.sleep(0.5)
+    signal_rank(job, 1, signal.SIGUSR1)
+    code, output = job.end(20)
+    assert code != 0 and "stopped by signal at step 0;" in output, output
+    assert checkpoints(lab.folder / "run") == [0] and not events(lab.folder / "run", "eval")
 
 
 # ---- 4. ranks that do not belong together

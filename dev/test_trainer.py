@@ -266,14 +266,15 @@ def test_resume_from_every_step(lab, case):
 
 
 def kill_at(command, step, how, delay):
-    """Starts a run and sends the signal a moment after its line of that step, or of its first if it began later. Returns the exit code and the output."""
+    """Starts a run and sends the signal a moment after its line of that step, or of its first if it began later; at step 0
+    after the set-up. Returns the exit code and the output."""
     process = subprocess.Popen([str(c) for c in command], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                universal_newlines=True)
     lines = []
     for line in process.stdout:
         lines.append(line)
         done = re.search(r"step +(\d+)/", line)
-        if done and int(done.group(1)) >= step:
+        if (done and int(done.group(1)) >= step) or (step == 0 and line.startswith("speed ")):
             time.sleep(delay)
             process.send_signal(how)
             break
@@ -285,7 +286,7 @@ LONG = 40  # steps of a run that is killed; the switch comes at step 25
 SLOW = dict(depth=4, channels=32, batch_size=12, total_batch_size=0)  # steps that are longer than a signal takes
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
 @pytest.mark.parametrize("case", ["rope", "learned", "dense"])
 def test_killed_runs_go_on_to_the_same_end(lab, case, how):
     """A run killed again and again, in both phases, ends in the bits of one that was left alone."""
@@ -310,6 +311,27 @@ def test_killed_runs_go_on_to_the_same_end(lab, case, how):
     assert model_bytes(killed) == model_bytes(whole)
     assert main_log(killed) == main_log(whole)
     assert checkpoint_body(checkpoint(killed, LONG)) == checkpoint_body(checkpoint(whole, LONG))
+
+
+@pytest.mark.parametrize("step", [0, 3, 6])
+def test_a_signal_breaks_off_a_validation(lab, step):
+    """A run stopped in a long validation, the first, one at the switch or the last, leaves at that very step, with one
+    checkpoint of it, and goes on to the same end."""
+    long = write_shard(lab.folder / "long.bin", np.arange(200000 * T + 1) % 200)
+    options = dict(steps=6, switch_step=3, val_every=3, val_data=long, learning_rate=1e-2)
+    whole = lab.train("whole", **options, val_batches=1, checkpoint_every=2, keep_last=0)
+    folder = lab.folder / "run"
+    if step > 0:
+        folder.mkdir()
+        shutil.copy(checkpoint(whole, 2 if step == 3 else 4), folder)
+    command = lab.command("run", **options, val_batches=200000, checkpoint_every=0, resume=1)
+    code, output = kill_at(command, step, signal.SIGTERM, 0.3)
+    assert code == 128 + signal.SIGTERM and f"stopped by signal at step {step};" in output, output
+    assert checkpoints(folder)[-1] == step and output.count(f"ckpt_{step:08d}.bin") == 1, output
+    assert not events(folder, "eval") and not (folder / "model.bin").exists()
+    lab.train("run", **options, val_batches=1, checkpoint_every=0, resume=1)
+    assert model_bytes(folder) == model_bytes(whole) and checkpoint_body(checkpoint(folder, 6)) == checkpoint_body(checkpoint(whole, 6))
+    assert [e["loss_dense"] for e in events(folder, "eval")] == [e["loss_dense"] for e in events(whole, "eval") if e["step"] >= step]
 
 
 def test_two_threads_repeat_their_bits(lab, monkeypatch):
