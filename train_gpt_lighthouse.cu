@@ -48,6 +48,7 @@ Build with make; every program has --help.
 #include <unistd.h>
 #include <algorithm>
 #include <initializer_list>
+#include <numeric>
 #ifdef USE_MPI
 #include <mpi.h>
 #endif
@@ -113,7 +114,7 @@ static const Option options[] = {
     {"train-data", "i", OPT_TEXT, AT(train_data), "data/pystdlib_bytes/train_*.bin", 0, 0,
      "[data] token shards to train on: a file or a glob"},
     {"val-data", "j", OPT_TEXT, AT(val_data), "data/pystdlib_bytes/val_*.bin", 0, 0,
-     "token shards to validate on; empty: no validation"},
+     "token shards to validate on, to be given with --train-data; empty: no validation"},
     {"shuffle", "", OPT_INT, AT(shuffle), "1", 0, 1, "1: visit the windows of each epoch in a seeded random order"},
     {"seed", "", OPT_INT, AT(seed), "1337", 0, 4294967295.0,
      "seed of the initialization, the shuffling and the samples"},
@@ -4500,7 +4501,8 @@ static double learning_rate(const Config* c, int64_t step, int64_t steps) {
     if (!strcmp(c->lr_schedule, "constant")) return peak;
     if (!strcmp(c->lr_schedule, "linear")) return peak + (final - peak) * done;
     if (!strcmp(c->lr_schedule, "cosine")) return final + (peak - final) * 0.5 * (1 + cos(M_PI * done));
-    int64_t decay = (int64_t)(c->decay_frac * steps);  // wsd: 1 - sqrt over the last steps (arXiv 2405.18392)
+    // wsd: 1 - sqrt over the last steps (arXiv 2405.18392), none of which is in the warmup
+    int64_t decay = std::min((int64_t)(c->decay_frac * steps), rest);
     if (decay == 0 || step < steps - decay) return peak;
     return final + (peak - final) * (1 - sqrt((double)(step - (steps - decay)) / decay));
 }
@@ -5273,6 +5275,11 @@ static char* option_text(const Config* c, const Option* o) {
          : o->type == OPT_REAL ? text("%.9g", *(const double*)field) : text("%ld", *(const int64_t*)field);
 }
 
+static bool given(const char* name) {
+    for (int i = 0; i < option_count; i++) if (!strcmp(options[i].name, name)) return option_given[i];
+    return false;
+}
+
 static void parse_options(Config* c, int argc, char** argv) {
     for (int i = 0; i < option_count; i++) set_option(c, &options[i], options[i].fallback);
     if (!lighthouse_built) {
@@ -5309,11 +5316,9 @@ static void parse_options(Config* c, int argc, char** argv) {
     if (strcmp(c->positions, "rope") && strcmp(c->positions, "learned"))
         fatal("--positions is \"%s\"; it must be rope or learned", c->positions);
     if (!*c->out_dir) fatal("--out-dir is empty; it must be a directory");
-}
-
-static bool given(const char* name) {
-    for (int i = 0; i < option_count; i++) if (!strcmp(options[i].name, name)) return option_given[i];
-    return false;
+    if (given("train-data") && !given("val-data"))
+        fatal("--train-data is given and --val-data is not: name shards of the same data, or --val-data '' for no "
+              "validation");
 }
 
 // The model's sizes from a file's header, or from the descriptor, the explicit sizes and the data's largest token id.
@@ -5514,8 +5519,8 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
     say("\n");
     say("model       %s: %d layers, %d channels, %d heads of %d, %d tokens (padded %d), %s positions, %ld parameters\n",
         c->model, d->L, d->C, d->NH, d->C / d->NH, d->V, d->Vp, d->rope ? "rotary" : "learned", m->parameters);
-    say("data        %s: %d shard(s), %ld windows of %ld tokens\n", c->train_data, t->train.count, t->train.windows,
-        c->seq_len);
+    say("data        %s: %d shard(s), %ld windows of %ld tokens; %s%s\n", c->train_data, t->train.count,
+        t->train.windows, c->seq_len, t->has_val ? "validation on " : "no validation", c->val_data);
     say("batch       %ld tokens a step: %ld micro-step(s) of %ld x %ld on %d %s\n", c->total_batch_size,
         t->accumulation, c->batch_size, c->seq_len, procs.dp, procs.cp > 1 ? "group(s)" : "process(es)");
     double tokens = (double)t->steps * c->total_batch_size;
@@ -5656,7 +5661,30 @@ static void setup_tokenizer(Trainer* t) {
               "%ld: shorten it", encoded, c->seq_len);
 }
 
-static void setup_directory(const Config* c, const Model* m) {
+static ShortText size_text(double bytes) {
+    ShortText t;
+    if (gib(bytes) >= 1) snprintf(t.s, sizeof t.s, "%.2f GiB", gib(bytes));
+    else snprintf(t.s, sizeof t.s, "%.2f MiB", 1024 * gib(bytes));
+    return t;
+}
+
+// How many checkpoints, at most, the run will have on the disk beyond the `count` found there, newest first: those
+// that will stay and the one being written, which is whole before an older one goes. With --keep-every it may be a few
+// too many: some that stay anyway are also among the last.
+static int64_t checkpoints_to_come(const Config* c, int64_t steps, const int64_t* found, int count) {
+    int64_t done = count ? found[0] : 0, every = c->checkpoint_every;
+    if (done >= steps) return 0;
+    int64_t written = 1 + (every ? (steps - 1) / every - done / every : 0), stay = c->keep_last;
+    if (stay == 0) return written;
+    if (c->keep_every && every) {
+        int64_t nth = c->keep_every / std::gcd(c->keep_every, every);
+        stay += steps / every / nth - done / every / nth;
+    }
+    for (int i = 0; i < count; i++) stay += c->keep_every && found[i] % c->keep_every == 0;
+    return std::min(written, std::max<int64_t>(stay + 1 - count, 1));
+}
+
+static void setup_directory(const Config* c, const Model* m, int64_t steps) {
     make_directories(c->out_dir);
     if (procs.rank == 0) {  // two runs in one directory would remove each other's checkpoints
         int lock = open(c->out_dir, O_RDONLY);  // stays open, and so locked, until this process ends
@@ -5664,15 +5692,17 @@ static void setup_directory(const Config* c, const Model* m) {
             fatal("another run is writing to %s: wait for its end, or give another --out-dir", c->out_dir);
     }
     int earlier;
-    free(checkpoint_list(c->out_dir, &earlier));
+    int64_t* found = checkpoint_list(c->out_dir, &earlier);
     if (earlier && !c->resume)
         fatal("%s holds %d checkpoint(s) of an earlier run: --resume 1 goes on from the newest, or give another "
               "--out-dir", c->out_dir, earlier);
     struct statvfs disk;
-    double need = (double)checkpoint_bytes(m) + m->parameters * 4.0;
+    int64_t more = checkpoints_to_come(c, steps, found, earlier);
+    double need = (double)more * checkpoint_bytes(m) + m->parameters * 4.0;
     if (procs.rank == 0 && !statvfs(c->out_dir, &disk) && (double)disk.f_bavail * disk.f_frsize < need)
-        fatal("%s has %.2f GiB free; a checkpoint and the model take %.2f GiB", c->out_dir,
-              gib((double)disk.f_bavail * disk.f_frsize), gib(need));
+        fatal("%s has %s free; %ld more checkpoint(s) and the model take %s", c->out_dir,
+              size_text((double)disk.f_bavail * disk.f_frsize).s, more, size_text(need).s);
+    free(found);
     barrier();  // every process has looked before rank 0 writes
 }
 
@@ -5743,7 +5773,7 @@ static void setup(Trainer* t, int argc, char** argv) {
         exit(0);
     }
 
-    setup_directory(c, m);
+    setup_directory(c, m, t->steps);
     model_allocate(m, c, &plan);
     char* path = setup_state(t, from_file);
     t->saved = path ? t->state.step : -1;

@@ -552,13 +552,20 @@ def test_a_full_disk_costs_no_checkpoint(lab, saved):
     mount = ["mount", "-t", "tmpfs", "-o", f"size={4096 * (2 * blocks - 4)}", "tmpfs", str(disk)]
     if os.geteuid() == 0 and subprocess.run(mount, stderr=subprocess.DEVNULL).returncode == 0:
         try:
-            result = lab.run("disk/run", **options)
+            (lab.folder / "unknown.c").write_text("int statvfs(const char* path, void* disk) { return -1; }")
+            subprocess.run(["gcc", "-shared", "-fPIC", "unknown.c", "-o", "unknown.so"], cwd=lab.folder, check=True)
+            result = execute(["env", f"LD_PRELOAD={lab.folder / 'unknown.so'}", *lab.command("disk/run", **options)])
             lab.fails(result, "No space left on device", "Earlier checkpoints are untouched")
             assert checkpoints(disk / "run") == [2] and not list((disk / "run").glob("*.partial"))
-            lab.fails(lab.run("disk/other", **options), "GiB free; a checkpoint and the model take")
+            lab.fails(lab.run("disk/run", **options, resume=1), "MiB free; 1 more checkpoint(s) and the model take")
+            lab.fails(lab.run("disk/other", **options), "MiB free; 2 more checkpoint(s) and the model take")
             subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
             lab.train("disk/run", **options, resume=1)
             assert model_bytes(disk / "run") == model_bytes(saved)
+            used, model = (int(subprocess.run(["du", "-s", "--block-size=1", p], stdout=subprocess.PIPE).stdout.split()[0])
+                           for p in (disk, disk / "run/model.bin"))
+            subprocess.run(["mount", "-o", f"remount,size={used + model + 32768}", str(disk)], check=True)
+            lab.train("disk/run", **options, resume=1)  # a finished run writes only its model
         finally:
             subprocess.run(["umount", str(disk)], check=True)
 
@@ -753,6 +760,16 @@ def test_unknown_options_are_refused(lab):
     lab.refused("--model", "d7", "lh30", model="d7")
 
 
+def test_validation_data_goes_with_the_training_data(lab):
+    """--train-data alone is refused: the default validation data is another text. What is validated on is printed."""
+    for option in ([f"--train-data={lab.data.small}"], ["-i", lab.data.small]):
+        lab.fails(execute([lab.programs["lighthouse"], *option, "--dry-run"]), "--train-data is given and --val-data is not",
+                  "--val-data ''")
+    for val, words in [("", "; no validation\n"), (lab.data.val, f"; validation on {lab.data.val}\n")]:
+        result = execute(lab.command("out", val_data=val) + ["--dry-run"])
+        assert re.search("^data .*" + re.escape(words), result.out, re.M), result.out
+
+
 @pytest.mark.parametrize("program", ["lighthouse", "dense"])
 def test_help_lists_every_option(lab, table, program):
     """--help and -h list every option with its letter and default, and nothing that the program refuses."""
@@ -941,6 +958,7 @@ def expected_rate(schedule, step, steps, peak, fraction, warmup, decay):
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / (steps - warmup)
+    decay = min(decay, steps - warmup)
     if schedule == "cosine":
         return peak * (fraction + (1 - fraction) * (1 + math.cos(math.pi * done)) / 2)
     if schedule == "linear":
@@ -951,9 +969,9 @@ def expected_rate(schedule, step, steps, peak, fraction, warmup, decay):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
-@pytest.mark.parametrize("warmup", [-1, 0, 10, 50])
+@pytest.mark.parametrize("warmup", [-1, 0, 10, 40, 50])
 def test_learning_rates(lab, schedule, warmup):
-    """The logged learning rates are the formulas', for no warmup, 2%, some and nothing but warmup."""
+    """The logged learning rates are the formulas', for no warmup, 2%, some, into the decay and nothing but warmup."""
     folder = lab.train("run", program="dense", depth=1, seq_len=16, steps=50, lr_schedule=schedule, warmup_steps=warmup,
                        learning_rate=3e-3, final_lr_frac=0.2, decay_frac=0.3)
     rates = [e["lr"] for e in step_events(folder)]

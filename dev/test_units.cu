@@ -6,6 +6,7 @@
 // each line of standard input (with \n, \t and \\ escaped), `json` standard input as a JSON string.
 #define TRAINER_NO_MAIN
 #include "../train_gpt_lighthouse.cu"
+#include <vector>
 
 static int passed = 0, failed = 0;
 
@@ -202,6 +203,40 @@ static void test_schedules() {
     }
 }
 
+// ---- room for checkpoints: the count against a run of writing and removing
+
+static void test_checkpoints_to_come() {
+    Config c;
+    char* arguments[] = {(char*)"test"};
+    parse_options(&c, 1, arguments);
+    int too_few = 0, not_exact = 0;
+    for (c.checkpoint_every = 0; c.checkpoint_every < 4; c.checkpoint_every++)
+        for (c.keep_last = 0; c.keep_last < 4; c.keep_last++)
+            for (c.keep_every = 0; c.keep_every < 7; c.keep_every++)
+                for (int64_t done = 0; done <= 12; done++)
+                    for (int count = 0; count <= std::min<int64_t>(done, 5); count++) {
+                        if ((count == 0) != (done == 0)) continue;
+                        std::vector<int64_t> files, found;  // oldest first, newest first
+                        for (int i = 0; i < count; i++) found.push_back(done - i);
+                        files.assign(found.rbegin(), found.rend());
+                        size_t most = count;
+                        for (int64_t step = done + 1; step <= 12; step++) {
+                            if (step < 12 && (!c.checkpoint_every || step % c.checkpoint_every)) continue;
+                            files.push_back(step);
+                            most = std::max(most, files.size());
+                            std::vector<int64_t> left;
+                            for (size_t i = 0; i < files.size(); i++)
+                                if (!c.keep_last || (int64_t)(files.size() - i) <= c.keep_last ||
+                                    (c.keep_every && files[i] % c.keep_every == 0)) left.push_back(files[i]);
+                            files = left;
+                        }
+                        int64_t more = checkpoints_to_come(&c, 12, found.data(), count), truth = most - count;
+                        too_few += more < truth;
+                        not_exact += !c.keep_every && more != truth;
+                    }
+    check(too_few == 0 && not_exact == 0, "room for the checkpoints to come (%d too few, %d not exact)", too_few, not_exact);
+}
+
 // ---- the tokenizer
 
 static void test_words() {
@@ -388,6 +423,7 @@ int main(int argc, char** argv) {
     test_loader();
     test_detector();
     test_schedules();
+    test_checkpoints_to_come();
     test_words();
     test_json();
     test_checksum();
