@@ -109,6 +109,8 @@ struct Option {
     const char* help;      // a line that starts a new group begins with "[group] "
 };
 
+static const int64_t MAX_SEQ_LEN = 1 << 30;
+
 #define AT(field) offsetof(Config, field)
 static const Option options[] = {
     {"train-data", "i", OPT_TEXT, AT(train_data), "data/pystdlib_bytes/train_*.bin", 0, 0,
@@ -137,7 +139,7 @@ static const Option options[] = {
     {"fp8", "", OPT_INT, AT(fp8), "0", 0, 1,
      "1: train with FP8 operands in the layers' matrix products (GPUs from compute capability 8.9 on)"},
     {"batch-size", "b", OPT_INT, AT(batch_size), "1", 1, 65536, "[batch] sequences per process and micro-step"},
-    {"seq-len", "t", OPT_INT, AT(seq_len), "32768", 1, 1073741824, "tokens of a sequence"},
+    {"seq-len", "t", OPT_INT, AT(seq_len), "32768", 1, MAX_SEQ_LEN, "tokens of a sequence"},
     {"total-batch-size", "d", OPT_INT, AT(total_batch_size), "0", 0, 1e12,
      "tokens of a step, over all processes and micro-steps; 0: one micro-step"},
     {"steps", "x", OPT_INT, AT(steps), "-1", -1, 1e12, "optimizer steps of the whole run; -1: one epoch"},
@@ -229,10 +231,12 @@ static bool lighthouse_shape(LighthouseShape* s, int64_t T, int H, int D, int le
     int64_t coarse = (int64_t)exact, unit = coarse * tiles, least = unit * tile;  // T: a multiple of unit, >= least
     if (T % unit) {
         int64_t below = T / unit * unit, above = std::max(below + unit, least);
-        char lengths[64];
-        if (below >= least) snprintf(lengths, sizeof lengths, "lengths are %ld and %ld", below, above);
-        else snprintf(lengths, sizeof lengths, "length is %ld", above);
-        REFUSE("T = %ld is not divisible by pool^(levels-1) * topk/tile = %ld: the nearest %s", T, unit, lengths);
+        char lengths[96] = "";
+        if (below >= least && above <= MAX_SEQ_LEN)
+            snprintf(lengths, sizeof lengths, ": the nearest lengths are %ld and %ld", below, above);
+        else if (below >= least || above <= MAX_SEQ_LEN)
+            snprintf(lengths, sizeof lengths, ": the nearest length is %ld", below >= least ? below : above);
+        REFUSE("T = %ld is not divisible by pool^(levels-1) * topk/tile = %ld%s", T, unit, lengths);
     }
     if (T < least) {
         int64_t most = T / coarse / tile;  // tiles that have enough entries; they must divide the coarsest entries too
@@ -261,6 +265,11 @@ static bool lighthouse_defaults(LighthouseShape* s, const Config* c, int H, int 
     if (tile == 0) {
         tile = c->topk ? (c->topk % 128 == 0 ? 128 : c->topk) : 128;
         if (!c->topk) while (tile > want && tile > 2 * c->pool) tile /= 2;
+        if (c->topk && (tile < 4 || tile % 2 || tile < 2 * c->pool)) {  // what was given is topk
+            snprintf(why, why_size, "topk is %ld; it must be even and at least twice pool (%ld), and at least 4", c->topk,
+                     c->pool);
+            return false;
+        }
     }
     auto shape = [&](int64_t topk) {
         return lighthouse_shape(s, c->seq_len, H, D, c->levels, c->pool, topk, tile, why, why_size);
@@ -5243,8 +5252,10 @@ static void print_help(const char* program) {
             help = end + 2;
         }
         char* name = text("--%s%s%s", o->name, *o->letter ? ", -" : "", o->letter);
-        printf("  %-26s %s%s%s%s\n", name, help, o->type == OPT_FLAG ? "" : " (",
-               o->type == OPT_FLAG ? "" : *o->fallback ? o->fallback : "none", o->type == OPT_FLAG ? "" : ")");
+        printf("  %-26s %s", name, help);
+        if (o->type == OPT_TEXT) printf(" (%s)\n", *o->fallback ? o->fallback : "none");
+        else if (o->type == OPT_FLAG) printf("\n");
+        else printf(" (%s; %.12g to %.12g)\n", o->fallback, o->min, o->max);
         free(name);
     }
 }
@@ -5785,9 +5796,13 @@ static void setup(Trainer* t, int argc, char** argv) {
     log_configuration(t, &plan, device);
     if (c->resume && !path) say("no checkpoint in %s: a new run\n", c->out_dir);
     if (path) {
-        say("resuming from %s at step %ld\n", path, t->state.step);
+        const RunState* s = &t->state;
+        say("resuming from %s at step %ld\n", path, s->step);
+        if (s->phase_steps[DENSE] > 0 && s->step < t->switch_step)
+            say("note: this run was dense already at step %ld; with --steps %ld its switch is at step %ld: "
+                "--switch-step %ld keeps it dense\n", s->step, t->steps, t->switch_step, s->phase_steps[LIGHTHOUSE]);
         char* json = json_string(path);
-        log_line(t->logs.jsonl, "{\"event\":\"resume\",\"step\":%ld,\"file\":%s}", t->state.step, json);
+        log_line(t->logs.jsonl, "{\"event\":\"resume\",\"step\":%ld,\"file\":%s}", s->step, json);
         free(json);
     }
     free(path);
@@ -5843,9 +5858,11 @@ static void save_checkpoint(Trainer* t) {
 
 static void write_sample(Trainer* t) {
     char* s = sample(&t->model, &t->config, &t->tokenizer, t->state.step);
+    char* json = json_string(s);
+    for (char* p = s; *p; p++)  // a terminal would obey them
+        if (((unsigned char)*p < 32 && *p != '\n' && *p != '\t') || *p == 127) *p = '?';
     progress_clear(&t->logs);
     say("step %ld | sample: %s\n", t->state.step, s);
-    char* json = json_string(s);
     log_line(t->logs.jsonl, "{\"event\":\"sample\",\"step\":%ld,\"text\":%s}", t->state.step, json);
     free(json); free(s);
     restart_clock(t);
@@ -5958,7 +5975,8 @@ static void finish(Trainer* t) {
                          s->phase_s[p], rate);
     }
     say("wall-clock %s; %.2f GiB of device memory taken; final validation loss %s; the model is in %s\n",
-        duration(wall_seconds(t)).s, gib(device_memory_taken()), json_number(t->val_loss).s, path);
+        duration(wall_seconds(t)).s, gib(device_memory_taken()),
+        t->has_val ? json_number(t->val_loss).s : "none", path);
     log_line(t->logs.jsonl, "{\"event\":\"total\",\"steps\":%ld,\"tokens\":%ld,\"train_s\":%.6f,\"wall_s\":%.6f,"
              "\"phases\":{\"lighthouse\":%s,\"dense\":%s},\"final_val_loss\":%s,\"device_bytes\":%zu}", s->step,
              s->step * total, s->train_s, wall_seconds(t), phases[0], phases[1], json_number(t->val_loss).s,
@@ -5988,7 +6006,9 @@ int main(int argc, char** argv) {
     bool stop = stop_asked();  // by a signal during the set-up
     while (!stop && s->step < t->steps) {
         Phase phase = phase_at(t, s->step);
-        bool at_switch = t->switch_step > 0 && s->step == t->switch_step;
+        // A run that resumes past its switch, having never been dense, switches at once.
+        bool late = phase == DENSE && s->phase_steps[LIGHTHOUSE] > 0 && s->phase_steps[DENSE] == 0;
+        bool at_switch = late || (t->switch_step > 0 && s->step == t->switch_step);
         if (at_switch) {
             progress_clear(&t->logs);
             say("step %ld | the switch: dense attention in every layer from here on\n", s->step);
@@ -5998,7 +6018,7 @@ int main(int argc, char** argv) {
             memset(&s->norm, 0, sizeof s->norm);
         }
         if (at_switch || (c->val_every && s->step % c->val_every == 0))
-            stop = !validate(t, at_switch ? LIGHTHOUSE : phase);
+            stop = !validate(t, at_switch && t->switch_step > 0 ? LIGHTHOUSE : phase);
         if (stop) break;
         if (c->sample_every && s->step > 0 && s->step % c->sample_every == 0) write_sample(t);
         train_step(t);

@@ -419,6 +419,31 @@ def test_resume_of_a_finished_run_trains_no_more(lab):
     lab.fails(lab.run("run", steps=5, resume=1), "ckpt_00000006.bin", "6", "5")
 
 
+def test_a_resume_that_moves_the_switch_says_so(lab):
+    """A run made longer that goes back to Lighthouse gets a note; one that resumes past its switch switches at once, with the
+    line, the event, both validations where Lighthouse is planned for, and new detectors."""
+    finished = lab.train("run", steps=8, switch_step="0.5")
+    copies = [shutil.copytree(finished, lab.folder / name) for name in ("kept", "back")]
+    note = "note: this run was dense already at step 8; with --steps 20 its switch is at step 10: --switch-step 4 keeps it dense"
+    result = lab.run("kept", steps=20, switch_step=4, resume=1)
+    assert result.code == 0 and "note: this run" not in result.out and len(events(copies[0], "switch")) == 1
+    result = lab.run("back", steps=20, switch_step="0.5", resume=1)
+    assert result.code == 0 and note in result.out, result.out
+    assert [e["step"] for e in events(copies[1], "switch")] == [4, 10]
+    options = dict(steps=8, val_data=lab.data.val, val_every=0, val_batches=1)
+    sparse = lab.train("sparse", **options, switch_step="1.0", checkpoint_every=6, keep_last=0)
+    for switch, lighthouse in ((3, True), (0, False)):
+        folder = lab.folder / f"late_{switch}"
+        folder.mkdir()
+        shutil.copy(checkpoint(sparse, 6), folder)
+        result = lab.run(folder.name, **options, switch_step=switch, resume=1)
+        assert result.code == 0 and result.out.count("step 6 | the switch: dense") == 1, result.out
+        assert [e["step"] for e in events(folder, "switch")] == [6]
+        assert [(e["step"], e["loss_lighthouse"] is not None) for e in events(folder, "eval")] == [(6, lighthouse), (8, False)]
+        state = checkpoint(folder, 8).read_bytes()[4096:]  # step, sequences, updates, two times, of two phases: steps, times; values
+        assert struct.unpack("<q", state[72 + 128 * 8:80 + 128 * 8]) == (2,), "the losses seen since the switch"
+
+
 # ---- 2. checkpoints
 
 @pytest.fixture(scope="session")
@@ -772,7 +797,7 @@ def test_validation_data_goes_with_the_training_data(lab):
 
 @pytest.mark.parametrize("program", ["lighthouse", "dense"])
 def test_help_lists_every_option(lab, table, program):
-    """--help and -h list every option with its letter and default, and nothing that the program refuses."""
+    """--help and -h list every option with its letter, default and bounds, and nothing that the program refuses."""
     result = execute([lab.programs[program], "--help"])
     assert result.code == 0 and execute([lab.programs[program], "-h"]).out == result.out
     for option in table:
@@ -780,7 +805,8 @@ def test_help_lists_every_option(lab, table, program):
         listed = re.search(rf"^  --{name} .*$", result.out, re.M)
         assert bool(listed) == (program == "lighthouse" or option["name"] not in LIGHTHOUSE_OPTIONS), name
         if listed and option["fallback"] and option["type"] != "flag" and not option["fallback"].startswith("runs"):
-            assert f"({option['fallback']})" in listed.group(), listed.group()
+            bounds = f"; {option['min']:.12g} to {option['max']:.12g}" if option["type"] != "text" else ""
+            assert f"({option['fallback']}{bounds})" in listed.group(), listed.group()
     assert result.out.count("\n  --") == len(table) - (len(LIGHTHOUSE_OPTIONS) if program == "dense" else 0)
 
 
@@ -894,6 +920,10 @@ def test_lighthouse_rules(lab):
     lab.refused("tile is 6", "twice pool (4)", pool=4, tile=6, topk=6)
     lab.refused("topk is 10", "multiple of tile (4)", "try 8", topk=10)
     lab.refused("topk is 2", "try 4", topk=2)
+    for topk in (2, 5):
+        lab.refused(f"topk is {topk}; it must be even and at least twice pool (2)", topk=topk, tile=None)
+    result = lab.refused(f"topk/tile = {64 ** 7}", levels=8, pool=64, topk=128, tile=128)
+    assert "nearest" not in result.err, result.err
     lab.refused("levels", levels=1)
     lab.refused("levels", levels=9)
     long = lab.data.folder / "large.bin"
@@ -1389,6 +1419,15 @@ def test_samples_of_a_trained_model(lab):
                       sample_top_k=1)
     assert float(main_log(model)[149][0]) < 0.1
     assert events(model, "sample")[-1]["text"] == "abcdefghijklmnopqrstuvw"
+
+
+def test_a_sample_does_not_steer_the_terminal(lab):
+    """On the screen control bytes are question marks, but for line ends and tabs; log.jsonl has them as they are."""
+    steering = write_tokenizer(lab.folder / "steering.bin", [b"\x1b\x7f\t\n."] * 256 + [b"<|endoftext|>"], 256)
+    result = lab.run("run", steps=1, sample_every=1, sample_tokens=6, tokenizer=steering)
+    assert result.code == 0 and "sample: ??\t\n." in result.out and "\x1b" not in result.out, result.out
+    assert events(lab.folder / "run", "sample")[-1]["text"].startswith("\x1b\x7f\t\n.")
+    assert "final validation loss none;" in result.out
 
 
 def test_a_sample_may_hold_the_byte_zero(lab):
