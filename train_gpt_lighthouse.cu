@@ -340,15 +340,22 @@ static int open_to_read(const char* path) {
     return fd;
 }
 
-static void read_at(int fd, void* buffer, size_t bytes, int64_t offset, const char* path) {
+// Returns NULL or what is wrong, to be freed.
+static char* try_read_at(int fd, void* buffer, size_t bytes, int64_t offset, const char* path) {
     for (size_t done = 0; done < bytes;) {
         ssize_t n = pread(fd, (char*)buffer + done, bytes - done, offset + done);
         if (n < 0 && errno == EINTR) continue;
-        if (n < 0) fatal("reading %s: %s", path, strerror(errno));
+        if (n < 0) return text("%s cannot be read: %s", path, strerror(errno));
         if (n == 0)
-            fatal("%s ends at byte %ld; %zu more bytes were expected", path, offset + done, bytes - done);
+            return text("%s ends at byte %ld; %zu more bytes were expected", path, offset + done, bytes - done);
         done += n;
     }
+    return NULL;
+}
+
+static void read_at(int fd, void* buffer, size_t bytes, int64_t offset, const char* path) {
+    char* why = try_read_at(fd, buffer, bytes, offset, path);
+    if (why) fatal("%s", why);
 }
 
 // Returns false with errno set, so that a half-written file can be removed before the message.
@@ -4001,7 +4008,6 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
         if (!r.train && l > 0) {  // every layer uses the buffers of the first; the residual stream alternates
             *y = a->layer[0];
             y->x = l % 2 ? ping_pong : a->layer[0].x;
-            y->stats = a->layer[0].stats;
             continue;
         }
         *y = shared;
@@ -4618,7 +4624,8 @@ static void model_header(int32_t* h, const Dims* d, int64_t step) {
 static char* checkpoint_header(int fd, const char* path, CheckpointHeader* h) {
     int64_t size = file_size(fd, path);
     if (size < (int64_t)sizeof *h) return text("%s is cut: %ld bytes, less than a header", path, size);
-    read_at(fd, h, sizeof *h, 0, path);
+    char* why = try_read_at(fd, h, sizeof *h, 0, path);
+    if (why) return why;
     if (h->magic != CHECKPOINT_MAGIC || h->version != CHECKPOINT_VERSION)
         return text("%s is no checkpoint of this program: magic %d, version %d; expected %d, %d", path, h->magic,
                     h->version, CHECKPOINT_MAGIC, CHECKPOINT_VERSION);
@@ -4633,7 +4640,8 @@ static char* checkpoint_header(int fd, const char* path, CheckpointHeader* h) {
 static char* checkpoint_front(int fd, const char* path, const CheckpointHeader* h, char** front) {
     size_t bytes = h->state_bytes + h->chunks * 8;
     *front = (char*)host_alloc(bytes);
-    read_at(fd, *front, bytes, sizeof *h, path);
+    char* why = try_read_at(fd, *front, bytes, sizeof *h, path);
+    if (why) return why;
     if (h->state_checksum == checksum(*front, bytes)) return NULL;
     return text("%s is damaged: wrong checksum of the run's state", path);
 }
@@ -4705,15 +4713,17 @@ static float* own_section(const Model* m, int section, const Piece* p) {
 }
 
 // Reads this process's pieces of a section. body: where the weights begin in the file. Adds what it read to sums,
-// unless NULL. With bf16 the file's weights have 2 bytes, the upper half of a float.
-static void section_read(Model* m, int section, int fd, const char* path, int64_t body, uint64_t* sums, bool bf16) {
+// unless NULL. With bf16 the file's weights have 2 bytes, the upper half of a float. Returns NULL or what is wrong.
+static char* section_read(Model* m, int section, int fd, const char* path, int64_t body, uint64_t* sums, bool bf16) {
     float* host = (float*)host_alloc(CHUNK);
     int pieces;
     Piece* piece = own_pieces(m, &pieces);
-    for (Piece* p = piece; p < piece + pieces; p++)
+    char* why = NULL;
+    for (Piece* p = piece; p < piece + pieces && !why; p++)
         for (int64_t i = 0, room = CHUNK / sizeof(float); i < p->count; i += room) {
             int64_t n = std::min(p->count - i, room), at = section * m->parameters + p->file + i;
-            read_at(fd, host, n * (bf16 ? 2 : 4), body + at * (bf16 ? 2 : 4), path);
+            why = try_read_at(fd, host, n * (bf16 ? 2 : 4), body + at * (bf16 ? 2 : 4), path);
+            if (why) break;
             for (int64_t j = bf16 ? n - 1 : -1; j >= 0; j--) {  // widen from the end, in place
                 uint32_t bits = (uint32_t)((uint16_t*)host)[j] << 16;
                 memcpy(&host[j], &bits, 4);
@@ -4723,6 +4733,7 @@ static void section_read(Model* m, int section, int fd, const char* path, int64_
             else copy_to_device(own_section(m, section, p) + i, host, n * sizeof(float));
         }
     free(piece); free(host);
+    return why;
 }
 
 // The weights of a model file or checkpoint whose sizes are the model's.
@@ -4740,7 +4751,8 @@ static void model_load(Model* m, const char* path) {
         int64_t chunks = ceil_div(bytes, CHUNK), after = std::min(chunks * CHUNK, h.file_bytes - body) - bytes;
         uint64_t* sums = (uint64_t*)host_alloc(chunks * sizeof(uint64_t));
         memset(sums, 0, chunks * sizeof(uint64_t));
-        section_read(m, WEIGHTS, fd, path, body, sums, false);
+        why = section_read(m, WEIGHTS, fd, path, body, sums, false);
+        if (why) fatal("%s", why);
         if (procs.rank == 0) {  // the last chunk goes on behind the weights
             read_at(fd, rest, after, body + bytes, path);
             add_to_sums(sums, rest, bytes, after);
@@ -4748,7 +4760,10 @@ static void model_load(Model* m, const char* path) {
         why = check_sums(sums, chunks, path, &h, front);
         if (why) fatal("%s", why);
         free(front); free(rest); free(sums);
-    } else section_read(m, WEIGHTS, fd, path, body, NULL, bf16);
+    } else {
+        char* why = section_read(m, WEIGHTS, fd, path, body, NULL, bf16);
+        if (why) fatal("%s", why);
+    }
     close(fd);
     gather_all_params(m);
 }
@@ -4885,9 +4900,11 @@ static char* checkpoint_read(Model* m, const char* path, RunState* state) {
     } else {
         uint64_t* sums = (uint64_t*)host_alloc(h.chunks * sizeof(uint64_t));
         memset(sums, 0, h.chunks * sizeof(uint64_t));
-        for (int section = 0; section < SECTIONS; section++)
-            section_read(m, section, fd, path, h.weights_offset, sums, false);
-        why = check_sums(sums, h.chunks, path, &h, front);
+        for (int section = 0; section < SECTIONS && !why; section++)
+            why = section_read(m, section, fd, path, h.weights_offset, sums, false);
+        char* damage = check_sums(sums, h.chunks, path, &h, front);  // also where another process could not read on
+        if (!why) why = damage;
+        else free(damage);
         free(sums);
     }
     if (!why) memcpy(state, front, sizeof(RunState));
@@ -5320,10 +5337,9 @@ static void parse_options(Config* c, int argc, char** argv) {
         else if (i + 1 < argc) set_option(c, o, argv[++i]);
         else fatal("--%s needs a value. %s", o->name, o->help);
     }
-    const char* schedules[] = {"cosine", "linear", "constant", "wsd"};
-    bool known = false;
-    for (int i = 0; i < 4; i++) known |= !strcmp(c->lr_schedule, schedules[i]);
-    if (!known) fatal("--lr-schedule is \"%s\"; it must be cosine, linear, constant or wsd", c->lr_schedule);
+    if (strcmp(c->lr_schedule, "cosine") && strcmp(c->lr_schedule, "linear") && strcmp(c->lr_schedule, "constant") &&
+        strcmp(c->lr_schedule, "wsd"))
+        fatal("--lr-schedule is \"%s\"; it must be cosine, linear, constant or wsd", c->lr_schedule);
     if (strcmp(c->positions, "rope") && strcmp(c->positions, "learned"))
         fatal("--positions is \"%s\"; it must be rope or learned", c->positions);
     if (!*c->out_dir) fatal("--out-dir is empty; it must be a directory");
@@ -5729,6 +5745,7 @@ static char* setup_state(Trainer* t, bool from_file) {
         s->seq_len = c->seq_len; s->total_batch = c->total_batch_size;
         s->windows = t->train.windows; s->seed = c->seed; s->shuffle = c->shuffle;
         s->data = loader_fingerprint(&t->train);
+        return NULL;
     }
     const struct { const char* what; int64_t then, now; } unchanged[] = {
         {"seq-len", s->seq_len, c->seq_len}, {"total-batch-size", s->total_batch, c->total_batch_size},

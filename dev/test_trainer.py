@@ -504,6 +504,46 @@ def test_a_flipped_byte_in_a_checkpoint_is_noticed(lab, saved):
             falls_back(lab, saved, f"flip_{at}", flip)
 
 
+UNREADABLE = r'''
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+ssize_t pread(int fd, void* buffer, size_t bytes, off_t at) {  // the checkpoint of step 4 cannot be read past a byte
+    ssize_t (*real)(int, void*, size_t, off_t) = dlsym(RTLD_NEXT, "pread");
+    char link[64], path[4096] = "";
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    int n = readlink(link, path, sizeof path - 1);
+    if (n > 0 && strstr(path, "ckpt_00000004.bin") && at + (off_t)bytes > atol(getenv("UNREADABLE_FROM")))
+        return errno = EIO, -1;
+    return real(fd, buffer, bytes, at);
+}
+'''
+
+
+def test_an_unreadable_checkpoint_is_passed_over(lab, saved, monkeypatch):
+    """A newest checkpoint that opens but gives an error on reading, in any of its parts, or is a folder, is like a damaged one."""
+    whole = checkpoint(saved, 4).read_bytes()
+    offset = struct.unpack("<q", whole[2048:2056])[0]
+    (lab.folder / "unreadable.c").write_text(UNREADABLE)
+    subprocess.run(["gcc", "-shared", "-fPIC", "unreadable.c", "-o", "unreadable.so", "-ldl"], cwd=lab.folder, check=True)
+    monkeypatch.setitem(ENV, "LD_PRELOAD", str(lab.folder / "unreadable.so"))
+    for byte in (0, 4096, offset, offset + 100000, len(whole) - 1):
+        monkeypatch.setitem(ENV, "UNREADABLE_FROM", str(byte))
+        falls_back(lab, saved, f"from_{byte}", lambda path: None)
+    monkeypatch.delitem(ENV, "LD_PRELOAD")
+    run = lab.folder / "run"
+    run.mkdir()
+    shutil.copy(checkpoint(saved, 2), run)
+    checkpoint(run, 3).mkdir()
+    result = lab.run("run", depth=1, steps=4, dense_layers="none", resume=1)
+    assert result.code == 0 and re.search(r"warning: .*ckpt_00000003\.bin.*trying the one before", result.out), result.err
+    assert model_bytes(run) == model_bytes(saved)
+
+
 def test_no_whole_checkpoint_is_an_error(lab, saved):
     """All checkpoints damaged, or one foreign file under a checkpoint's name: an error, and the files stay as they are."""
     folder, result = resumed_from(lab, saved, "only", lambda path: os.truncate(path, 100), steps=(4,))
