@@ -266,8 +266,8 @@ static bool lighthouse_defaults(LighthouseShape* s, const Config* c, int H, int 
         tile = c->topk ? (c->topk % 128 == 0 ? 128 : c->topk) : 128;
         if (!c->topk) while (tile > want && tile > 2 * c->pool) tile /= 2;
         if (c->topk && (tile < 4 || tile % 2 || tile < 2 * c->pool)) {  // what was given is topk
-            snprintf(why, why_size, "topk is %ld; it must be even and at least twice pool (%ld), and at least 4", c->topk,
-                     c->pool);
+            snprintf(why, why_size, "topk is %ld; it must be even and at least twice pool (%ld), and at least 4",
+                     c->topk, c->pool);
             return false;
         }
     }
