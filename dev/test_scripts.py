@@ -11,9 +11,11 @@ import math
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -838,6 +840,38 @@ def test_compare_runs_both_trainers(tmp_path):
     (tmp_path / "train_gpt_dense_cpu").unlink()
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     assert done.returncode == 1 and "train_gpt_dense_cpu is not there: build it with make" in done.stderr
+
+
+@pytest.mark.parametrize("status", [130, 0])
+def test_compare_waits_for_the_checkpoint_after_ctrl_c(tmp_path, status):
+    """A terminal's Ctrl-C goes to the whole group. The trainer needs its time, and the second one is not started."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(os.path.join(SCRIPTS, "compare"), tmp_path / "scripts")
+    for name in ("lighthouse", "dense"):
+        trainer = tmp_path / f"train_gpt_{name}_cpu"
+        trainer.write_text(f'''#!{sys.executable}
+import pathlib, signal, sys, time
+def stop(number, frame):
+    time.sleep(1)
+    pathlib.Path(sys.argv[-1], "checkpoint").write_text("whole")
+    sys.exit({status})
+signal.signal(signal.SIGINT, stop)
+pathlib.Path(sys.argv[-1], "begun").touch()
+time.sleep(60)
+''')
+        trainer.chmod(0o755)
+    recipe = f"{sys.executable} scripts/compare --run --backend cpu --out pair -- --steps 8\ntrue\n"
+    process = subprocess.Popen(["sh", "-c", recipe], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    for _ in range(1000):
+        if (tmp_path / "pair" / "lighthouse" / "begun").exists():
+            break
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    message = process.communicate(timeout=30)[1]
+    assert (tmp_path / "pair" / "lighthouse" / "checkpoint").read_text() == "whole"
+    assert process.returncode in (130, -signal.SIGINT) and not (tmp_path / "pair" / "dense").exists()
+    assert message.count("\n") == 1 and f"stopped by Ctrl-C; this command ended with status {status}" in message
 
 
 @pytest.mark.parametrize("positions", ["learned", "rope"])
