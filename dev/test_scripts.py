@@ -926,3 +926,10 @@ def test_scripts_start_as_commands(tmp_path, name):
     help_text = subprocess.run([os.path.join(SCRIPTS, name), "--help"], capture_output=True, text=True, cwd=tmp_path,
                                env=dict(os.environ, PATH=os.path.dirname(sys.executable) + ":" + os.environ["PATH"]))
     assert help_text.returncode == 0 and "usage: " + name in help_text.stdout
+
+
+@pytest.mark.parametrize("name", ["export_hf", "import_hf", "export_llmc"])
+def test_a_python_without_numpy_is_told_which_has_it(tmp_path, name):
+    done = subprocess.run([sys.executable, "-S", os.path.join(SCRIPTS, name), "a", "b"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"{name}: ") and "has no numpy: call it as .venv/bin/python scripts/" in done.stderr

@@ -2,7 +2,7 @@
 
 Both directions stand here beside each other: export_hf writes what to_hf gives, import_hf reads with from_hf.
 """
-import numpy as np
+from model_file import np
 
 CLASSES = {"learned": "GPT2LMHeadModel", "rope": "GPTNeoXForCausalLM"}
 # Our name -> Hugging Face's, {} is the layer.

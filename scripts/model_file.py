@@ -7,10 +7,15 @@ In memory a bf16 tensor is a numpy uint16 array of its bits. Files are mapped, n
 import json
 import math
 import os
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
+try:
+    import numpy as np
+except ImportError:
+    sys.exit(f"{os.path.basename(sys.argv[0])}: {sys.executable} has no numpy: call it as .venv/bin/python "
+             "scripts/..., which scripts/setup makes")
 
 MODEL_MAGIC = 20240326
 CHECKPOINT_MAGIC = 20260511
