@@ -1207,9 +1207,10 @@ def report(out, manifest, verdict):
     if manifest["counts"]["val"]["documents"] == 0:
         print("there is no validation split: %s" % ("--val-fraction is 0" if manifest["options"]["val_fraction"] == 0
                                                     else "it takes whole documents, and there is only one"))
-    else:
-        print("train with: --train-data '%s/train_*.bin' --val-data '%s/val_*.bin'"
-              % (os.path.relpath(out), os.path.relpath(out)))
+    shown = os.path.relpath(out)
+    print("train with: --train-data '%s/train_*.bin' --val-data '%s'%s"
+          % (shown, shown + "/val_*.bin" if manifest["counts"]["val"]["documents"] else "",
+             " --vocab-size %d" % manifest["vocab_size"] if manifest["tokenizer"] == "tokenizer.json" else ""))
 
 
 def main(argv=None):

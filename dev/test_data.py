@@ -156,6 +156,20 @@ def test_readme_recipe(tmp_path):
     assert read(tmp_path, "data", "mine", "train_000000.bin") == want
 
 
+def test_the_line_to_train_with(tmp_path, capsys):
+    """It gives what the trainer cannot guess: another tokenizer's vocabulary, and that there is no validation split."""
+    path = word_tokenizer(tmp_path / "words" / "tokenizer.json", ["[UNK]", "</s>", "a", "b"])
+    for name in ("1.txt", "2.txt"):
+        write(tmp_path / "in" / name, "a b")
+    for more, val, end in (([], "val_*.bin", ""), (["--val-fraction", "0"], "", ""),
+                           (["--tokenizer", path], "val_*.bin", " --vocab-size 4"),
+                           (["--tokenizer", path, "--val-fraction", "0"], "", " --vocab-size 4")):
+        out = os.path.relpath(str(tmp_path / ("out%d" % len(os.listdir(str(tmp_path))))))
+        prepared(out, "--source", "files", "--input", tmp_path / "in", *more)
+        want = "train with: --train-data '%s/train_*.bin' --val-data '%s'%s" % (out, val and out + "/" + val, end)
+        assert capsys.readouterr().out.splitlines()[-1] == want
+
+
 # ---------------------------------------------------------------------------- tokenizers
 
 def test_gpt2(tmp_path, ranks):
