@@ -562,16 +562,19 @@ def linux_documents(path, exclude, spool_dir, meter, left_out):
         yield finished(directory, spool)
 
 
-def input_files(inputs, exclude):
-    """Every file of the inputs, in order: a folder's by path, hidden ones left out."""
-    found = []
+def input_files(inputs, exclude, out):
+    """Every file of the inputs, in order: a folder's by path; hidden ones are left out, and what is written here."""
+    found, out = [], os.path.realpath(out)
     for given in inputs:
         if os.path.isfile(given):
             found.append(given)
         elif os.path.isdir(given):
+            if os.path.realpath(given) == out:
+                raise usage("--out %s is --input itself, and shards would be read as text: choose another folder" % out)
             here = []
             for folder, subs, names in os.walk(given):
-                subs[:] = [s for s in subs if not s.startswith(".")]
+                subs[:] = [s for s in subs if not s.startswith(".")
+                           and os.path.realpath(os.path.join(folder, s)) != out]
                 here += [os.path.join(folder, n) for n in names if not n.startswith(".")]
             here = [p for p in here if os.path.isfile(p) and not excluded(os.path.relpath(p, given), exclude)]
             found += sorted(here, key=lambda p: os.path.relpath(p, given).split(os.sep))
@@ -1032,7 +1035,7 @@ def open_source(a, cache, meter, left_out):
         about = {"archive": os.path.basename(path), "archive_sha256": sha256_of(path)}
         return about, linux_documents(path, a.exclude, a.out, meter, left_out)
     if a.source == "files":
-        files = input_files(a.input, a.exclude)
+        files = input_files(a.input, a.exclude, a.out)
         about = {"input": [os.path.basename(os.path.abspath(p)) for p in a.input], "text_field": a.text_field,
                  "files": len(files),
                  "listing_sha256": listing_of(files, os.path.commonpath([os.path.abspath(p) for p in a.input]))}

@@ -591,6 +591,20 @@ def test_source_changed_under_a_broken_run(tmp_path, monkeypatch, capsys):
     assert prepare.main(args + ["--force"]) == 0
 
 
+def test_out_inside_input(tmp_path, capsys):
+    """A run does not read what an earlier one wrote: the same command has nothing to do, --force gives the same."""
+    for name in ("a.txt", "b.txt", "z.txt"):
+        write(tmp_path / "in" / name, "text of " + name)
+    args = ["--source", "files", "--input", str(tmp_path / "in")]
+    out = tmp_path / "in" / "shards"
+    want = prepared(out, *args)
+    capsys.readouterr()
+    assert prepared(out, *args) == want and "nothing to do" in capsys.readouterr().out
+    assert prepared(out, *args, "--force") == want and want[0]["counts"]["train"]["documents"] == 2
+    os.symlink(str(tmp_path / "in"), str(tmp_path / "same"))
+    fails(capsys, args + ["--out", tmp_path / "same"], 2, "--out .*/in is --input itself")
+
+
 def test_two_at_once(tmp_path, capsys):
     import fcntl
     os.mkdir(str(tmp_path / "out"))
