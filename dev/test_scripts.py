@@ -114,15 +114,39 @@ def forward(config, tensors, tokens):
     return layernorm(x, t["lnfw"], t["lnfb"]) @ t["wte"][:config.vocab_size].T
 
 
+def fnv(data):
+    h = 14695981039346656037
+    for word, in struct.iter_unpack("<Q", data):
+        h = (h ^ word) * 1099511628211 % 2 ** 64
+    return h ^ (h >> 32)
+
+
+def sum_of_words(data):
+    """mix64 of every word and its place, written from the trainer's."""
+    total = 0
+    for place, (word,) in enumerate(struct.iter_unpack("<I", data)):
+        x = (word | place << 32) + 0x9E3779B97F4A7C15
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2 ** 64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2 ** 64
+        total += x ^ (x >> 31)
+    return total % 2 ** 64
+
+
 def checkpoint(path, config, tensors, offset=8192, **changes):
-    """As the trainer's: header, optimizer state before and after the fp32 weights."""
-    body = b"".join(x.tobytes() for x in tensors.values())
+    """As the trainer's: header, the run's state, checksums, fp32 weights, the optimizer's state."""
+    weights = b"".join(x.tobytes() for x in tensors.values())
+    body, chunk = weights + b"\xbb" * 1000, model_file.CHUNK_BYTES
+    sums = [sum_of_words(body[at:at + chunk]) for at in range(0, len(body), chunk)]
+    front = b"\xaa" * 24 + struct.pack(f"<{len(sums)}Q", *sums)
     head = bytearray(4096)
     struct.pack_into("<2i", head, 0, changes.get("magic", 20260511), changes.get("version", 2))
     head[1024:2048] = changes.get("model", model_file.pack_header(config))
-    struct.pack_into("<2q", head, 2048, changes.get("at", offset), changes.get("count", len(body) // 4))
-    raw = bytes(head).ljust(offset, b"\xaa") + body + b"\xbb" * 1000
+    struct.pack_into("<5qQ", head, 2048, changes.get("at", offset), changes.get("count", len(weights) // 4),
+                     changes.get("file_bytes", offset + len(body)), 24, len(sums), fnv(front))
+    struct.pack_into("<Q", head, 4088, fnv(head[:4088]))
+    raw = (bytes(head) + front).ljust(offset, b"\0") + body
     path.write_bytes(raw[:changes.get("size", len(raw))])
+    return len(weights)
 
 
 # ---- bf16 ---------------------------------------------------------------------------------------------------------
@@ -228,7 +252,8 @@ def test_checkpoint_weights(tmp_path, positions):
     (dict(count=5), "the checkpoint has 5 weights, wanted "),
     (dict(at=100), "the weights begin at byte 100, wanted at least 4096"),
     (dict(size=3000), "the size is 3000 bytes, a checkpoint has a header of 4096"),
-    (dict(size=20000), "the size is 20000 bytes, wanted at least .*cut off"),
+    (dict(size=20000), r"c\.bin is damaged: 20000 bytes, its header says \d+$"),
+    (dict(size=20000, file_bytes=20000), "the size is 20000 bytes, wanted at least .*cut off"),
     (dict(model=bytes(1024)), r"\(model header inside the checkpoint\): the first word is 0"),
     (dict(model=model_file.pack_header(config_of(dtype="bfloat16"))), "has version 5, wanted 3 or 103"),
 ])
@@ -238,6 +263,29 @@ def test_checkpoint_refusals(tmp_path, changes, message):
     with pytest.raises(model_file.FileError, match=message) as e:
         model_file.read_model(tmp_path / "c.bin")
     assert "c.bin" in str(e.value)
+
+
+@pytest.mark.parametrize("where,message", [
+    (100, "wrong checksum of the header"), (1060, "wrong checksum of the header"),
+    (4100, "wrong checksum of the run's state"), (4125, "wrong checksum of the run's state"),
+    (8192, "wrong checksum of bytes 8192 to 58192"), (58192, "wrong checksum of bytes 58192 to 108192"),
+    ("last weight", r"wrong checksum of bytes \d+ to \d+"), ("behind them", r"wrong checksum of bytes \d+ to \d+")])
+def test_damaged_checkpoint(tmp_path, monkeypatch, where, message):
+    """One bit is enough, wherever it is; the optimizer's state is looked at only where it shares a chunk."""
+    monkeypatch.setattr(model_file, "CHUNK_BYTES", 50000)
+    config, path = config_of(), tmp_path / "c.bin"
+    end = 8192 + checkpoint(path, config, random_tensors(config))
+    model_file.read_model(path)
+    raw = bytearray(path.read_bytes())
+    raw[{"last weight": end - 1, "behind them": end}.get(where, where)] ^= 16
+    path.write_bytes(raw)
+    with pytest.raises(model_file.FileError, match=r"c\.bin is damaged: " + message + "$"):
+        model_file.read_model(path)
+
+
+def test_sums_of_large_chunks():
+    words = np.random.default_rng(4).integers(0, 2 ** 32, 100_001, dtype="<u4")
+    assert model_file.chunk_sum(words) == sum_of_words(words.tobytes())
 
 
 # ---- export to llm.c ----------------------------------------------------------------------------------------------
@@ -898,6 +946,16 @@ def test_trained_models_leave_as_they_were_evaluated(tmp_path, monkeypatch, requ
         config, tensors = model_file.read_model(folder / "model.bin")
         assert (config.positions, config.step, config.padded_vocab_size) == (positions, 6, 384)
         assert same(tensors, model_file.read_model(folder / "ckpt_00000006.bin")[1])
+        raw = (folder / "ckpt_00000006.bin").read_bytes()
+        for damaged in (raw[:9] + b"?" + raw[10:], raw[:4105] + b"?" + raw[4106:], raw[:9000] + b"?" + raw[9001:],
+                        raw[:-4]):  # and the trainer refuses it in the same words
+            (tmp_path / "damaged.bin").write_bytes(damaged)
+            with pytest.raises(model_file.FileError) as e:
+                model_file.read_model(tmp_path / "damaged.bin")
+            said = subprocess.run([os.path.join(ROOT, "train_gpt_dense_cpu"), "--model", tmp_path / "damaged.bin",
+                                   "--train-data", tmp_path / "train.bin", "--val-data", "", "--seq-len", "64",
+                                   "--out-dir", tmp_path / "never"], capture_output=True, text=True).stderr
+            assert str(e.value) in said
         run(export_hf, folder / "model.bin", folder / "hf")
         models = [lambda ids: forward(config, tensors, ids)]
         if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):

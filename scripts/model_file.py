@@ -23,6 +23,7 @@ CHECKPOINT_VERSION = 2
 TOKENIZER_MAGIC = 20240328
 HEADER_BYTES = 1024
 CHECKPOINT_HEADER_BYTES = 4096
+CHUNK_BYTES = 16 << 20  # a checkpoint has a checksum of so much of its body each
 OTHER_MAGICS = {20240520: "a token shard", 20240801: "a wide token shard", TOKENIZER_MAGIC: "a tokenizer file"}
 VERSIONS = {3: ("learned", "float32"), 5: ("learned", "bfloat16"), 103: ("rope", "float32"), 105: ("rope", "bfloat16")}
 STORAGE = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2")}
@@ -164,7 +165,7 @@ def read_model(path):
     if len(head) < HEADER_BYTES:
         raise FileError(f"{path}: the size is {size} bytes, wanted at least a header of {HEADER_BYTES}")
     if int(np.frombuffer(head[:4], "<i4")[0]) == CHECKPOINT_MAGIC:
-        config, offset = unpack_checkpoint(head, path)
+        config, offset = unpack_checkpoint(head, path, size)
         wanted, exact = offset + 4 * parameter_count(config), False  # the optimizer's state may follow
     else:
         config, offset = unpack_header(head[:HEADER_BYTES], path), HEADER_BYTES
@@ -172,6 +173,8 @@ def read_model(path):
     if size < wanted or (exact and size != wanted):
         raise FileError(f"{path}: the size is {size} bytes, wanted {'' if exact else 'at least '}{wanted} "
                         f"({config.describe()}): " + ("the file is cut off" if size < wanted else "it is too long"))
+    if not exact:
+        check_weights(path, head, offset, parameter_count(config))
     tensors, storage = {}, STORAGE[config.dtype]
     for name, shape in tensor_shapes(config):
         tensors[name] = np.memmap(path, storage, "r", offset, shape)
@@ -179,7 +182,7 @@ def read_model(path):
     return config, tensors
 
 
-def unpack_checkpoint(head, path):
+def unpack_checkpoint(head, path, size):
     """The model's config and the offset of its fp32 weights."""
     if len(head) < CHECKPOINT_HEADER_BYTES:
         raise FileError(f"{path}: the size is {len(head)} bytes, a checkpoint has a header of "
@@ -187,6 +190,11 @@ def unpack_checkpoint(head, path):
     version = int(np.frombuffer(head[4:8], "<i4")[0])
     if version != CHECKPOINT_VERSION:
         raise FileError(f"{path}: the checkpoint's version is {version}, wanted {CHECKPOINT_VERSION}")
+    if checksum(head[:-8]) != int.from_bytes(head[-8:], "little"):
+        raise FileError(f"{path} is damaged: wrong checksum of the header")
+    file_bytes = int.from_bytes(head[2064:2072], "little")
+    if size != file_bytes:
+        raise FileError(f"{path} is damaged: {size} bytes, its header says {file_bytes}")
     config = unpack_header(head[1024:2048], f"{path} (model header inside the checkpoint)")
     if config.dtype != "float32":
         raise FileError(f"{path}: the model header inside the checkpoint has version {config.version()}, wanted 3 "
@@ -199,6 +207,43 @@ def unpack_checkpoint(head, path):
         raise FileError(f"{path}: the weights begin at byte {offset}, wanted at least {CHECKPOINT_HEADER_BYTES}, "
                         "the size of the header")
     return config, offset
+
+
+def checksum(data):
+    """The trainer's: FNV-1a over 8-byte words; the data is a multiple of them."""
+    h = 14695981039346656037
+    for word in np.frombuffer(data, "<u8").tolist():
+        h = (h ^ word) * 1099511628211 % 2 ** 64
+    return h ^ (h >> 32)
+
+
+def chunk_sum(words):
+    """The trainer's add_to_sums for a chunk: the sum of mix64(word | place << 32), by parts that stay in the cache."""
+    total, part = 0, 1 << 15
+    shift, high = [np.uint64(x) for x in (30, 27, 31)], np.arange(part, dtype="<u8") << np.uint64(32)
+    for at in range(0, len(words), part):
+        x = words[at:at + part].astype("<u8")
+        x += high[:len(x)] + np.uint64((at << 32) + 0x9E3779B97F4A7C15)
+        x = (x ^ (x >> shift[0])) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> shift[1])) * np.uint64(0x94D049BB133111EB)
+        total += int((x ^ (x >> shift[2])).sum())
+    return total % 2 ** 64
+
+
+def check_weights(path, head, offset, count):
+    """Compares the checksums of a checkpoint's weights, as the trainer does before it reads them."""
+    file_bytes, state_bytes, chunks, state_checksum = (int(x) for x in np.frombuffer(head[2064:2096], "<u8"))
+    with open(path, "rb") as f:
+        f.seek(CHECKPOINT_HEADER_BYTES)
+        front = f.read(state_bytes + 8 * chunks)
+    if checksum(front) != state_checksum:
+        raise FileError(f"{path} is damaged: wrong checksum of the run's state")
+    sums, body = np.frombuffer(front[state_bytes:], "<u8"), np.memmap(path, "<u4", "r", offset)
+    for chunk in range(-(-4 * count // CHUNK_BYTES)):
+        words = body[chunk * CHUNK_BYTES // 4:(chunk + 1) * CHUNK_BYTES // 4]
+        if chunk_sum(words) != int(sums[chunk]):
+            at = offset + chunk * CHUNK_BYTES
+            raise FileError(f"{path} is damaged: wrong checksum of bytes {at} to {min(at + CHUNK_BYTES, file_bytes)}")
 
 
 def write_model(path, config, tensors):
