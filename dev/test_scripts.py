@@ -972,7 +972,8 @@ def test_trained_models_leave_as_they_were_evaluated(tmp_path, monkeypatch, requ
 
 @pytest.mark.parametrize("args,message", [
     ([], "name at least one RUN"), (["--run", "--", "--steps", "1"], "--run wants --out"),
-    (["x", "--window", "0"], "--window is 0"), (["x", "--", "--steps", "1"], "belong to --run")])
+    (["x", "--window", "0"], "--window is 0"), (["x", "--", "--steps", "1"], "belong to --run"),
+    (["--run", "--out", "never", "--png", "x.foo", "--", "--steps", "1"], "--png x.foo: matplotlib writes no .foo")])
 def test_compare_usage(capsys, args, message):
     with pytest.raises(SystemExit) as e:
         compare.main(args)
