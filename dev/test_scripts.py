@@ -980,6 +980,14 @@ def test_compare_usage(capsys, args, message):
     assert e.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("compiler,works", [("g++", True), ("env g++", True), ("no-such g++", False)])
+def test_probe_takes_a_compiler_of_several_words(compiler, works):
+    found = subprocess.run([os.path.join(SCRIPTS, "probe")], capture_output=True, text=True,
+                           env=dict(os.environ, CXX=compiler, NVCC="none", MPICC="none"))
+    assert found.returncode == 0 and ("PROBE_CXX = g++" in found.stdout) == works
+    assert ("$(error no working C++ compiler" in found.stdout) != works
+
+
 @pytest.mark.parametrize("name", ["compare", "export_hf", "import_hf", "export_llmc"])
 def test_scripts_start_as_commands(tmp_path, name):
     help_text = subprocess.run([os.path.join(SCRIPTS, name), "--help"], capture_output=True, text=True, cwd=tmp_path,
