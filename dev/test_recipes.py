@@ -4,6 +4,7 @@ preempted Slurm job requeues itself. The launchers are stand-ins that write down
     python -m pytest dev/test_recipes.py        (make builds the CPU trainer first)
 """
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -32,12 +33,13 @@ class Recipes:
             (folder / name).write_text(LAUNCHER)
             (folder / name).chmod(0o755)
 
-    def run(self, name, *options, **environment):
+    def run(self, name, *options, cwd=None, **environment):
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("NCCL_", "SLURM_", "LD_LIBRARY_PATH"))}
         env = dict(clean, PATH=f"{self.folder}:{os.environ['PATH']}", CALLS=self.calls, DATA=self.data,
                    SLURM_SUBMIT_DIR=ROOT, SLURM_JOB_ID="77", **environment)
-        return subprocess.run([("bash" if name.endswith("sbatch") else "sh"), ROOT / "scripts" / name, *options],
-                              env={k: str(v) for k, v in env.items()}, capture_output=True, text=True, timeout=60)
+        return subprocess.run([("bash" if str(name).endswith("sbatch") else "sh"), ROOT / "scripts" / name, *options],
+                              env={k: str(v) for k, v in env.items()}, capture_output=True, text=True, timeout=60,
+                              cwd=cwd)
 
     def called(self, launcher):
         """The words that it was started with, and those of the trainer; the variables that it saw."""
@@ -95,8 +97,25 @@ def test_several_hosts(recipes):
     assert sorted(variables) == ["NCCL_NVLS_ENABLE=0", "NCCL_SOCKET_IFNAME=eth1"] and last(options, "--cp") == "4"
     assert recipes.run("run_multinode_98k", HOSTFILE=hosts).returncode == 0
     assert recipes.called("mpirun")[0].endswith("--mca btl ^openib")
+    assert recipes.run("run_multinode_98k", HOSTFILE="hosts", cwd=recipes.folder).returncode == 0
+    assert f"--hostfile {hosts} " in recipes.called("mpirun")[0], "a relative name is that of the caller's folder"
     refused = recipes.run("run_multinode_98k")
     assert refused.returncode == 1 and "HOSTFILE" in refused.stderr
+
+
+@pytest.mark.parametrize("holds,prepares", [([], True), (["manifest.json"], False), (["train_000000.bin"], False),
+                                            (["train_000000.bin", "progress.json"], True), (["val_0.bin"], True)])
+def test_shards_of_ones_own_are_left_alone(recipes, tmp_path, holds, prepares):
+    """The preparation is a stand-in, in a copy of the scripts: where it is called, the run ends with its status."""
+    (recipes.data / "manifest.json").unlink()
+    for name in holds:
+        (recipes.data / name).touch()
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT / "scripts", copy / "scripts")
+    (copy / "data").mkdir()
+    (copy / "data" / "prepare.py").write_text("raise SystemExit(9)")
+    done = recipes.run(copy / "scripts" / "run_lh30_98k", LAUNCH="true")
+    assert done.returncode == (9 if prepares else 0), done.stderr
 
 
 def test_slurm(recipes):
