@@ -20,6 +20,8 @@ import array
 import base64
 import collections
 import concurrent.futures
+import contextlib
+import errno
 import fcntl
 import fnmatch
 import hashlib
@@ -104,9 +106,23 @@ def fsync_dir(path):
         os.close(fd)
 
 
+def not_written(path, e):
+    return Failure("%s cannot be written: %s. Put that right, and the same command without --force goes on from the "
+                   "last commit" % (path, e.strerror or e))
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Of a full disk the system says only that it is full, not which file had no room."""
+    try:
+        yield
+    except OSError as e:
+        raise not_written(path, e)
+
+
 def write_whole(path, data):
     """Write a small file so that a reader sees the old one or the new one, never a part."""
-    with open(path + ".tmp", "wb") as f:
+    with writing(path), open(path + ".tmp", "wb") as f:
         f.write(data)
         f.flush()
         os.fsync(f.fileno())
@@ -553,6 +569,8 @@ def linux_documents(path, exclude, spool_dir, meter, left_out):
                 if end != b"\n":
                     spool.write(b"\n")
         except (tarfile.TarError, EOFError, OSError, zlib.error, ValueError) as e:
+            if getattr(e, "errno", None) == errno.ENOSPC:    # of the spool
+                raise not_written("a temporary file in " + spool_dir, e)
             raise Failure("%s cannot be read as an archive (%s): get it again" % (path, e))
         except Exception as e:    # lzma and zstandard raise classes of their own
             if type(e).__name__ in ("LZMAError", "ZstdError"):
@@ -678,6 +696,8 @@ def text_documents(path, must, spool_dir, base, meter, left_out):
                 spool.write(block)
                 meter.position = base + raw.tell()
     except Exception as e:
+        if getattr(e, "errno", None) == errno.ENOSPC:    # of the spool
+            raise not_written("a temporary file in " + spool_dir, e)
         raise Failure("%s cannot be decompressed: %s" % (path, e))
     size = spool.tell()
     spool.seek(0)
@@ -910,11 +930,13 @@ class Shards:
     def add(self, tokens):
         at = 0
         while at < len(tokens):
-            if self.f is None:
-                self.f = open(self.path(len(self.done)) + ".tmp", "wb", buffering=1 << 20)
-                self.f.write(bytes(HEADER_BYTES))    # a header of zeros: no reader takes it for a shard
+            path = self.path(len(self.done)) + ".tmp"
             part = tokens[at:at + (self.capacity - self.open) * self.width]
-            self.f.write(part)
+            with writing(path):
+                if self.f is None:
+                    self.f = open(path, "wb", buffering=1 << 20)
+                    self.f.write(bytes(HEADER_BYTES))    # a header of zeros: no reader takes it for a shard
+                self.f.write(part)
             at += len(part)
             self.open += len(part) // self.width
             if self.open == self.capacity:
@@ -922,15 +944,17 @@ class Shards:
 
     def sync(self):
         if self.f is not None:
-            self.f.flush()
-            os.fsync(self.f.fileno())
+            with writing(self.f.name):
+                self.f.flush()
+                os.fsync(self.f.fileno())
 
     def finish(self):
         if self.f is None:
             return
         header = [20240801, 7, self.open] if self.wide else [20240520, 1, self.open]
-        self.f.seek(0)
-        self.f.write(struct.pack("<256i", *(header + [0] * (256 - len(header)))))
+        with writing(self.f.name):
+            self.f.seek(0)    # which writes what is buffered
+            self.f.write(struct.pack("<256i", *(header + [0] * (256 - len(header)))))
         self.sync()
         self.f.close()
         path = self.path(len(self.done))

@@ -6,6 +6,7 @@ run goes on to the same bytes, and that each bad input gets one clear message.
 It needs tiktoken, tokenizers, pyarrow, zstandard and datasets. GPT-2's ranks are fetched once into data/.cache.
 """
 import collections
+import errno
 import gzip
 import hashlib
 import io
@@ -603,6 +604,37 @@ def test_out_inside_input(tmp_path, capsys):
     assert prepared(out, *args, "--force") == want and want[0]["counts"]["train"]["documents"] == 2
     os.symlink(str(tmp_path / "in"), str(tmp_path / "same"))
     fails(capsys, args + ["--out", tmp_path / "same"], 2, "--out .*/in is --input itself")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("size", [1000, 3 << 20])
+@pytest.mark.parametrize("name", ["train_000000.bin.tmp", "train_000001.bin.tmp", "progress.json.tmp"])
+def test_full_disk(tmp_path, capsys, name, size):
+    """The message names the file that had no room; with room, the same command ends with the same bytes."""
+    for i in range(3):
+        write(tmp_path / "in" / ("%d.txt" % i), "%d" % i * size)
+    args = ["--source", "files", "--input", tmp_path / "in", "--shard-tokens", size]
+    want = prepared(tmp_path / "want", *args)
+    os.mkdir(str(tmp_path / "out"))
+    os.symlink("/dev/full", str(tmp_path / "out" / name))
+    fails(capsys, args + ["--out", tmp_path / "out"], 1,
+          "/out/%s(.tmp)? cannot be written: No space left on device. .*the same command .*goes on" % name[:-4])
+    os.remove(str(tmp_path / "out" / name))
+    assert prepared(tmp_path / "out", *args) == want
+
+
+@pytest.mark.parametrize("source", ["linux", "files"])
+def test_full_disk_while_spooling(tmp_path, capsys, monkeypatch, source):
+    """A document of unknown size waits in a temporary file: that this has no room says nothing against the archive."""
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(prepare.tempfile, "SpooledTemporaryFile", lambda *args, **kw: Full())
+    given = {"linux": ["--linux-archive", write(tmp_path / "k.tar.xz", tar_of(KERNEL, "xz"))],
+             "files": ["--input", write(tmp_path / "t.txt.gz", gzip.compress(b"text"))]}[source]
+    fails(capsys, ["--source", source, "--out", tmp_path / "out"] + given, 1,
+          "a temporary file in .*/out cannot be written: No space left on device")
 
 
 def test_two_at_once(tmp_path, capsys):
