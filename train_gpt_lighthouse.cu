@@ -1053,11 +1053,6 @@ static double all_sum(double x) {
     return x;
 }
 
-// SIGTERM, SIGINT or SIGUSR1, which mpirun hands on without killing soon after, asks a run to stop.
-static volatile sig_atomic_t stop_signal = 0;
-static void on_signal(int signal) { stop_signal = signal; }  // a second one ends the process: SA_RESETHAND
-static bool stop_asked() { return all_sum((double)stop_signal) > 0; }  // any process; all ask at once
-
 static double all_min(double x) {
     double least = x, *all = (double*)host_alloc(procs.world * sizeof(double));
     std::fill(all, all + procs.world, x);  // where the others are only planned for
@@ -1066,6 +1061,11 @@ static double all_min(double x) {
     free(all);
     return least;
 }
+
+// SIGTERM, SIGINT or SIGUSR1, which mpirun hands on without killing soon after, asks a run to stop.
+static volatile sig_atomic_t stop_signal = 0;
+static void on_signal(int signal) { stop_signal = signal; }  // a second one ends the process: SA_RESETHAND
+static bool stop_asked() { return all_sum((double)stop_signal) > 0; }  // any process; all ask at once
 
 PRINTF_LIKE(1) static void say(const char* format, ...) {  // rank 0 speaks for all
     for (FILE* f : {procs.rank ? NULL : stdout, rank_log}) {
@@ -4129,6 +4129,7 @@ static void lighthouse_backward(Model* m, LayerActs* y, Run r, floatX* dqkv,
     const LighthouseShape *all = &m->shape, *s = m->exchange_slots ? &m->own_shape : all;
     const floatX* halo = NULL;
     int C = m->dims.C;
+    int64_t t0 = m->exchange_slots ? first_token(r) : 0;
     if (m->exchange_slots) {
         int64_t rows = s->T / s->n[s->levels - 1] - 1;  // fewer than T/W: a tile has several coarsest entries
         for (int i = 0; i < r.B; i++)
@@ -4139,9 +4140,8 @@ static void lighthouse_backward(Model* m, LayerActs* y, Run r, floatX* dqkv,
     if (m->exchange_slots) rows_to_heads(b->dattn, b->dattn, y->gelu, r.B, all->S, 1, C);
     sdpa_backward(b->dslots, b->dattn, b->slots, b->attn, b->stats, r.B, all->S, all->H, all->D);
     if (m->exchange_slots) heads_to_rows(b->dslots, b->dslots, y->gelu, r.B, all->S, 3, C);
-    lighthouse_gather_backward(dqkv, b->dslots, b->slot, m->rope, r.B, s, m->exchange_slots ? first_token(r) : 0);
-    if (dbias)
-        lighthouse_bias_backward(dbias, b->dslots, b->index, m->rope, r.B, s, m->exchange_slots ? first_token(r) : 0);
+    lighthouse_gather_backward(dqkv, b->dslots, b->slot, m->rope, r.B, s, t0);
+    if (dbias) lighthouse_bias_backward(dbias, b->dslots, b->index, m->rope, r.B, s, t0);
 }
 
 // ---- the matrix products of the layers, in floatX or with FP8 operands
