@@ -175,16 +175,20 @@ static void matmul(float* C, const float* A, bool ta, const float* B, bool tb,
 }
 #endif
 
+// out (N,OC) = bias (OC) + addend (N,OC), either of which may be NULL. Returns whether there was one.
+static bool add_up(float* out, const float* bias, const float* addend, int64_t N, int64_t OC) {
+    if (!bias && !addend) return false;
+    #pragma omp parallel for
+    for (int64_t i = 0; i < N; i++) {
+        for (int64_t o = 0; o < OC; o++) out[i * OC + o] = (bias ? bias[o] : 0) + (addend ? addend[i * OC + o] : 0);
+    }
+    return true;
+}
+
 void matmul_forward(floatX* out /*(N,OC)*/, const floatX* inp /*(N,C)*/, const floatX* weight /*(OC,C)*/,
                     const floatX* bias /*(OC) or NULL*/, const floatX* addend /*(N,OC) or NULL, may not alias out*/,
                     int64_t N, int C, int OC) {
-    if (bias || addend) {
-        #pragma omp parallel for
-        for (int64_t i = 0; i < N; i++) {
-            for (int64_t o = 0; o < OC; o++) out[i * OC + o] = (bias ? bias[o] : 0) + (addend ? addend[i * OC + o] : 0);
-        }
-    }
-    matmul(out, inp, false, weight, true, N, OC, C, bias || addend);
+    matmul(out, inp, false, weight, true, N, OC, C, add_up(out, bias, addend, N, OC));
 }
 
 // ---- embedding, LayerNorm, GELU, cross-entropy ----------------------------------------------------------------
@@ -375,24 +379,22 @@ void fp8_quantize(Fp8Matrix y /*(N,C)*/, float* dbias /*(C) += or NULL*/, const 
     }
 }
 
+// The numbers of x (n), times factor; to be freed.
+static float* fp8_widen(const uint8_t* x, int64_t n, float factor, bool gradient) {
+    float value[256], *wide = allocate_floats(n);
+    for (int q = 0; q < 256; q++) value[q] = fp8_value(q, gradient) * factor;
+    #pragma omp parallel for
+    for (int64_t i = 0; i < n; i++) wide[i] = value[x[i]];
+    return wide;
+}
+
 // out = a b^T factor + bias + addend, as GPUs multiply FP8: rows by rows. addend may be out.
 static void fp8_matmul(float* out /*(N,M)*/, const uint8_t* a /*(N,K)*/, const uint8_t* b /*(M,K) e4m3*/,
                        const float* bias /*(M) or NULL*/, const float* addend /*(N,M) or NULL*/, int64_t N, int64_t M,
                        int64_t K, float factor, bool a_gradient) {
-    float value_a[256], value_b[256];
-    for (int q = 0; q < 256; q++) {
-        value_a[q] = fp8_value(q, a_gradient);
-        value_b[q] = fp8_value(q, false);
-    }
-    #pragma omp parallel for
-    for (int64_t i = 0; i < N; i++) {
-        for (int64_t j = 0; j < M; j++) {
-            float sum = 0;
-            #pragma omp simd reduction(+ : sum)
-            for (int64_t k = 0; k < K; k++) sum += value_a[a[i * K + k]] * value_b[b[j * K + k]];
-            out[i * M + j] = sum * factor + (bias ? bias[j] : 0) + (addend ? addend[i * M + j] : 0);
-        }
-    }
+    float *wide_a = fp8_widen(a, N * K, factor, a_gradient), *wide_b = fp8_widen(b, M * K, 1, false);
+    matmul(out, wide_a, false, wide_b, true, N, M, K, add_up(out, bias, addend, N, M));
+    free(wide_a); free(wide_b);
 }
 
 void fp8_matmul_forward(floatX* out /*(N,OC)*/, Fp8Matrix inp /*(N,C) rows*/, Fp8Matrix weight /*(OC,C) rows*/,
