@@ -3,13 +3,13 @@
 
 usage: dev/gpu_parity.py        (make test-gpu calls it; standard library only; needs the four trainers in the repository root)
 
-The same tiny model and data, 30 steps across the switch, on both backends: every training loss within 1% (bf16 rounds each
-weight and activation to 2^-9, and under Lighthouse turns close calls of the selection round; with a warmup, as without one the first
-steps are so large that merely rounding the initial weights moves a loss by 12%, on the CPU alone). Then, on the GPU: a resumed
-run equals one that was not interrupted, bit for bit with --deterministic 1, to the noise of cuDNN's atomics (0.2% of the loss, as
-measured between two equal runs) without; every recompute level gives the same bits; the memory plan is what the run took, to 3%.
-With --fp8 1, which rounds to 2^-4, the losses lie within 5% of bf16's and validation within 3% (measured: 3.2% and 1.7%, with learned
-positions 0.2%); it too resumes and recomputes to the same bits.
+The same tiny model and data, 30 steps across the switch, on both backends: every training loss within 0.5% (bf16 rounds each
+weight and activation to 2^-9, and under Lighthouse turns close calls of the selection round). The steps are small, with a warmup:
+with larger ones (a learning rate of 3e-4) some batches have gradients three to ten times as large as the others', and of those alone
+rounding moves the loss by 1% to 3%. Then, on the GPU: a resumed run equals one that was not interrupted, bit for bit
+with --deterministic 1, to the noise of cuDNN's atomics (0.2% of the loss, as measured between two equal runs) without; every
+recompute level gives the same bits; the memory plan is what the run took, to 3%. With --fp8 1, which rounds to 2^-4, the losses lie
+within 1% of bf16's; it too resumes and recomputes to the same bits.
 """
 import json
 import os
@@ -48,7 +48,7 @@ def make_data(folder):
 def command_of(program, out, data, *options):
     return [os.path.join(ROOT, program), "--train-data", f"{data}/train_*.bin", "--val-data", f"{data}/val_*.bin",
             "--out-dir", out, "--model", "d6", "--depth", "4", "--seq-len", str(T), "--batch-size", "2",
-            "--learning-rate", "3e-4", "--warmup-steps", "10", "--val-every", "10", "--val-batches", "2", "--steps", str(STEPS), *options]
+            "--learning-rate", "1e-4", "--warmup-steps", "10", "--val-every", "10", "--val-batches", "2", "--steps", str(STEPS), *options]
 
 
 def run(program, out, data, *options):
@@ -104,7 +104,7 @@ def main():
         worst = worst_difference(losses(out), losses(cpu_out))
         a, b = [[e["loss_dense"] for e in events(o, "eval")] for o in (out, cpu_out)]
         fell = losses(cpu_out)[0] - losses(cpu_out)[-1]
-        check(worst < 0.01 and worst_difference(a, b) < 0.01 and fell > 1, f"parity {name}",
+        check(worst < 0.005 and worst_difference(a, b) < 0.005 and fell > 0.7, f"parity {name}",
               f"{STEPS} losses differ by at most {worst:.2%} from the CPU's, validation by {worst_difference(a, b):.2%}; "
               f"the loss fell by {fell:.2f}")
 
@@ -138,7 +138,7 @@ def main():
         wide = f"{work}/gpu {name}"
         worst = worst_difference(losses(out), losses(wide))
         worst_eval = worst_difference([e["loss_dense"] for e in events(out, "eval")], [e["loss_dense"] for e in events(wide, "eval")])
-        check(0 < worst < 0.05 and worst_eval < 0.03, f"fp8 {name}",
+        check(0 < worst < 0.01 and worst_eval < 0.01, f"fp8 {name}",
               f"{STEPS} losses differ by at most {worst:.2%} from bf16's, validation by {worst_eval:.2%}")
 
     for fp8 in ("0", "1"):
