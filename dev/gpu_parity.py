@@ -5,8 +5,8 @@ usage: dev/gpu_parity.py        (make test-gpu calls it; standard library only; 
 
 The same tiny model and data, 30 steps across the switch, on both backends: every training loss within 0.5% (bf16 rounds each
 weight and activation to 2^-9, and under Lighthouse turns close calls of the selection round). The steps are small, with a warmup:
-with larger ones (a learning rate of 3e-4) some batches have gradients three to ten times as large as the others', and of those alone
-rounding moves the loss by 1% to 3%. Then, on the GPU: a resumed run equals one that was not interrupted, bit for bit
+with larger ones (a learning rate of 3e-4) the gradient of a single batch may be six times as large as those before it, and about
+there rounding alone moves the loss by 1% to 3%. Then, on the GPU: a resumed run equals one that was not interrupted, bit for bit
 with --deterministic 1, to the noise of cuDNN's atomics (0.2% of the loss, as measured between two equal runs) without; every
 recompute level gives the same bits; the memory plan is what the run took, to 3%. With --fp8 1, which rounds to 2^-4, the losses lie
 within 1% of bf16's; it too resumes and recomputes to the same bits.
