@@ -843,7 +843,7 @@ static void nccl_check(ncclResult_t result, const char* call, const char* file, 
 }
 #define ncclCheck(call) nccl_check((call), #call, __FILE__, __LINE__)
 
-// The collectives of gradients and parameters run beside the backward pass, on their own stream and communicator; those
+// The collectives of gradients and parameters run beside the kernels, on their own stream and communicator; those
 // inside the model run on main_stream, in order with the kernels.
 static ncclComm_t nccl_world, nccl_cp;
 static cudaStream_t collective_stream;
@@ -886,14 +886,19 @@ static void check_devices() {
     free(uuids);
 }
 
-// Starts x (n) being summed over all processes, rank r's piece r of n / world for itself: x + r n / world holds the sum
-// after collectives_join(), the rest of x nothing of use. x is on the device; n is a multiple of world.
-static void reduce_scatter_start(float* x, int64_t n) {
+// Starts each of the rows of x (rows, n) being summed over all processes, rank r's piece r of n / world of a row for
+// itself: after collectives_join() these pieces hold the sums, the rest of x nothing of use. x is on the device; n is a
+// multiple of world.
+static void reduce_scatter_start(float* x, int rows, int64_t n) {
     if (!procs.connected) return;
     cudaCheck(cudaEventRecord(collective_event, main_stream));
     cudaCheck(cudaStreamWaitEvent(collective_stream, collective_event));
     int64_t piece = n / procs.world;
-    ncclCheck(ncclReduceScatter(x, x + procs.rank * piece, piece, ncclFloat32, ncclSum, nccl_world, collective_stream));
+    ncclCheck(ncclGroupStart());
+    for (; rows > 0; rows--, x += n)
+        ncclCheck(ncclReduceScatter(x, x + procs.rank * piece, piece, ncclFloat32, ncclSum, nccl_world,
+                                    collective_stream));
+    ncclCheck(ncclGroupEnd());
 }
 
 // Starts the pieces of x being gathered: rank r's piece r of bytes / world is sent to all. x is on the device.
@@ -946,7 +951,7 @@ static void collectives_open() {
     if (procs.cp > 1) nccl_cp = nccl_open(cp_comm);
     int64_t piece = 1 << 20;
     char* x = (char*)device_alloc(2 * procs.world * piece);
-    reduce_scatter_start((float*)x, procs.world * piece / sizeof(float));
+    reduce_scatter_start((float*)x, 1, procs.world * piece / sizeof(float));
     all_gather_start(x, procs.world * piece);
     collectives_join();
     if (procs.cp > 1) {
@@ -975,20 +980,24 @@ static void exchange(Group g, char* recv, int64_t recv_stride, const char* send,
         memcpy(recv + rank * recv_stride, send + rank * send_stride, bytes);
 }
 
-// Sums x (n) over all processes, rank r's piece r of n / world for itself: x + r n / world then holds the sum, the rest
-// of x nothing of use. n is a multiple of world. Here a collective is complete when its start returns.
-static void reduce_scatter_start(float* x, int64_t n) {
+// Sums each of the rows of x (rows, n) over all processes, rank r's piece r of n / world of a row for itself: these
+// pieces then hold the sums, the rest of x nothing of use. n is a multiple of world. Here a collective is complete when
+// its start returns.
+static void reduce_scatter_start(float* x, int rows, int64_t n) {
     if (procs.world == 1) return;
     int64_t piece = n / procs.world, chunk = std::min<int64_t>(piece, ceil_div(4 << 20, procs.world));
-    float *mine = x + procs.rank * piece, *all = (float*)host_alloc(procs.world * chunk * sizeof(float));
-    for (int64_t i = 0; i < piece; i += chunk) {
-        int64_t part = std::min(piece - i, chunk);
-        exchange(WORLD_GROUP, (char*)all, part * sizeof(float), (char*)(x + i), piece * sizeof(float),
-                 part * sizeof(float));
-        for (int64_t j = 0; j < part; j++) {
-            float sum = 0;
-            for (int rank = 0; rank < procs.world; rank++) sum += all[rank * part + j];
-            mine[i + j] = sum;
+    float* all = (float*)host_alloc(procs.world * chunk * sizeof(float));
+    for (; rows > 0; rows--, x += n) {
+        float* mine = x + procs.rank * piece;
+        for (int64_t i = 0; i < piece; i += chunk) {
+            int64_t part = std::min(piece - i, chunk);
+            exchange(WORLD_GROUP, (char*)all, part * sizeof(float), (char*)(x + i), piece * sizeof(float),
+                     part * sizeof(float));
+            for (int64_t j = 0; j < part; j++) {
+                float sum = 0;
+                for (int rank = 0; rank < procs.world; rank++) sum += all[rank * part + j];
+                mine[i + j] = sum;
+            }
         }
     }
     free(all);
@@ -1040,7 +1049,7 @@ static void broadcast(void*, int64_t, Group, int) {}
 static void gather_to_all(void* all, const void* mine, int bytes) { memcpy(all, mine, bytes); }
 template <typename Number> static void all_sum(Number*, int64_t) {}
 static void barrier() {}
-static void reduce_scatter_start(float*, int64_t) {}
+static void reduce_scatter_start(float*, int, int64_t) {}
 static void all_gather_start(void*, int64_t) {}
 static void collectives_join() {}
 static void all_to_all(void*, const void*, int64_t) {}  // this and the next are not called: cp is 1
@@ -4320,12 +4329,17 @@ static void model_head(Model* m, const int* host_targets /*(B, T/W)*/, Run r, fl
     sum_losses(m->sums + LOSS_SUM, a->losses, N);
 }
 
-// Starts the sum of group g's gradients over the processes; each gets it for its slice.
-static void reduce_gradients(Model* m, int g) {
-    reduce_scatter_start(m->grads + group_begin(m, g), group_size(m, g));
+// Starts the sums over the processes of the gradients of group g, or of `groups` layers from there on; each process
+// gets them for its slices.
+static void reduce_gradients(Model* m, int g, int groups) {
+    reduce_scatter_start(m->grads + group_begin(m, g), groups, group_size(m, g));
 }
 
-// In the last micro-step every group's gradients are on their way to the other processes while the pass goes on.
+// In the last micro-step the gradients of this many layers are summed at once, beside the backward pass of those below.
+// Each time costs the pass more than it hides on fast links, since a sum holds SMs, also while it waits for a slower
+// GPU. Few large sums cost nearly nothing and still hide most of a slow link (measured: dev/EXPERIMENTS.md).
+static const int LAYERS_SUMMED = 10;
+
 static void model_backward(Model* m, Run r) {
     const Dims* d = &m->dims;
     Activations* a = &m->acts;
@@ -4333,13 +4347,15 @@ static void model_backward(Model* m, Run r) {
     device_zero(a->dres, N * d->C * sizeof(floatX));
     layernorm_backward(a->dres, gradient(m, LNFW, 0), gradient(m, LNFB, 0), gradient(m, FCPROJB, d->L - 1), a->dbtc,
                        a->x_final, weight(m, LNFW, 0), a->lnf_mean, a->lnf_rstd, N, d->C);
-    for (int l = d->L - 1; l >= 0; l--) {
+    for (int l = d->L - 1, pending = 0; l >= 0; l--) {
         block_backward(m, l, r);
-        if (r.last) reduce_gradients(m, 1 + l);
+        if (!r.last || (++pending < LAYERS_SUMMED && l > 0)) continue;
+        reduce_gradients(m, 1 + l, pending);
+        pending = 0;
     }
     encoder_backward(gradient(m, WTE, 0), d->rope ? NULL : gradient(m, WPE, 0), a->dres, m->tokens, r.B,
                      r.T / procs.cp, d->C, first_token(r), d->Vp);
-    if (r.last) reduce_gradients(m, 0);
+    if (r.last) reduce_gradients(m, 0, 1);
 }
 
 // Before a step's first micro-step: zeros for the gradients that are added to. Those of the other matrices are written

@@ -22,6 +22,7 @@ from gpu_parity import STEPS, SWITCH, T, check, command_of, events, losses, mode
 PROGRAM = "train_gpt_lighthouse"
 GEOMETRY = ["--dense-layers", "0", "--switch-step", str(SWITCH), "--channels", "256", "--heads", "4", "--total-batch-size", str(4 * T)]
 TILES = ["--topk", "64", "--tile", "16"]  # four tiles, which ranks can share; left alone, these lengths have one
+DEEP = ["--depth", "23"]  # the gradients of 10, 10 and 3 layers are summed at once
 
 
 def gpus():
@@ -61,13 +62,14 @@ def main():
     work = tempfile.mkdtemp()
     gpu_parity.make_data(work)
     references = {}
-    for name, options in {"one": [], "tiles": TILES, "learned": ["--positions", "learned"]}.items():
+    for name, options in {"one": [], "tiles": TILES, "learned": ["--positions", "learned"], "deep": DEEP}.items():
         references[name] = run(work, f"{work}/{name}", 0, "--batch-size", "2", "--checkpoint-every", "15", "--keep-last", "0", *options)
     one = references["one"]
     alone = run(work, f"{work}/alone", 1, "--batch-size", "2")
     check(model_bytes(alone) == model_bytes(one), "one rank under mpirun", "the bits of the run without")
     for name, ranks, reference, options in (
             ("dp 2", 2, "one", ["--batch-size", "1"]),
+            ("dp 2, 23 layers", 2, "deep", ["--batch-size", "1", *DEEP]),
             ("cp 2", 2, "one", ["--batch-size", "2", "--cp", "2"]),
             ("cp 2, tiles", 2, "tiles", ["--batch-size", "2", "--cp", "2", *TILES]),
             ("cp 2, learned, recompute 4", 2, "learned", ["--batch-size", "4", "--cp", "2", "--positions", "learned", "--recompute", "4"]),

@@ -140,6 +140,7 @@ CASES = {
     "cp 2, learned": dict(ranks=2, cp=2, batch_size=2, recompute=3, positions="learned"),
     "cp 4, learned": dict(ranks=4, cp=4, batch_size=1, recompute=4, positions="learned"),
     "dp 2, cp 2, learned": dict(ranks=4, cp=2, batch_size=1, recompute=0, positions="learned"),
+    "dp 2, gradients of 10, 10 and 3 layers at once": dict(ranks=2, batch_size=6, depth=23, learning_rate=3e-4),
     "dp 2, dense": dict(ranks=2, batch_size=1, program="dense"),
     "cp 2, dense": dict(ranks=2, cp=2, batch_size=2, recompute=4, program="dense"),
 }
@@ -148,7 +149,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_losses_are_those_of_one_rank(lab, reference, case):
     options = CASES[case]
-    one = reference(**{name: options[name] for name in ("positions", "program", "topk", "tile") if name in options})
+    same = ("positions", "program", "depth", "topk", "tile", "learning_rate")
+    one = reference(**{name: options[name] for name in same if name in options})
     result = lab.run("run", **options)
     assert result.code == 0, result.err
     run = lab.folder / "run"

@@ -81,11 +81,11 @@ def shape_of(config):
 
 
 @needs_mpi
-@pytest.mark.parametrize("ranks,cp,level,positions,phase,tiles", [
-    (3, 1, 0, "rope", "lighthouse", 4), (2, 2, 0, "learned", "dense", 4), (4, 2, 2, "rope", "lighthouse", 4),
-    (2, 2, 4, "rope", "lighthouse", 4), (4, 4, 0, "rope", "lighthouse", 4), (4, 4, 3, "rope", "lighthouse", 2),
-    (4, 4, 3, "rope", "dense", 4)])
-def test_bytes_that_the_trainer_sends(tmp_path, counter, ranks, cp, level, positions, phase, tiles):
+@pytest.mark.parametrize("ranks,cp,level,positions,phase,tiles,depth", [
+    (3, 1, 0, "rope", "lighthouse", 4, 3), (2, 2, 0, "learned", "dense", 4, 3), (4, 2, 2, "rope", "lighthouse", 4, 3),
+    (2, 2, 4, "rope", "lighthouse", 4, 3), (4, 4, 0, "rope", "lighthouse", 4, 3), (4, 4, 3, "rope", "lighthouse", 2, 3),
+    (4, 4, 3, "rope", "dense", 4, 3), (2, 1, 0, "rope", "lighthouse", 4, 23)])
+def test_bytes_that_the_trainer_sends(tmp_path, counter, ranks, cp, level, positions, phase, tiles, depth):
     """Two steps more send twice the bytes of a step, in two micro-steps of two sequences on every rank. Where cp ranks
     divide the tiles, Lighthouse layers exchange slots, and the last rank of a group shifts less than the others."""
     totals = []
@@ -93,7 +93,7 @@ def test_bytes_that_the_trainer_sends(tmp_path, counter, ranks, cp, level, posit
         events, sent = run_ranks(
             tmp_path / "run", ranks, "--cp", cp, "--batch-size", 2, "--total-batch-size", 256 * 2 * 2 * ranks // cp,
             "--steps", steps, "--switch-step", steps if phase == "lighthouse" else 0, "--recompute", level,
-            "--positions", positions, "--tile", 32 // tiles, "--checkpoint-every", 0, preload=counter)
+            "--positions", positions, "--tile", 32 // tiles, "--depth", depth, "--checkpoint-every", 0, preload=counter)
         assert len(sent) == ranks
         totals.append(sum(sent))
     calls = scaling_model.collectives(shape_of(events["config"]), phase, ranks, cp, element=4)
@@ -101,6 +101,10 @@ def test_bytes_that_the_trainer_sends(tmp_path, counter, ranks, cp, level, posit
     assert shifts == (phase == "lighthouse" and cp > 1 and tiles % cp == 0)
     assert shifts or len(set(sent)) == 1, "all ranks send alike"
     assert (totals[1] - totals[0]) / 2 == ranks * sum(scaling_model.sent(c) * c["calls"] for c in calls)
+    summed = {c["what"]: c["calls"] for c in calls if c["call"] == "reduce_scatter"}
+    assert summed.pop("fp32 gradients of the embeddings") == 1
+    assert summed == {3: {"fp32 gradients of 3 layers": 1},
+                      23: {"fp32 gradients of 10 layers": 2, "fp32 gradients of 3 layers": 1}}[depth]
 
 
 @needs_mpi
@@ -157,7 +161,7 @@ def row(table, name, ranks, **fields):
 
 def recorded():
     """Round numbers, so that every figure of a table can be checked by hand."""
-    gradients = {"call": "reduce_scatter", "what": "fp32 gradients of a layer", "bytes": 40_000_000, "calls": 30,
+    gradients = {"call": "reduce_scatter", "what": "fp32 gradients of 10 layers", "bytes": 40_000_000, "calls": 30,
                  "ranks": 4, "ms": 0.1, "sent_GBps": 300.0}
     exchange = {"call": "all_to_all", "what": "qkv and its gradient", "bytes": 80_000_000, "calls": 60, "ranks": 4,
                 "ms": 0.4, "sent_GBps": 150.0}
@@ -190,7 +194,7 @@ def test_tables():
     assert cells(weak, "lh30, T 98,304", "4", "lighthouse") == [
         "1,250.0 / 1,250.0 / 1,300.0", "320.0", "80.0%", "250.0"]
     assert cells(weak, "lh30, T 98,304", "4", "dense")[2:] == ["100.0%", "0.0"]
-    assert cells(weak, "lh30, T 98,304", "4", "reduce_scatter: fp32 gradients of a layer") == [
+    assert cells(weak, "lh30, T 98,304", "4", "reduce_scatter: fp32 gradients of 10 layers") == [
         "40.00", "30", "0.100", "300.0", "400.0", "75%", "0.90", "3.0"]
     assert weak.count("reduce_scatter") == 1, "both phases have the same"
     assert cells(strong, "d12, T 1,048,576", "1")[-1] == "this run takes 200 GiB"

@@ -8,6 +8,7 @@ import math
 import os
 
 GIB = 1 << 30
+LAYERS_SUMMED = 10  # at once, as the trainer's constant says
 
 
 def script(name):
@@ -44,11 +45,17 @@ def collectives(shape, phase, world, cp, element=2):
     found = []
     if world > 1:
         first, *layers = groups(shape, world)
-        for what, elements, calls in (("the embeddings", first, 1), ("a layer", layers[0], len(layers))):
-            found.append({"call": "reduce_scatter", "what": f"fp32 gradients of {what}", "bytes": 4 * elements,
-                          "calls": calls, "ranks": world})
-            found.append({"call": "all_gather", "what": f"weights of {what}", "bytes": element * elements,
-                          "calls": calls, "ranks": world})
+
+        def add_world(call, what, size, calls):
+            if calls:
+                found.append({"call": call, "what": what, "bytes": size, "calls": calls, "ranks": world})
+
+        add_world("reduce_scatter", "fp32 gradients of the embeddings", 4 * first, 1)
+        for count, calls in ((LAYERS_SUMMED, len(layers) // LAYERS_SUMMED), (len(layers) % LAYERS_SUMMED, 1)):
+            add_world("reduce_scatter", f"fp32 gradients of {count} layer{'s' * (count > 1)}", 4 * count * layers[0],
+                      calls * (count > 0))
+        add_world("all_gather", "weights of the embeddings", element * first, 1)
+        add_world("all_gather", "weights of a layer", element * layers[0], len(layers))
     if cp > 1:
         micro_steps = shape["tokens"] // (shape["B"] * shape["T"] * (world // cp))
         row, B = element * shape["channels"], shape["B"]
