@@ -5579,9 +5579,9 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
         say("            %ld slots for %ld tokens: %.2f%% of dense attention's operations in such a layer\n", s->S,
             c->seq_len, 100 * S * S / (T * T));
         if (procs.cp > 1)
-            say("            such a layer exchanges %s%s between the %d that share a sequence\n",
-                m->exchange_slots ? "slots" : "tokens", m->exchange_slots || s->S >= s->T ? "" :
-                ", since tiles do not divide,", procs.cp);
+            say("            such a layer exchanges %s between the %d that share a sequence%s\n",
+                m->exchange_slots ? "slots" : "tokens", procs.cp, m->exchange_slots || s->S >= s->T ? "" :
+                ", since they cannot share the tiles (--topk / --tile) evenly; slots would be fewer");
         say("dense       steps %ld to %ld%s\n", t->switch_step, t->steps - 1,
             t->switch_step == t->steps ? ": none" : "");
     } else say("attention   dense throughout\n");

@@ -161,12 +161,13 @@ def test_losses_are_those_of_one_rank(lab, reference, case):
     assert config["processes"] == options["ranks"] and config["tokens_per_step"] == BATCH * T
 
 
-@pytest.mark.parametrize("ranks,options,exchanged", [
-    (2, {}, "slots"), (4, {}, "tokens, since tiles do not divide,"), (4, FOUR_TILES, "slots"),
-    (2, dict(topk=32), "tokens")])  # 32 entries expanded per level: 160 slots of 128 tokens
-def test_what_a_lighthouse_layer_exchanges(lab, ranks, options, exchanged):
+@pytest.mark.parametrize("ranks,options,exchanged,uneven", [
+    (2, {}, "slots", False), (4, {}, "tokens", True), (4, FOUR_TILES, "slots", False),
+    (2, dict(topk=32), "tokens", False)])  # 32 entries expanded per level: 160 slots of 128 tokens
+def test_what_a_lighthouse_layer_exchanges(lab, ranks, options, exchanged, uneven):
     result = execute(lab.command("run", plan_ranks=ranks, cp=ranks, **options) + ["--dry-run"])
     assert f"exchanges {exchanged} between the {ranks} that share a sequence" in result.out, result.out
+    assert ("cannot share the tiles" in result.out) == uneven
 
 
 @pytest.mark.parametrize("options", [FOUR_TILES, dict(FOUR_TILES, fp8=1), dict(fp8=1)], ids=["slots", "slots, FP8", "tokens, FP8"])
