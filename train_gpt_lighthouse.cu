@@ -163,7 +163,7 @@ static const Option options[] = {
     {"pool", "", OPT_INT, AT(pool), "4", 2, 64, "pooling factor from level to level, a power of 2"},
     {"topk", "", OPT_INT, AT(topk), "0", 0, 1e9, "entries expanded per level; 0: about seq-len/64"},
     {"tile", "", OPT_INT, AT(tile), "0", 0, 4096,
-     "entries each tile expands per level; 0: 128, less for short sequences"},
+     "entries each tile expands per level; 0: 128, less for short sequences, topk where it is no multiple of 128"},
     {"dense-layers", "", OPT_TEXT, AT(dense_layers), "auto", 0, 0,
      "layers that stay dense: 0,1,28,29, or none, all, auto (two at each end; one below 12 layers, none below 3)"},
     {"switch-step", "", OPT_TEXT, AT(switch_step), "0.625", 0, 0,
@@ -239,12 +239,10 @@ static bool lighthouse_shape(LighthouseShape* s, int64_t T, int H, int D, int le
         REFUSE("T = %ld is not divisible by pool^(levels-1) * topk/tile = %ld%s", T, unit, lengths);
     }
     if (T < least) {
-        int64_t most = T / coarse / tile;  // tiles that have enough entries; they must divide the coarsest entries too
-        while (most > 0 && T / coarse % most) most--;
-        char fewer[64] = "";
-        if (most > 0) snprintf(fewer, sizeof fewer, "topk to at most %ld, or ", most * tile);
-        REFUSE("a tile has %ld coarsest entries, fewer than tile = %d: lower %stile, levels or pool", T / unit, tile,
-               fewer);
+        int64_t entries = T / coarse, most = entries / tile;  // tiles that have enough; they must divide entries too
+        while (most > 0 && entries % most) most--;
+        REFUSE("T = %ld has %ld coarsest entries, fewer than topk = %d: lower topk%s to at most %ld, or levels or pool",
+               T, entries, topk, most > 0 ? "" : " and tile", most > 0 ? most * tile : entries);
     }
     #undef REFUSE
     s->T = T; s->H = H; s->D = D;
@@ -291,6 +289,7 @@ static bool lighthouse_defaults(LighthouseShape* s, const Config* c, int H, int 
 struct Wait {
     int64_t looks;
     double began;  // seconds(), once it takes longer
+    double last;   // of the last look: a process that was suspended does not hold that against the others
 };
 static void stop_all_processes();
 static void wait_a_moment(Wait* w);
@@ -494,7 +493,8 @@ static void cuda_check(cudaError_t error, const char* call, const char* file, in
     if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion)
         hint = "this program was built for another GPU or a newer driver: build it on this machine";
     if (error == cudaErrorInsufficientDriver)
-        hint = "the driver is older than the CUDA toolkit of this build: update the driver";
+        hint = "there is no driver, or one older than the CUDA toolkit of this build: install or update it, or use the "
+               "_cpu program";
     if (error == cudaErrorNoDevice)
         hint = "no GPU was found: look at nvidia-smi and CUDA_VISIBLE_DEVICES, or use the _cpu program";
     fatal("%s:%d: %s failed: %s (%s); %s", file, line, call, cudaGetErrorString(error), cudaGetErrorName(error), hint);
@@ -545,7 +545,7 @@ static void device_open(int local_rank) {
 // What the device does may wait for other processes' devices: so the host looks whether it is done, and only then calls
 // what waits without a limit. "Not ready" counts as the last error, and is none.
 static void device_synchronize() {
-    Wait w = {0, 0};
+    Wait w = {};
     while (waits_for_others && cudaStreamQuery(main_stream) == cudaErrorNotReady) wait_a_moment(&w);
     (void)cudaGetLastError();
     cudaCheck(cudaStreamSynchronize(main_stream));
@@ -586,7 +586,7 @@ static void event_record(DeviceEvent* e) {
 }
 static void event_wait(DeviceEvent* e) {
     if (!e->event) return;
-    Wait w = {0, 0};
+    Wait w = {};
     while (waits_for_others && cudaEventQuery(e->event) == cudaErrorNotReady) wait_a_moment(&w);
     (void)cudaGetLastError();
     cudaCheck(cudaEventSynchronize(e->event));
@@ -745,13 +745,16 @@ static void wait_a_moment(Wait* w) {
         return;
     }
     usleep(w->looks < 10000 ? 50 : 500);
-    if (w->began == 0) w->began = seconds();
+    double now = seconds();
+    if (w->began == 0) w->began = now;
+    else if (now - w->last > 1) w->began += now - w->last;
+    w->last = now;
     answer_questions(NULL);
-    if (hang_timeout > 0 && seconds() - w->began > hang_timeout) name_who_hangs();
+    if (hang_timeout > 0 && now - w->began > hang_timeout) name_who_hangs();
 }
 
 static void wait_for(MPI_Request* requests, int n) {
-    Wait w = {0, 0};
+    Wait w = {};
     for (int done = 0;;) {
         MPI_Testall(n, requests, &done, MPI_STATUSES_IGNORE);
         if (done) return;
@@ -844,7 +847,7 @@ static void nccl_check(ncclResult_t result, const char* call, const char* file, 
 #define ncclCheck(call) nccl_check((call), #call, __FILE__, __LINE__)
 
 // The collectives of gradients and parameters run beside the kernels, on their own stream and communicator; those
-// inside the model run on main_stream, in order with the kernels.
+// inside the model run on main_stream, in order with the kernels. All ranks start both kinds in the same order.
 static ncclComm_t nccl_world, nccl_cp;
 static cudaStream_t collective_stream;
 static cudaEvent_t collective_event;
@@ -1033,6 +1036,7 @@ static void shift(void* recv, const void* send, int64_t bytes, int step) {
 }
 
 static void collectives_open() {
+    barrier();  // MPI_Comm_split waits without a limit
     if (procs.connected) MPI_Comm_split(MPI_COMM_WORLD, procs.dp_rank, procs.cp_rank, &cp_comm);
 }
 #endif
@@ -1071,9 +1075,18 @@ static double all_min(double x) {
     return least;
 }
 
-// SIGTERM, SIGINT or SIGUSR1, which mpirun hands on without killing soon after, asks a run to stop.
+// SIGTERM, SIGINT, SIGHUP or SIGUSR1, which mpirun hands on without killing soon after, asks a run to stop. A second
+// one ends the process, unless it comes at once: timeout(1) sends each twice.
 static volatile sig_atomic_t stop_signal = 0;
-static void on_signal(int signal) { stop_signal = signal; }  // a second one ends the process: SA_RESETHAND
+static void on_signal(int received) {
+    static double first;
+    if (!stop_signal) first = seconds();
+    else if (seconds() - first > 1) {
+        signal(received, SIG_DFL);
+        raise(received);  // arrives when this handler returns
+    }
+    stop_signal = received;
+}
 static bool stop_asked() { return all_sum((double)stop_signal) > 0; }  // any process; all ask at once
 
 PRINTF_LIKE(1) static void say(const char* format, ...) {  // rank 0 speaks for all
@@ -1165,8 +1178,8 @@ static void loader_open(Loader* d, const char* pattern, int64_t T, int64_t vocab
             int64_t t = 0;
             while ((uint32_t)shard_token(s, t) < vocab) t++;
             fatal("%s: token %ld is id %u, but the vocabulary has %ld ids (0 to %ld): was it made with another "
-                  "tokenizer? --vocab-size sets the vocabulary", s->path, t, (uint32_t)shard_token(s, t), vocab,
-                  vocab - 1);
+                  "tokenizer? The model's file, or else --vocab-size, sets the vocabulary", s->path, t,
+                  (uint32_t)shard_token(s, t), vocab, vocab - 1);
         }
         if (largest > d->largest_id) d->largest_id = largest;
     }
@@ -4211,7 +4224,7 @@ static void product_forward(Model* m, int l, int p, Run r, floatX* out /*(B,T/W,
 
 // From dout the gradients of product p's input, weight and, unless whoever wrote dout made it, bias. FCPROJ leaves the
 // gradient of fch; with FP8 that of GELU's result, which FC turns into that of fch while it quantizes.
-static void product_backward(Model* m, int l, int p, Run r, floatX* dinp /*(B,T/W,C)*/, float* dbias /*or NULL*/,
+static void product_backward(Model* m, int l, int p, Run r, floatX* dinp /*(B,T/W,IC)*/, float* dbias /*or NULL*/,
                              const floatX* dout /*(B,T/W,OC)*/) {
     LayerActs* y = &m->acts.layer[l];
     float* dweight = gradient(m, products[p].weight, l);
@@ -4636,6 +4649,15 @@ static void model_header(int32_t* h, const Dims* d, int64_t step) {
     h[9] = (int32_t)step;
 }
 
+struct ShortText { char s[32]; };  // needs no freeing
+static ShortText positions_text(const int32_t* h /*a model file's header*/) {
+    ShortText t = {"learned positions"};
+    float theta;
+    memcpy(&theta, &h[8], sizeof theta);
+    if (h[1] > 100) snprintf(t.s, sizeof t.s, "rope-theta %g", theta);
+    return t;
+}
+
 // Reads and checks a checkpoint's header. Returns NULL or what is wrong, to be freed.
 static char* checkpoint_header(int fd, const char* path, CheckpointHeader* h) {
     int64_t size = file_size(fd, path);
@@ -4712,6 +4734,9 @@ static int64_t model_file_open(const char* path, int* fd, Dims* d, bool* bf16) {
         d->C % d->NH)
         fatal("%s: impossible sizes in the header: T %ld, V %d, padded %d, layers %d, heads %d, channels %d", path,
               d->maxT, d->V, d->Vp, d->L, d->NH, d->C);
+    if (d->rope && (d->C / d->NH % 2 || !(d->theta >= 1 && d->theta <= 1e12)))
+        fatal("%s: rotary positions in heads of %d channels with a base of %g; they need an even head size and a base "
+              "of 1 to 1e12", path, d->C / d->NH, d->theta);
     Model m;
     model_layout(&m, *d);
     int64_t expected = offset + m.parameters * (*bf16 ? 2 : 4);
@@ -4797,7 +4822,9 @@ static NewFile new_file(const char* path) {
     if (procs.rank == 0) f.fd = open(f.partial, O_RDWR | O_CREAT | O_TRUNC, 0666);
     barrier();  // rank 0 makes it
     if (procs.rank > 0) f.fd = open(f.partial, O_RDWR);
-    if (f.fd < 0) fatal("cannot write %s: %s", f.partial, strerror(errno));
+    if (f.fd < 0)
+        fatal("cannot write %s: %s%s", f.partial, strerror(errno),
+              procs.rank ? ". Rank 0 has made it: is this a folder that all hosts share?" : "");
     return f;
 }
 
@@ -4904,11 +4931,11 @@ static char* checkpoint_read(Model* m, const char* path, RunState* state) {
         int32_t want[256];
         model_header(want, &m->dims, h.model[9]);
         if (memcmp(want, h.model, sizeof want) || h.parameters != m->parameters || h.state_bytes != sizeof(RunState))
-            fatal("%s holds another model: T %d, V %d, layers %d, heads %d, channels %d, %s positions; this run's has "
-                  "T %ld, V %d, layers %d, heads %d, channels %d, %s (and the same theta): use the same options, or "
-                  "--model %s in another out-dir to start from its weights", path, h.model[2], h.model[3], h.model[4],
-                  h.model[5], h.model[6], h.model[1] > 100 ? "rope" : "learned", m->dims.maxT, m->dims.V, m->dims.L,
-                  m->dims.NH, m->dims.C, m->dims.rope ? "rope" : "learned", path);
+            fatal("%s holds another model: T %d, V %d, layers %d, heads %d, channels %d, %s; this run's has T %ld, "
+                  "V %d, layers %d, heads %d, channels %d, %s: use the same options, or --model %s in another out-dir "
+                  "to start from its weights", path, h.model[2], h.model[3], h.model[4], h.model[5], h.model[6],
+                  positions_text(h.model).s, m->dims.maxT, m->dims.V, m->dims.L, m->dims.NH, m->dims.C,
+                  positions_text(want).s, path);
         why = checkpoint_front(fd, path, &h, &front);
     }
     if (all_sum((double)(why != NULL)) > 0) {
@@ -4939,6 +4966,7 @@ static int64_t* checkpoint_list(const char* dir, int* count) {
     int64_t* steps = NULL;
     *count = 0;
     DIR* d = opendir(dir);
+    if (!d && errno != ENOENT) fatal("cannot list %s: %s", dir, strerror(errno));
     for (struct dirent* e; d && (e = readdir(d));) {
         int64_t step;
         if (sscanf(e->d_name, "ckpt_%ld.bin", &step) != 1 || step < 0) continue;
@@ -4957,13 +4985,11 @@ static char* checkpoint_path(const Config* c, int64_t step) {
     return text("%s/ckpt_%08ld.bin", c->out_dir, step);
 }
 
-// Later steps than the one just written can only be damaged files that the resume passed over: they do not count.
-static void checkpoint_prune(const Config* c, int64_t written) {
-    int count, later = 0;
+static void checkpoint_prune(const Config* c) {
+    int count;
     int64_t* steps = checkpoint_list(c->out_dir, &count);
-    while (later < count && steps[later] > written) later++;
-    for (int i = later; c->keep_last > 0 && i < count; i++) {
-        if (i - later < c->keep_last || (c->keep_every && steps[i] % c->keep_every == 0)) continue;
+    for (int i = c->keep_last; c->keep_last > 0 && i < count; i++) {
+        if (c->keep_every && steps[i] % c->keep_every == 0) continue;
         char* path = checkpoint_path(c, steps[i]);
         unlink(path);
         free(path);
@@ -4980,7 +5006,8 @@ static void checkpoint_prune(const Config* c, int64_t written) {
     if (d) closedir(d);
 }
 
-// The newest whole checkpoint of out-dir, into the model and the state. Names and passes over damaged ones.
+// The newest whole checkpoint of out-dir, into the model and the state. Names and passes over damaged ones, which are
+// then renamed: --keep-last counts whole ones only.
 static bool checkpoint_resume(Model* m, const Config* c, RunState* state, char** path) {
     int count;
     int64_t* steps = checkpoint_list(c->out_dir, &count);
@@ -4988,15 +5015,21 @@ static bool checkpoint_resume(Model* m, const Config* c, RunState* state, char**
     steps = (int64_t*)realloc(steps, count * sizeof(int64_t));
     broadcast(steps, count * sizeof(int64_t), WORLD_GROUP, 0);
     bool found = false;
-    for (int i = 0; i < count && !found; i++) {
-        *path = checkpoint_path(c, steps[i]);
+    int tried = 0;
+    for (; tried < count && !found; tried++) {
+        *path = checkpoint_path(c, steps[tried]);
         char* why = checkpoint_read(m, *path, state);
         found = !why;
         if (why) say("warning: %s; trying the one before\n", why);
         free(why);
     }
-    free(steps);
     if (count > 0 && !found) fatal("%s: none of the %d checkpoints is whole", c->out_dir, count);
+    for (int i = 0; i < tried - 1 && procs.rank == 0; i++) {
+        char *from = checkpoint_path(c, steps[i]), *to = text("%s.unusable", from);
+        if (rename(from, to)) fatal("cannot rename %s, which is unusable: %s", from, strerror(errno));
+        free(from); free(to);
+    }
+    free(steps);
     if (found) gather_all_params(m);
     return found;
 }
@@ -5139,7 +5172,7 @@ static char* sample(Model* m, const Config* c, const Tokenizer* k, int64_t step)
     int64_t length = 1 + encoded, end = std::min(length + c->sample_tokens, T);
     char* out = text("%s", c->prompt);
     size_t out_length = strlen(out);
-    for (; length < end; length++) {
+    for (; length < end && !stop_asked(); length++) {
         model_trunk(m, tokens + first_token(r), r);
         model_logits(m, 0, length - 1, r, logits);
         float threshold = -INFINITY;
@@ -5212,7 +5245,8 @@ PRINTF_LIKE(2) static void log_line(FILE* f, const char* format, ...) {
     vfprintf(f, format, args);
     va_end(args);
     fputc('\n', f);
-    if (fflush(f)) fatal("writing a log: %s", strerror(errno));
+    if (fflush(f))
+        fatal("cannot write a log in --out-dir: %s. --resume 1 goes on from the newest checkpoint", strerror(errno));
 }
 
 // A JSON string. Bytes that are no UTF-8 become U+FFFD: samples may cut a character.
@@ -5238,9 +5272,6 @@ static char* json_string(const char* s) {
     out[w] = 0;
     return out;
 }
-
-// Short texts need no freeing: json_number(x).s
-struct ShortText { char s[32]; };
 
 static ShortText json_number(double x) {
     ShortText t;
@@ -5271,6 +5302,9 @@ static void progress_clear(const Logs* g) { if (g->terminal) printf("\r\033[K");
 // ===================================================================================================================
 // 11. Main: options, set-up, the loop.
 
+// The help of an option, less the [group] that it may begin with.
+static const char* option_help(const Option* o) { return *o->help == '[' ? strchr(o->help, ']') + 2 : o->help; }
+
 static void print_help(const char* program) {
     printf("usage: %s [--option value | --option=value | -letter value] ...\n", program);
     printf("Pretrains a GPT-2-class model%s.\n",
@@ -5278,12 +5312,8 @@ static void print_help(const char* program) {
                             : " with dense attention, the baseline of train_gpt_lighthouse");
     for (int i = 0; i < option_count; i++) {
         const Option* o = &options[i];
-        const char* help = o->help;
-        if (*help == '[') {
-            const char* end = strchr(help, ']');
-            printf("\n%.*s\n", (int)(end - help - 1), help + 1);
-            help = end + 2;
-        }
+        const char* help = option_help(o);
+        if (help > o->help) printf("\n%.*s\n", (int)(help - o->help - 3), o->help + 1);
         char* name = text("--%s%s%s", o->name, *o->letter ? ", -" : "", o->letter);
         printf("  %-26s %s", name, help);
         if (o->type == OPT_TEXT) printf(" (%s)\n", *o->fallback ? o->fallback : "none");
@@ -5303,11 +5333,11 @@ static void set_option(Config* c, const Option* o, const char* value) {
     errno = 0;
     double x = strtod(value, &end);
     if (end == value || *end || errno || !isfinite(x))
-        fatal("--%s is \"%s\"; it must be a number. %s", o->name, value, o->help);
+        fatal("--%s is \"%s\"; it must be a number. %s", o->name, value, option_help(o));
     if (o->type != OPT_REAL && x != floor(x))
-        fatal("--%s is %s; it must be a whole number. %s", o->name, value, o->help);
+        fatal("--%s is %s; it must be a whole number. %s", o->name, value, option_help(o));
     if (x < o->min || x > o->max)
-        fatal("--%s is %s; it must be %.12g to %.12g. %s", o->name, value, o->min, o->max, o->help);
+        fatal("--%s is %s; it must be %.12g to %.12g. %s", o->name, value, o->min, o->max, option_help(o));
     if (o->type == OPT_REAL) *(double*)field = x;
     else *(int64_t*)field = (int64_t)x;
 }
@@ -5350,8 +5380,8 @@ static void parse_options(Config* c, int argc, char** argv) {
         if (o->type == OPT_FLAG && equals) fatal("--%s takes no value", o->name);
         if (o->type == OPT_FLAG) set_option(c, o, "1");
         else if (equals) set_option(c, o, equals + 1);
-        else if (i + 1 < argc) set_option(c, o, argv[++i]);
-        else fatal("--%s needs a value. %s", o->name, o->help);
+        else if (i + 1 < argc && strncmp(argv[i + 1], "--", 2)) set_option(c, o, argv[++i]);
+        else fatal("--%s needs a value. %s", o->name, option_help(o));
     }
     if (strcmp(c->lr_schedule, "cosine") && strcmp(c->lr_schedule, "linear") && strcmp(c->lr_schedule, "constant") &&
         strcmp(c->lr_schedule, "wsd"))
@@ -5506,6 +5536,7 @@ struct Trainer {
     int recompute;                             // Run's
     Batch* ready;                              // the next micro-step's batch, if it was read ahead
     int64_t saved;                             // the step of the newest checkpoint that is known to be whole, or -1
+    int not_finite;                            // steps in a row, up to now, whose loss or gradient norm was not
     double val_loss;                           // of the last validation, or NAN
     double clock;                              // when the step that runs now began
     double device_flops, started, wall_before; // wall_before: of the run before this process
@@ -5617,6 +5648,9 @@ static void setup_run(Trainer* t) {
     Config* c = &t->config;
     Model* m = &t->model;
     check_context_parallel(c, &m->dims);
+    if ((double)c->batch_size * c->seq_len * procs.dp > 1e12)
+        fatal("batch-size %ld x seq-len %ld x %d data-parallel processes is %.4g tokens; it may be up to 1e12",
+              c->batch_size, c->seq_len, procs.dp, (double)c->batch_size * c->seq_len * procs.dp);
     int64_t micro = c->batch_size * c->seq_len * procs.dp;
     if (c->total_batch_size == 0) c->total_batch_size = micro;
     if (c->total_batch_size % micro)
@@ -5683,6 +5717,34 @@ static void setup_processes(const Config* c) {
     free(path);
 }
 
+// All processes must read the same files: on hosts that do not share a file system one may hold an older copy.
+static void compare_input(const char* option, const char* name, uint64_t fingerprint) {
+    uint64_t first = fingerprint;
+    broadcast(&first, sizeof first, WORLD_GROUP, 0);
+    if (first != fingerprint)
+        fatal("--%s %s is not the same here as on rank 0: give all hosts the same files", option, name);
+    barrier();
+}
+
+static void compare_data(const char* option, const char* pattern, const Loader* d) {
+    compare_input(option, pattern, loader_fingerprint(d) ^ mix64(d->windows) ^ mix64(~d->largest_id));
+}
+
+// A checksum of a file's size and of 4 KiB of each MiB.
+static uint64_t file_fingerprint(const char* path) {
+    int fd = open_to_read(path);
+    int64_t size = file_size(fd, path);
+    uint64_t sum = mix64(size);
+    char block[4096];
+    for (int64_t at = 0; at < size; at += 1 << 20) {
+        size_t n = std::min<int64_t>(sizeof block, size - at);
+        read_at(fd, block, n, at, path);
+        sum = mix64(sum ^ checksum(block, n));
+    }
+    close(fd);
+    return sum;
+}
+
 static void setup_tokenizer(Trainer* t) {
     const Config* c = &t->config;
     char* path = text("%s", c->tokenizer);
@@ -5747,6 +5809,13 @@ static void setup_directory(const Config* c, const Model* m, int64_t steps) {
               size_text((double)disk.f_bavail * disk.f_frsize).s, more, size_text(need).s);
     free(found);
     barrier();  // every process has looked before rank 0 writes
+    if (procs.world == 1) return;
+    char* path = text("%s/ckpt_probe", c->out_dir);  // what is wrong with a checkpoint should show before the first
+    NewFile probe = new_file(path);
+    barrier();
+    close(probe.fd);
+    if (procs.rank == 0) unlink(probe.partial);
+    free(path); free(probe.path); free(probe.partial);
 }
 
 // The newest checkpoint's state, or a new one. Returns the checkpoint's path, to be freed, or NULL.
@@ -5789,14 +5858,19 @@ static void setup(Trainer* t, int argc, char** argv) {
     setup_processes(c);
 
     loader_open(&t->train, c->train_data, c->seq_len, 0, c->shuffle, c->seed);
+    compare_data("train-data", c->train_data, &t->train);
     bool from_file;
     Dims dims = choose_dims(c, t->train.largest_id, &from_file);
+    if (from_file) compare_input("model", c->model, file_fingerprint(c->model));
     if (t->train.largest_id >= dims.V) {  // a model file's vocabulary: open again, to name the shard and the token
         loader_close(&t->train);
         loader_open(&t->train, c->train_data, c->seq_len, dims.V, c->shuffle, c->seed);
     }
     t->has_val = *c->val_data != 0;
-    if (t->has_val) loader_open(&t->val, c->val_data, c->seq_len, dims.V, false, 0);
+    if (t->has_val) {
+        loader_open(&t->val, c->val_data, c->seq_len, dims.V, false, 0);
+        compare_data("val-data", c->val_data, &t->val);
+    }
     model_layout(m, dims);
     setup_run(t);
     if (c->sample_every) setup_tokenizer(t);
@@ -5878,7 +5952,7 @@ static void save_checkpoint(Trainer* t) {
     char* path = checkpoint_path(c, t->state.step);
     checkpoint_write(&t->model, path, &t->state);
     t->saved = t->state.step;
-    if (procs.rank == 0) checkpoint_prune(c, t->state.step);
+    if (procs.rank == 0) checkpoint_prune(c);
     progress_clear(&t->logs);
     say("step %ld | checkpoint %s (%.2f GiB, %.1f s)\n", t->state.step, path, gib(checkpoint_bytes(&t->model)),
         seconds() - start);
@@ -5928,6 +6002,10 @@ static void read_batch(Trainer* t, int64_t micro) {
     t->ready = batch;
 }
 
+// Skipping steps whose loss or gradient norm is not finite helps against data that makes them so. After so many in a
+// row it is the weights, which no step changes any more.
+static const int NOT_FINITE_LIMIT = 10;
+
 // One optimizer step: the micro-steps, the gradient norm, the update, one line. The host queues a micro-step, reads the
 // next batch while the device works, and waits once, for the loss and the norm. The update runs while the host goes on:
 // a step is timed from wait to wait.
@@ -5961,9 +6039,14 @@ static void train_step(Trainer* t) {
 
     double loss_z = detector_score(&s->loss, loss), norm_z = detector_score(&s->norm, norm);
     bool finite = isfinite(loss) && isfinite(norm);
+    t->not_finite = finite ? 0 : t->not_finite + 1;
     if (!finite && !(c->skip_loss_z > 0 || c->skip_grad_z > 0))
         fatal("step %ld: the loss is %g and the gradient norm %g. The checkpoints are as they were; resume from one "
               "with a lower --learning-rate, or let --skip-grad-z pass over such steps", s->step + 1, loss, norm);
+    if (t->not_finite == NOT_FINITE_LIMIT)
+        fatal("step %ld: the loss is %g and the gradient norm %g, and neither was finite in any of %d steps: it is not "
+              "the data but the weights. The checkpoints are of before; resume from one with a lower --learning-rate",
+              s->step + 1, loss, norm, t->not_finite);
     bool skip = !finite || (c->skip_loss_z > 0 && loss_z > c->skip_loss_z) ||
                 (c->skip_grad_z > 0 && norm_z > c->skip_grad_z);
     double grad_scale = c->grad_clip > 0 && norm > c->grad_clip ? c->grad_clip / norm : 1;
@@ -6022,14 +6105,17 @@ static void finish(Trainer* t) {
 int main(int argc, char** argv) {
     static Trainer trainer;
     Trainer* t = &trainer;
+    int free_fd;  // where standard output or error are closed, no log may take their place
+    while ((free_fd = open("/dev/null", O_RDWR)) >= 0 && free_fd <= STDERR_FILENO) continue;
+    close(free_fd);
     processes_start(&argc, &argv);
     struct sigaction action;
     memset(&action, 0, sizeof action);
     action.sa_handler = on_signal;
-    action.sa_flags = SA_RESETHAND;
-    sigaction(SIGTERM, &action, NULL);
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGUSR1, &action, NULL);
+    action.sa_flags = SA_RESTART;
+    struct sigaction before;
+    for (int number : {SIGTERM, SIGINT, SIGHUP, SIGUSR1})  // what is ignored stays so: nohup
+        if (!sigaction(number, NULL, &before) && before.sa_handler != SIG_IGN) sigaction(number, &action, NULL);
     signal(SIGXFSZ, SIG_IGN);  // a file past its size limit then fails with a message
     setup(t, argc, argv);
     const Config* c = &t->config;
@@ -6056,7 +6142,8 @@ int main(int argc, char** argv) {
         if (c->sample_every && s->step > 0 && s->step % c->sample_every == 0) write_sample(t);
         train_step(t);
         stop = stop_asked();
-        if (s->step == t->steps || (c->checkpoint_every && s->step % c->checkpoint_every == 0)) save_checkpoint(t);
+        bool due = c->checkpoint_every && s->step % c->checkpoint_every == 0;
+        if (s->step == t->steps || (due && !t->not_finite)) save_checkpoint(t);  // none of weights that may be lost
     }
     if (s->step == t->steps) stop = !validate(t, phase_at(t, t->steps > 0 ? t->steps - 1 : 0));
     if (stop) {

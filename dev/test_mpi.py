@@ -343,6 +343,19 @@ def test_waiting_within_the_limit_is_no_hang(lab, reference):
     same_losses(lab.folder / "run", reference())
 
 
+def test_a_suspended_job_is_no_hang(lab, reference):
+    """All ranks stopped, for longer than --hang-timeout, and woken: as a scheduler does it. None hung."""
+    job = Job(lab.command("run", ranks=2, batch_size=2, hang_timeout=2, steps=2000))
+    job.wait_for_step(3)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for rank in (0, 1):
+            signal_rank(job, rank, number)
+        time.sleep(5)
+    signal_rank(job, 0, signal.SIGUSR1)
+    code, output = job.end(20)
+    assert code != 0 and "stopped by signal at step" in output, output
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_mpirun_leaves_a_checkpoint(lab, reference, how):
     """As a preempted job gets it: the ranks finish the step, write, leave; another number of ranks goes on."""
@@ -387,6 +400,27 @@ def test_ranks_with_other_options_are_named(lab):
     job = together(lab, lab.command("run"), lab.command("other"))
     lab.ends(job, 20, "rank 1", "--out-dir", lab.folder / "run", lab.folder / "other")
     assert not (lab.folder / "run").exists() and not (lab.folder / "other").exists()
+
+
+@pytest.mark.parametrize("different", ["train-data", "val-data", "model", "out-dir"])
+def test_ranks_with_other_files_are_named(lab, reference, different):
+    """Two hosts that do not share a file system: the same names, other contents. Refused before a step."""
+    commands = []
+    for host in ("a", "b"):
+        folder = lab.folder / host
+        folder.mkdir()
+        for source, name in ((lab.data.small, "train-data"), (lab.data.val, "val-data"), (reference() / "model.bin", "model")):
+            contents = bytearray(source.read_bytes())
+            if name == different and host == "b":
+                contents[1024:1032] = contents[1032:1040]
+            (folder / name).write_bytes(contents)
+        if different != "out-dir" or host == "a":
+            (folder / "out").symlink_to(lab.folder)
+        command = lab.command("run", batch_size=2, train_data="train-data", val_data="val-data", model="model", depth=None,
+                              channels=None, heads=None, sample_every=0) + ["--out-dir", "out/run"]
+        commands.append(["--wdir", folder, *command])
+    lab.ends(together(lab, *commands), 20, "error: rank 1", different if different != "out-dir" else "folder that all hosts share")
+    assert not list(lab.folder.glob("run/*.bin"))
 
 
 def test_ranks_of_another_program_are_named(lab):

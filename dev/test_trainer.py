@@ -12,6 +12,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import struct
@@ -313,6 +314,24 @@ def test_killed_runs_go_on_to_the_same_end(lab, case, how):
     assert checkpoint_body(checkpoint(killed, LONG)) == checkpoint_body(checkpoint(whole, LONG))
 
 
+def test_a_second_signal(lab):
+    """At once it counts as the first, since timeout(1) sends each to the process and to its group. Later, while a long
+    step leaves the first unanswered, it ends the process."""
+    for steps, pause in [(10 ** 6, 0.005)] * 5 + [(1, 1.3)]:
+        shutil.rmtree(lab.folder / "run", ignore_errors=True)
+        options = dict(SLOW, total_batch_size=12 * T * 10 ** 5) if steps == 1 else SLOW
+        command = [str(c) for c in lab.command("run", steps=steps, checkpoint_every=0, **options)]
+        process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL)
+        while not (lab.folder / "run" / "log.jsonl").exists() or steps > 1 and len(step_events(lab.folder / "run")) < 3:
+            time.sleep(0.01)
+        for wait in (pause, 0):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(wait)
+        code = process.wait(timeout=60)
+        assert code == (128 + signal.SIGTERM if steps > 1 else -signal.SIGTERM)
+        assert len(checkpoints(lab.folder / "run")) == (steps > 1)
+
+
 @pytest.mark.parametrize("step", [0, 3, 6])
 def test_a_signal_breaks_off_a_validation(lab, step):
     """A run stopped in a long validation, the first, one at the switch or the last, leaves at that very step, with one
@@ -578,6 +597,16 @@ def test_pruning_never_removes_the_newest_whole_checkpoint(lab, saved):
     assert 6 in checkpoints(folder), checkpoints(folder)
     lab.train("run", **options)
     assert [e["step"] for e in events(folder, "resume")] == [2, 6]
+    assert checkpoints(folder) == [6] and (folder / "ckpt_00000099.bin.unusable").read_bytes() == b"torn"
+
+
+def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(lab, saved):
+    """Of an earlier step than those that follow, too."""
+    folder, result = resumed_from(lab, saved, "run", lambda path: os.truncate(path, 100), steps=(2, 4))
+    shutil.move(folder / "ckpt_00000004.bin.unusable", checkpoint(folder, 3))  # as if step 3's were damaged
+    checkpoint(folder, 4).unlink()
+    lab.train("run", depth=1, dense_layers="none", steps=6, resume=1, checkpoint_every=4, keep_last=3)
+    assert checkpoints(folder) == [2, 4, 6]
 
 
 @pytest.mark.parametrize("last, every, expected", [(1, 0, [12]), (3, 0, [10, 11, 12]), (0, 0, list(range(1, 13))),
@@ -968,9 +997,14 @@ def test_lighthouse_rules(lab):
     lab.refused("levels", levels=9)
     long = lab.data.folder / "large.bin"
     lab.refused("T = 100", "= 8", "96 and 104", seq_len=100, train_data=long)
-    lab.refused("fewer than tile = 8", "lower topk to at most 16", seq_len=64, topk=32, tile=8, train_data=long)
+    lab.refused("16 coarsest entries, fewer than topk = 32: lower topk to at most 16,", seq_len=64, topk=32, tile=8,
+                train_data=long)
+    lab.refused("16 coarsest entries, fewer than topk = 32: lower topk and tile to at most 16,", seq_len=64, topk=32,
+                tile=None, train_data=long)
+    assert "[" not in lab.refused("--levels is 9; it must be 2 to 8. levels of the pyramid", levels=9).err
     # what the messages propose is accepted
-    for options in [dict(topk=8), dict(seq_len=96), dict(seq_len=104), dict(topk=16, tile=8)]:
+    for options in [dict(topk=8), dict(seq_len=96), dict(seq_len=104), dict(topk=16, tile=8),
+                    dict(topk=16, tile=None)]:
         assert execute(lab.command("out", **dict(dict(train_data=long), **options)) + ["--dry-run"]).code == 0, options
     # no message where Lighthouse is not used
     assert execute(lab.command("out", pool=3, switch_step="0") + ["--dry-run"]).code == 0
@@ -1058,6 +1092,23 @@ def test_decay_frac_bounds(lab):
                            decay_frac=fraction, learning_rate=1e-3)
         for step, e in enumerate(step_events(folder)):
             assert math.isclose(e["lr"], expected_rate("wsd", step, 20, 1e-3, 0.1, 4, decay), rel_tol=1e-8), step
+
+
+def test_a_diverged_run_ends(lab):
+    """With outliers skipped, steps that are never finite again end the run, and no checkpoint is of one of them."""
+    result = lab.run("run", steps=100, learning_rate=10, weight_decay=10, lr_schedule="constant", warmup_steps=0,
+                     skip_grad_z=3, grad_clip=0, checkpoint_every=2)
+    assert result.code != 0 and re.search(r"step \d+: .* in any of 10 steps: .*a lower --learning-rate", result.err), result.err
+    skipped = [e["step"] for e in step_events(lab.folder / "run") if e["skipped"]]
+    assert len(skipped) == 9 and skipped == list(range(skipped[0], skipped[0] + 9))
+    assert len(checkpoints(lab.folder / "run")) == 2 and checkpoints(lab.folder / "run")[-1] < skipped[0]
+
+
+def test_closed_standard_streams(lab):
+    """No log takes the place of a closed standard output or error."""
+    command = shlex.join(str(c) for c in lab.command("run", steps=3))
+    assert subprocess.run(["sh", "-c", command + " <&- >&- 2>&-"], env=ENV).returncode == 0
+    assert len(step_events(lab.folder / "run")) == 3 and len(main_log(lab.folder / "run")) == 3
 
 
 OUTLIER = dict(depth=1, steps=260, shuffle=0, dense_layers="none", learning_rate=1e-2, lr_schedule="constant", warmup_steps=0)
@@ -1406,6 +1457,9 @@ def test_damaged_model_files_are_refused(lab):
     bad(header(magic=7), "no model file", "magic 7")
     bad(header(version=4), "no model file", "version 4")
     bad(header(version=104), "version 104")
+    for theta in (math.nan, math.inf, 0, -1, 0.5):
+        bad(whole[:32] + struct.pack("<f", theta) + whole[36:], "rotary positions", "a base of 1 to 1e12")
+    bad(header(H=16), "heads of 1 channels", "an even head size")
     bad(header(version=3), "bytes")  # the wrong kind of positions: the size is another
     for name, value in [("T", 0), ("V", 0), ("V", 385), ("L", 0), ("L", -1), ("L", 2000), ("H", 0), ("H", 3), ("C", 0), ("C", -16), ("Vp", 0)]:
         bad(header(**{name: value}), "impossible sizes")
