@@ -422,11 +422,14 @@ def pystdlib_files(exclude):
         subs[:] = sorted(s for s in subs if s not in ("__pycache__", "site-packages", "dist-packages"))
         for name in names:
             relative = os.path.relpath(os.path.join(folder, name), root)
-            if name.endswith(".py") and not excluded(relative, exclude):
+            if name.endswith(".py"):
                 found.append(relative)
     if not found:
         raise Failure("no .py files in %s, where this Python's library should be; use a full installation of Python, "
                       "or --source files" % root)
+    found = [r for r in found if not excluded(r, exclude)]
+    if not found:
+        raise usage("--exclude %s leaves no file of %s: name fewer" % (" ".join(exclude), root))
     found.sort(key=lambda r: r.split(os.sep))
     return root, found
 
@@ -582,7 +585,7 @@ def linux_documents(path, exclude, spool_dir, meter, left_out):
 
 def input_files(inputs, exclude, out):
     """Every file of the inputs, in order: a folder's by path; hidden ones are left out, and what is written here."""
-    found, out = [], os.path.realpath(out)
+    found, seen, out = [], 0, os.path.realpath(out)
     for given in inputs:
         if os.path.isfile(given):
             found.append(given)
@@ -594,10 +597,14 @@ def input_files(inputs, exclude, out):
                 subs[:] = [s for s in subs if not s.startswith(".")
                            and os.path.realpath(os.path.join(folder, s)) != out]
                 here += [os.path.join(folder, n) for n in names if not n.startswith(".")]
-            here = [p for p in here if os.path.isfile(p) and not excluded(os.path.relpath(p, given), exclude)]
+            here = [p for p in here if os.path.isfile(p)]
+            seen += len(here)
+            here = [p for p in here if not excluded(os.path.relpath(p, given), exclude)]
             found += sorted(here, key=lambda p: os.path.relpath(p, given).split(os.sep))
         else:
             raise usage("--input %s: there is no such file or folder" % given)
+    if not found and seen:
+        raise usage("--exclude %s leaves no file of --input %s: name fewer" % (" ".join(exclude), " ".join(inputs)))
     if not found:
         raise usage("--input %s: no files in it" % " ".join(inputs))
     return found
@@ -1199,6 +1206,9 @@ def prepare(a):
         if time.time() - committed >= COMMIT_SECONDS or finished != sum(len(s.done) for s in shards.values()):
             commit(done)
             committed = time.time()
+    if done == 0 and left_out["excluded files"]:
+        raise Failure("--exclude %s leaves no file of --source %s: nothing was written" % (" ".join(a.exclude),
+                                                                                           a.source))
     if done == 0:
         raise Failure("--source %s gave no text: nothing was written" % a.source)
     for s in shards:

@@ -11,6 +11,7 @@ with --deterministic 1, to the noise of cuDNN's atomics (0.2% of the loss, as me
 recompute level gives the same bits; the memory plan is what the run took, to 3%. With --fp8 1, which rounds to 2^-4, the losses lie
 within 1% of bf16's; it too resumes and recomputes to the same bits.
 """
+import argparse
 import json
 import os
 import shutil
@@ -153,4 +154,6 @@ def main():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sys.exit(main())

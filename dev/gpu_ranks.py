@@ -8,6 +8,7 @@ parallel, context parallel with either kind of exchange in Lighthouse layers, an
 activation to 2^-9; another order of sums turns close calls of the selection). Checkpoints resume on other numbers of GPUs. One rank under mpirun gives the
 bits of the run without. Then what must not go wrong: two ranks on one GPU are refused; a killed rank ends the job, a stopped one is named.
 """
+import argparse
 import os
 import shutil
 import signal
@@ -26,6 +27,8 @@ DEEP = ["--depth", "23"]  # the gradients of 10, 10 and 3 layers are summed at o
 
 
 def gpus():
+    if not shutil.which("nvidia-smi"):
+        raise SystemExit("error: nvidia-smi is not there: dev/gpu_ranks.py wants a machine with several NVIDIA GPUs")
     return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.count("GPU ")
 
 
@@ -114,4 +117,6 @@ def main():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sys.exit(main())

@@ -233,6 +233,18 @@ def test_page_refuses(tmp_path):
     assert "No such file" in refused("page", tmp_path / "none.jsonl")
     (tmp_path / "bad.jsonl").write_text("{\n")
     assert "no JSON" in refused("page", tmp_path / "bad.jsonl")
+    whole = json.dumps(recorded()[0]) + "\n"
+    for line in ('{"a": 1}', "[1]", json.dumps(dict(recorded()[0], row=1))):
+        (tmp_path / "bad.jsonl").write_text(whole + line + "\n")
+        assert "bad.jsonl: line 2 is no row of results, an object with the texts table, row, date, command, card: " \
+            + line[:9] in refused("page", tmp_path / "bad.jsonl")
+    scaling = os.path.join(ROOT, "dev", "logs", "h200", "scaling.jsonl")
+    message = "line 1 is a row of scripts/bench_scaling, not of scripts/bench"
+    assert message in refused("page", scaling)
+    assert message in refused("cost", "--results", scaling, "--out", tmp_path)  # before it measures
+    (tmp_path / "good.jsonl").write_text(whole)
+    assert refused("page", tmp_path / "good.jsonl", "--into", "/nope/x.md") == \
+        "bench: --into /nope/x.md: No such file or directory"
 
 
 # ---- options ------------------------------------------------------------------------------------------------------
@@ -242,6 +254,10 @@ def test_page_refuses(tmp_path):
     (["step", "--into", "x"], "--into goes with page"), (["step", "--steps", "0"], "it must be at least 1"),
     (["context", "--unit", "8192", "--top", "4096"], "--top is 4096; it must be at least 8192"),
     (["attention", "--backend", "cpu"], "attention needs a GPU"),
+    (["context", "--rows", "lh30", "x"], "--rows x: it is in no row's name; context has 'd12', 'lh30'"),
+    (["dense", "--rows", "x"], "dense has 'd12, B 64, T 1,024', "), (["startup", "--rows", "x"], "startup has 'd12, "),
+    (["step", "--rows", "lh30"], "--rows does not apply to step"), (["all", "--rows", "d12"], "does not apply to all"),
+    (["page", "x", "--rows", "d12"], "--rows does not apply to page"),
     (["step", "--", "--out-dir", "x"], "chosen by --out")])
 def test_usage(capsys, args, message):
     assert message in usage(capsys, *args)

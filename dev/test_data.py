@@ -680,6 +680,8 @@ def test_bad_options(tmp_path, capsys):
         (files + [tmp_path / "no"], 2, "/no: there is no such file or folder"),
         (files + [t, "--max-bytes", "3"], 2, "--max-bytes 3 is less than the first document, .*t.txt, of 9 bytes"),
         (["--out", t], 2, "--out .*t.txt cannot be used"),
+        (["--exclude", "*"], 2, r"--exclude \* leaves no file of /.*: name fewer"),
+        (files + [tmp_path, "--exclude", "*.t*", "x*"], 2, r"--exclude \*.t\* x\* leaves no file of"),
     ]:
         fails(capsys, out + argv, status, pattern)
 
@@ -719,6 +721,9 @@ def test_bad_files(tmp_path, capsys):
         write(tmp_path / name, data)
         fails(capsys, ["--out", tmp_path / ("out_" + name), "--source", "linux", "--linux-archive", tmp_path / name],
               1, pattern)
+    write(tmp_path / "r.tar.xz", tar_of(KERNEL, "xz"))
+    fails(capsys, ["--out", tmp_path / "out_r", "--source", "linux", "--linux-archive", tmp_path / "r.tar.xz",
+                   "--exclude", "*"], 1, r"--exclude \* leaves no file of --source linux")
 
 
 def test_no_apt(tmp_path, capsys, monkeypatch):

@@ -218,12 +218,44 @@ def test_page(tmp_path, capsys):
 
 @pytest.mark.parametrize("args,message", [
     (["fast"], "invalid choice"), (["page"], "page wants a results file"), (["weak", "x.jsonl"], "goes with page"),
+    (["strong", "--rows", "lh30", "x"], "--rows x: it is in no row's name; strong has 'lh30, T 98,304', 'lh30, T 524"),
+    (["--rows", "x"], "all has 'lh30, T 98,304', 'd12, B 64, T 1,024', 'lh30, T 524,288', 'd12, T 1,048,576', 'd12'"),
+    (["page", "x", "--rows", "d12"], "--rows does not apply to page"),
     (["--ranks", "0"], "at least 1"), (["--steps", "0"], "--steps is 0"),
     (["weak", "--", "--out-dir", "x"], "chosen by --out")])
 def test_usage(capsys, args, message):
     with pytest.raises(SystemExit) as e:
         scaling.main(args)
     assert e.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_results_refused(tmp_path):
+    def refused(program, *args):
+        with pytest.raises(SystemExit) as e:
+            program.main([str(a) for a in args])
+        return e.value.code
+
+    bench_rows = ROOT / "dev" / "logs" / "h200" / "bench.jsonl"
+    message = "line 1 is a row of scripts/bench, not of scripts/bench_scaling"
+    assert message in refused(scaling, "page", bench_rows)
+    assert message in refused(scaling, "--backend", "cpu", "--out", tmp_path, "--results", bench_rows)
+    bad, good = tmp_path / "bad.jsonl", tmp_path / "good.jsonl"
+    good.write_text(json.dumps(recorded()[0]) + "\n")
+    for line in ('{"a": 1}', "[1]"):
+        bad.write_text(line + "\n")
+        for refusal in (refused(scaling, "page", bad), refused(predict, "--results", bad)):
+            assert "bad.jsonl: line 1 is no row of results, an object with the texts table, " in refusal
+            assert refusal.endswith(f": {line}")
+    for program, args in ((scaling, ["page", good]), (predict, [])):
+        assert refused(program, *args, "--into", "/nope/x.md").endswith(
+            ": --into /nope/x.md: No such file or directory")
+
+
+def test_tables_without_the_rows_wanted_are_left_out(tmp_path, monkeypatch, capsys):
+    for table in scaling.TABLES:
+        monkeypatch.setattr(scaling, f"run_{table}", lambda args: None)
+    scaling.main(["--backend", "cpu", "--out", str(tmp_path), "--rows", "B 64"])
+    assert capsys.readouterr().out.strip() == "weak: nothing was measured"
 
 
 def test_more_gpus_than_there_are(monkeypatch):
@@ -392,7 +424,8 @@ def test_the_levels_that_fit():
 def test_measured_values_take_the_place(tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "STEP_MS", dict(predict.STEP_MS))
     results = tmp_path / "results.jsonl"
-    step = {"table": "step", "row": "lh30", "ms": {"lighthouse": [900.0, 910.0, 930.0], "dense": []}}
+    step = {"table": "step", "row": "lh30", "date": "2026-11-25", "command": "scripts/bench step", "card": "A CARD",
+            "ms": {"lighthouse": [900.0, 910.0, 930.0], "dense": []}}
     results.write_text("".join(json.dumps(r) + "\n" for r in [*recorded(), step]))
     found = links()
     predict.take_measured(found, [str(results)])

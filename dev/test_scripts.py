@@ -572,8 +572,9 @@ def tokenizer_file(path, tokens, eot, magic=20240328):
 BYTES = [bytes([b]) for b in range(256)] + [b"<|endoftext|>"]
 
 
-def test_byte_tokenizer(tmp_path, hf):
-    model(tmp_path / "model.bin", vocab_size=257, padded_vocab_size=384)
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+def test_byte_tokenizer(tmp_path, hf, positions):
+    model(tmp_path / "model.bin", positions=positions, vocab_size=257, padded_vocab_size=384)
     (tmp_path / "data").mkdir()
     tokenizer_file(tmp_path / "data" / "tokenizer.bin", BYTES, 256)
     run(export_hf, tmp_path / "model.bin", tmp_path / "hf", "--tokenizer", tmp_path / "data")
@@ -581,7 +582,11 @@ def test_byte_tokenizer(tmp_path, hf):
     text = "Hello,  world\n\tfür 日本 🙂 don't \x00\x7f 12345"
     assert tokenizer.encode(text) == list(text.encode()) and tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode("a<|endoftext|>b") == [97, 256, 98] and tokenizer.eos_token_id == 256
-    assert load_exactly(hf, tmp_path / "hf").generation_config.eos_token_id == 256
+    m = load_exactly(hf, tmp_path / "hf").eval()
+    assert m.generation_config.eos_token_id == 256
+    encoded = tokenizer("Hello, world", return_tensors="pt")
+    assert set(encoded) == {"input_ids", "attention_mask"}  # token_type_ids GPT-2 would add up, GPT-NeoX refuse
+    assert m(**encoded).logits.equal(m(input_ids=encoded["input_ids"]).logits)
 
 
 def test_gpt2_tokenizer(tmp_path, hf):
@@ -670,14 +675,14 @@ def lighthouse_events(losses=(5.0, 4.6, 4.2, 4.0, 5.5, 4.5, 4.2, 3.9)):
     return out + [eval_event(8, 4.0, None, t), {"event": "total", "steps": 8}]
 
 
-def dense_events(steps=8, evals=(0, 4, 8), **changes):
-    losses = {0: 6.0, 4: 4.4, 8: 3.8}
+def dense_events(steps=8, evals=(0, 4, 5, 6, 8), **changes):
+    found = {0: (6.0, 0.0), 4: (4.4, 1.6), 5: (4.3, 1.9), 6: (4.2, 2.1), 8: (3.8, 3.2)}  # losses and times
     out = [config_event("dense", **changes)]
     for i in range(steps + 1):
         if i:
             out.append(step_event(i, 5.0 - 0.1 * i, 0.4 * i, 400.0, "dense"))
         if i in evals:
-            out.append(eval_event(i, losses[i], None, 0.4 * i))
+            out.append(eval_event(i, found[i][0], None, found[i][1]))
     return out
 
 
@@ -723,8 +728,9 @@ def test_compare_figures(tmp_path, capsys):
     assert pair["step_speedup"] == pytest.approx(4.0)
     equal = pair["val_at_equal_tokens"]
     assert (equal["at"], equal["run"], equal["reference"], equal["note"]) == (800, 4.0, 3.8, None)
-    equal = pair["val_at_equal_time"]  # 4.4 - 0.6 * 0.4 / 1.6
+    equal = pair["val_at_equal_time"]  # half way from 4.3 to 4.2
     assert [equal[k] for k in ("at", "run", "reference", "difference")] == pytest.approx([2.0, 4.0, 4.25, -0.25])
+    assert equal["note"] is None
     assert row_of(text, "lighthouse phase: tokens/s") == ["1,000", "-"]
     assert row_of(text, "dense phase: tokens/s") == ["250", "250"]
     assert row_of(text, "training time") == ["2.0", "s", "3.2", "s"]
@@ -746,9 +752,11 @@ def test_compare_when_the_dense_run_is_shorter(tmp_path, capsys):
     pair, = out["pairs"]
     assert pair["whole_run"] == pytest.approx({"tokens": 400, "run_s": 0.4, "reference_s": 1.6, "speedup": 4.0})
     assert "4.00 x (first 400 tokens)" in text
-    equal = pair["val_at_equal_time"]  # at 1.6 s: 5.2 - 1.2 * 1.2 / 1.6
-    assert [equal[k] for k in ("at", "run", "reference")] == pytest.approx([1.6, 4.3, 4.4])
-    assert "none is extrapolated" in equal["note"] and f"training time: {equal['note']}" in text
+    equal = pair["val_at_equal_time"]  # of lh between 0.4 s and 2.0 s
+    assert (equal["run"], equal["difference"]) == (None, None)
+    assert [equal[k] for k in ("at", "reference")] == pytest.approx([1.6, 4.4])
+    assert "none is extrapolated; lh's evaluations around it are 1.6 s apart, more than 10% of its 2.0 s: " in text
+    assert f"training time: {equal['note']}" in text
     assert [pair["val_at_equal_tokens"][k] for k in ("at", "run", "reference")] == pytest.approx([400, 5.2, 4.4])
     assert "dense stands at step 4 of 8" in out["warnings"]
 
@@ -764,6 +772,19 @@ def test_compare_cannot_interpolate_before_the_first_evaluation(tmp_path, capsys
     write_log(tmp_path / "dense", dense_events(evals=()))
     out, text = compared(tmp_path, capsys, a, b)
     assert out["pairs"][0]["val_at_equal_time"]["at"] is None and "dense has no evaluations" in text
+
+
+def test_compare_does_not_interpolate_between_evaluations_far_apart(tmp_path, capsys):
+    a = write_log(tmp_path / "lh", lighthouse_events())
+    b = write_log(tmp_path / "dense", dense_events(evals=(0, 8)))
+    out, text = compared(tmp_path, capsys, a, b)
+    pair, = out["pairs"]
+    equal = pair["val_at_equal_time"]
+    assert (equal["at"], equal["run"], equal["reference"], equal["difference"]) == (pytest.approx(2.0), 4.0, None, None)
+    assert row_of(text, "validation loss at equal training time, 2.0 s") == ["4.0000", "-"]
+    assert out["warnings"] == ["validation loss at equal training time: dense's evaluations around it are 3.2 s apart, "
+                               "more than 10% of its 3.2 s: use a smaller --val-every"]
+    assert (pair["val_at_equal_tokens"]["reference"], pair["val_at_equal_tokens"]["note"]) == (3.8, None)  # none needed
 
 
 def test_compare_no_recovery_and_no_switch(tmp_path, capsys):
@@ -819,6 +840,10 @@ def test_compare_broken_logs(tmp_path, capsys):
     assert out["runs"][0]["steps"] == 8 and "log.jsonl: lines that are no JSON are left out: 4" in text
     write_log(a, events[:3] + [{"event": "step", "step": 2}])
     assert "line 4 has no field 'loss'" in refused(compare, a)
+    write_log(a, events[:3] + ["[1,2]\n"])
+    assert "line 4 is no JSON object: [1,2]" in refused(compare, a)
+    write_log(a, events[:3] + [{"event": "resume", "step": "2"}])
+    assert "line 4 has a field of the wrong type (" in refused(compare, a)
     write_log(a, events[:1])
     assert "no training steps" in refused(compare, a)
     assert "none/log.jsonl" not in refused(compare, tmp_path / "none") and "No such file" in refused(
@@ -993,6 +1018,32 @@ def test_scripts_start_as_commands(tmp_path, name):
     help_text = subprocess.run([os.path.join(SCRIPTS, name), "--help"], capture_output=True, text=True, cwd=tmp_path,
                                env=dict(os.environ, PATH=os.path.dirname(sys.executable) + ":" + os.environ["PATH"]))
     assert help_text.returncode == 0 and "usage: " + name in help_text.stdout
+
+
+def test_a_reader_that_leaves_ends_a_script_quietly(tmp_path):
+    runs = [write_log(tmp_path / "lh", lighthouse_events()), write_log(tmp_path / "dense", dense_events())]
+    for command in (["compare", *runs], ["predict_scaling"],
+                    ["bench", "page", os.path.join(ROOT, "dev/logs/h200/bench.jsonl")],
+                    ["bench_scaling", "page", os.path.join(ROOT, "dev/logs/h200/scaling.jsonl")]):
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run([sys.executable, os.path.join(SCRIPTS, command[0]), *command[1:]], stdout=write,
+                              stderr=subprocess.PIPE, text=True)
+        os.close(write)
+        assert (done.returncode, done.stderr) == (-signal.SIGPIPE, ""), command
+
+
+@pytest.mark.parametrize("name", ["gpu_parity.py", "gpu_ranks.py"])
+def test_gpu_programs_help_without_a_gpu(name):
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "dev", name), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("Proves on ") and f"usage: dev/{name}" in done.stdout
+
+
+def test_gpu_ranks_without_nvidia_smi(tmp_path):
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "dev", "gpu_ranks.py")], capture_output=True, text=True,
+                          env=dict(os.environ, PATH=str(tmp_path)))
+    assert done.returncode == 1 and done.stderr.startswith("error: nvidia-smi is not there: ")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["export_hf", "import_hf", "export_llmc"])
