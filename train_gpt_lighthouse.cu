@@ -207,7 +207,7 @@ struct LighthouseShape {
     int levels, pool, topk, tile;    // L, p, k, m
     int tiles;                       // k/m contiguous tiles, each selected on its own
     int64_t n[LH_MAX_LEVELS];        // n[l] = T / p^l, entries of level l
-    int64_t off[LH_MAX_LEVELS + 1];  // first flat index of level l; off[levels] = entries of all levels
+    int64_t off[LH_MAX_LEVELS + 1];  // first flat index of level l; off[levels]: all entries, < 2 T <= 2^31
     int64_t S;                       // slots of the gathered sequence: n[L-1] + (L-1) p k
     int64_t tile_slots;              // S / tiles
 };
@@ -2027,11 +2027,11 @@ __global__ void __launch_bounds__(256, 4)
 }
 
 constexpr int BIAS_MAX_BLOCKS = 2048;
-static size_t matmul_backward_scratch_bytes(int OC) { return (BIAS_MAX_BLOCKS * 256 + (size_t)OC) * sizeof(float); }
+static size_t column_sums_scratch_bytes(int OC) { return (BIAS_MAX_BLOCKS * 256 + (size_t)OC) * sizeof(float); }
 
 static void bias_backward(float* dbias /*(OC) +=*/, const floatX* dout /*(N,OC)*/, int64_t N, int OC) {
     opRequireRows("bias_backward", OC);
-    float* partial = (float*)scratch(matmul_backward_scratch_bytes(OC), "matmul_backward");
+    float* partial = (float*)scratch(column_sums_scratch_bytes(OC), "column sums");
     int column_blocks = (OC + 255) / 256;
     int64_t ranges = std::max(1, std::min(4 * device_sms, BIAS_MAX_BLOCKS) / column_blocks); // one wave of equal blocks
     ranges = std::min(ranges, ceil_div(N, 64));
@@ -2233,7 +2233,7 @@ __global__ void __launch_bounds__(256) fp8_quantize_kernel(fp8_t* __restrict__ r
 static void fp8_quantize(Fp8Matrix y /*(N,C)*/, float* dbias /*(C) += or NULL*/, const floatX* x /*(N,C) or NULL*/,
                          const floatX* pre /*(N,C) or NULL*/, int64_t N, int C, bool gradient) {
     opRequire(N > 0 && N % 16 == 0 && C > 0 && C % 16 == 0, "fp8_quantize: %ld rows of %d, not multiples of 16", N, C);
-    float* partial = dbias ? (float*)scratch(matmul_backward_scratch_bytes(C), "matmul_backward") : NULL;
+    float* partial = dbias ? (float*)scratch(column_sums_scratch_bytes(C), "column sums") : NULL;
     int column_blocks = (int)ceil_div(C, FP8_TILE);
     int64_t ranges = std::min(ceil_div(N, FP8_TILE), (int64_t)std::max(1, BIAS_MAX_BLOCKS / column_blocks));
     int64_t range = ceil_div(ceil_div(N, ranges), FP8_TILE) * FP8_TILE;
@@ -3015,7 +3015,7 @@ static void operations_open(int C, int NH, int Vp, bool deterministic) {
 // Bytes for the operations of a pass over N rows.
 static size_t operations_bytes(int64_t N, int C, int Vp) {
     size_t need[] = {encoder_backward_scratch_bytes(N, C), layernorm_backward_scratch_bytes(C),
-                     matmul_backward_scratch_bytes(4 * C), sum_scratch_bytes(),
+                     column_sums_scratch_bytes(4 * C), sum_scratch_bytes(),
                      matmul_tune_scratch_bytes(C, std::max(4 * C, Vp))};
     return *std::max_element(need, need + 5) + cublaslt_workspace_bytes;
 }
@@ -3320,8 +3320,6 @@ static void lighthouse_open(const LighthouseShape* s) {
     cudaCheck(cudaDeviceGetAttribute(&select_shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     cudaCheck(cudaFuncSetAttribute(lighthouse_select_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    select_shared_limit));
-    if (s->off[s->levels] > INT32_MAX)
-        fatal("--seq-len %ld has %ld entries of all levels; an index has 32 bits", s->T, s->off[s->levels]);
     if (select_shared_bytes(s) > select_shared_limit)
         fatal("the selection of a tile, of up to %ld candidates a level, takes %ld bytes of shared memory, a block of "
               "this GPU has %d: %s", select_candidates(s), select_shared_bytes(s), select_shared_limit,
@@ -3334,7 +3332,7 @@ static void lighthouse_select(int32_t* index /*(B,H,S) flat entry index in seque
     if (!select_shared_limit) lighthouse_open(s);
     int64_t most = select_candidates(s), shared = select_shared_bytes(s), keys = 2 * most * sizeof(uint32_t);
     opRequire(shared <= select_shared_limit, "a tile of %ld candidates needs %ld bytes of shared memory, the GPU has "
-              "%d: lighthouse_open() was not asked", most, shared, select_shared_limit);
+              "%d: lighthouse_open() was asked for another shape", most, shared, select_shared_limit);
     bool cached = shared + keys <= select_shared_limit;
     int threads = most >= 1024 ? 1024 : most <= 128 ? 128 : (int)(most + 31) / 32 * 32;
     if (cached) shared += keys;
@@ -3677,7 +3675,7 @@ static void lighthouse_bias_backward(float* dbias /*(3,H,D) += the sums of dqkv'
                                      int64_t t0 /*position of token 0*/) {
     int OC = 3 * s->H * s->D;
     int64_t rows = B * s->S, most = std::min(4 * device_sms / s->H, BIAS_MAX_BLOCKS * 256 / OC);
-    float* partial = (float*)scratch(matmul_backward_scratch_bytes(OC), "matmul_backward");
+    float* partial = (float*)scratch(column_sums_scratch_bytes(OC), "column sums");
     int64_t range = ceil_div(rows, std::max((int64_t)1, std::min(most, ceil_div(rows, 64))));
     int64_t ranges = ceil_div(rows, range);
     WITH_HEAD_SIZE(s->D, lighthouse_bias_backward_kernel<HEAD><<<grid_for(ranges * s->H, 1), 256, 0, main_stream>>>(

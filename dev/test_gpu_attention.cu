@@ -871,7 +871,7 @@ int main(int argc, char** argv) {
         return argc == 1;
     };
     device_open(0);
-    op_scratch_bytes = matmul_backward_scratch_bytes(3 * 36 * 128);  // of the widest case
+    op_scratch_bytes = column_sums_scratch_bytes(3 * 36 * 128);  // of the widest case
     op_scratch = (char*)device_alloc(op_scratch_bytes);
     size_t free_bytes = 0, total_bytes = 0;
     cudaCheck(cudaMemGetInfo(&free_bytes, &total_bytes));

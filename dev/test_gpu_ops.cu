@@ -446,7 +446,7 @@ void check_matmul(int64_t N, int C, int OC, bool with_bias, bool with_addend, bo
     check("matmul_forward " + shape, {overwritten("out", out, y)},
           [&] { matmul_forward(out, inp, weight, bias, addend, N, C, OC); });
 
-    need_scratch(matmul_backward_scratch_bytes(OC));
+    need_scratch(column_sums_scratch_bytes(OC));
     floatX* dout = device_random<floatX>(N * OC, gradient);
     floatX* dinp = with_dinp ? device_array<floatX>(N * C) : NULL;
     float* dweight = device_array<float>((int64_t)OC * C);
@@ -491,7 +491,7 @@ void check_matmul_large() {
     matmul_forward(out, inp, weight, bias, addend, N, C, OC);
     check_sample("matmul_forward " + shape, "out", device_rows(out, rows, OC), y, TOLERANCE);
 
-    need_scratch(matmul_backward_scratch_bytes(OC));
+    need_scratch(column_sums_scratch_bytes(OC));
     floatX* dout = addend;
     gradient = add;
     floatX* dinp = device_array<floatX>(N * C);
@@ -526,7 +526,7 @@ void check_matmul_large() {
 // the results alone: gradients that were there are added to once.
 void check_matmul_tuning(int64_t N, int C, int OC) {
     std::string shape = format("N=%lld C=%d OC=%d", (long long)N, C, OC);
-    need_scratch(std::max(matmul_backward_scratch_bytes(OC), matmul_tune_scratch_bytes(C, OC)));
+    need_scratch(std::max(column_sums_scratch_bytes(OC), matmul_tune_scratch_bytes(C, OC)));
     floatX *inp = device_random<floatX>(N * C, {1, 1, 0}), *weight = device_random<floatX>((int64_t)OC * C, {2, 0.1f, 0}),
            *bias = device_random<floatX>(OC, {3, 1, 0}), *gelu_inp = device_random<floatX>(N * C, {4, 1, 0}),
            *out = device_array<floatX>(N * OC), *dinp = device_array<floatX>(N * C);
@@ -638,7 +638,7 @@ void check_fp8_quantize(const char* what, int64_t N, int C, bool gradient, bool 
     floatX* device_x = has_x ? to_device(rounded) : NULL;
     floatX* device_pre = gelu ? device_random<floatX>(N * C, {2, 2, 0}) : NULL;
     float* dbias = device_random<float>(C, {3, 1, 0});
-    need_scratch(matmul_backward_scratch_bytes(C));
+    need_scratch(column_sums_scratch_bytes(C));
     Fp8Pair p;
     fp8_allocate(&p, N * C);
     fp8_twin(&p, gradient ? db.data() : NULL, has_x ? x.data() : NULL, gelu ? pre.data() : NULL, N, C, gradient);
@@ -745,7 +745,7 @@ void check_fp8_large() {
     const float planted = 7.25f;
     std::string shape = format("N=%lld C=%d OC=%d", (long long)N, C, OC);
     Random input = {1, 1, 0}, w = {2, 0.1f, 0}, gradient = {4, 1, 0}, before = {6, 1, 0}, before_b = {7, 1, 0};
-    need_scratch(matmul_backward_scratch_bytes(OC));
+    need_scratch(column_sums_scratch_bytes(OC));
     floatX *x = device_random<floatX>(N * C, input), *wide_w = device_random<floatX>((int64_t)OC * C, w);
     floatX* d = device_random<floatX>(N * OC, gradient);
     const floatX largest = (floatX)planted;
@@ -1221,7 +1221,7 @@ void time_matmul(int64_t N, int C, int OC, bool with_bias, bool with_addend) {
            *bias = device_random<floatX>(OC, {3, 1, 0}), *addend = device_random<floatX>(N * OC, {4, 1, 0}),
            *out = device_array<floatX>(N * OC), *dinp = device_array<floatX>(N * C);
     float *dweight = device_random<float>((int64_t)OC * C, {5, 1, 0}), *dbias = device_random<float>(OC, {6, 1, 0});
-    need_scratch(matmul_backward_scratch_bytes(OC));
+    need_scratch(column_sums_scratch_bytes(OC));
     double flops = 2.0 * N * C * OC;
     time_flops("matmul_forward " + shape, flops, [&] {
         matmul_forward(out, inp, weight, with_bias ? bias : NULL, with_addend ? addend : NULL, N, C, OC);
@@ -1249,7 +1249,7 @@ void time_fp8(int64_t N, int C, int OC) {
         return {device_array<fp8_t>(n), device_array<fp8_t>(n), device_array<Fp8Scale>(1)};
     };
     Fp8Matrix x = device_fp8(N * C), w = device_fp8((int64_t)OC * C), d = device_fp8(N * OC);
-    need_scratch(matmul_backward_scratch_bytes(OC));
+    need_scratch(column_sums_scratch_bytes(OC));
     for (auto& y : {x, w, d}) cudaCheck(cudaMemsetAsync(y.scale, 0, sizeof(Fp8Scale), main_stream));
     double n = (double)N * C, dn = (double)N * OC, flops = 2.0 * N * C * OC;
     time_bytes("fp8_amax of inp " + shape, 2 * n, [&] { fp8_amax(x.scale, inp, NULL, N * C); });
