@@ -898,7 +898,7 @@ static void reduce_scatter_start(float* x, int rows, int64_t n) {
     cudaCheck(cudaStreamWaitEvent(collective_stream, collective_event));
     int64_t piece = n / procs.world;
     ncclCheck(ncclGroupStart());
-    for (; rows > 0; rows--, x += n)
+    for (int row = 0; row < rows; row++, x += n)
         ncclCheck(ncclReduceScatter(x, x + procs.rank * piece, piece, ncclFloat32, ncclSum, nccl_world,
                                     collective_stream));
     ncclCheck(ncclGroupEnd());
@@ -983,27 +983,27 @@ static void exchange(Group g, char* recv, int64_t recv_stride, const char* send,
         memcpy(recv + rank * recv_stride, send + rank * send_stride, bytes);
 }
 
-// Sums each of the rows of x (rows, n) over all processes, rank r's piece r of n / world of a row for itself: these
-// pieces then hold the sums, the rest of x nothing of use. n is a multiple of world. Here a collective is complete when
-// its start returns.
-static void reduce_scatter_start(float* x, int rows, int64_t n) {
-    if (procs.world == 1) return;
+// Sums x (n) over all processes, rank r's piece r of n / world for itself: x + r n / world then holds the sum, the rest
+// of x nothing of use. n is a multiple of world.
+static void reduce_scatter(float* x, int64_t n) {
     int64_t piece = n / procs.world, chunk = std::min<int64_t>(piece, ceil_div(4 << 20, procs.world));
-    float* all = (float*)host_alloc(procs.world * chunk * sizeof(float));
-    for (; rows > 0; rows--, x += n) {
-        float* mine = x + procs.rank * piece;
-        for (int64_t i = 0; i < piece; i += chunk) {
-            int64_t part = std::min(piece - i, chunk);
-            exchange(WORLD_GROUP, (char*)all, part * sizeof(float), (char*)(x + i), piece * sizeof(float),
-                     part * sizeof(float));
-            for (int64_t j = 0; j < part; j++) {
-                float sum = 0;
-                for (int rank = 0; rank < procs.world; rank++) sum += all[rank * part + j];
-                mine[i + j] = sum;
-            }
+    float *mine = x + procs.rank * piece, *all = (float*)host_alloc(procs.world * chunk * sizeof(float));
+    for (int64_t i = 0; i < piece; i += chunk) {
+        int64_t part = std::min(piece - i, chunk);
+        exchange(WORLD_GROUP, (char*)all, part * sizeof(float), (char*)(x + i), piece * sizeof(float),
+                 part * sizeof(float));
+        for (int64_t j = 0; j < part; j++) {
+            float sum = 0;
+            for (int rank = 0; rank < procs.world; rank++) sum += all[rank * part + j];
+            mine[i + j] = sum;
         }
     }
     free(all);
+}
+
+// The same of each of the rows of x (rows, n). Here a collective is complete when its start returns.
+static void reduce_scatter_start(float* x, int rows, int64_t n) {
+    for (int row = 0; procs.world > 1 && row < rows; row++) reduce_scatter(x + row * n, n);
 }
 
 // Gathers the pieces of x: rank r's piece r of bytes / world is sent to all.
@@ -4983,6 +4983,7 @@ static char* checkpoint_path(const Config* c, int64_t step) {
     return text("%s/ckpt_%08ld.bin", c->out_dir, step);
 }
 
+// Removes the checkpoints that --keep-last and --keep-every do not keep, and half-written ones.
 static void checkpoint_prune(const Config* c) {
     int count;
     int64_t* steps = checkpoint_list(c->out_dir, &count);
@@ -5787,6 +5788,16 @@ static int64_t checkpoints_to_come(const Config* c, int64_t steps, const int64_t
     return std::min(written, std::max<int64_t>(stay + 1 - count, 1));
 }
 
+// All processes must write into one folder. Whether they can shows here, not only at the first checkpoint.
+static void check_shared(const Config* c) {
+    char* path = text("%s/ckpt_probe", c->out_dir);
+    NewFile probe = new_file(path);
+    barrier();
+    close(probe.fd);
+    if (procs.rank == 0) unlink(probe.partial);
+    free(path); free(probe.path); free(probe.partial);
+}
+
 static void setup_directory(const Config* c, const Model* m, int64_t steps) {
     make_directories(c->out_dir);
     if (procs.rank == 0) {  // two runs in one directory would remove each other's checkpoints
@@ -5807,13 +5818,7 @@ static void setup_directory(const Config* c, const Model* m, int64_t steps) {
               size_text((double)disk.f_bavail * disk.f_frsize).s, more, size_text(need).s);
     free(found);
     barrier();  // every process has looked before rank 0 writes
-    if (procs.world == 1) return;
-    char* path = text("%s/ckpt_probe", c->out_dir);  // what is wrong with a checkpoint should show before the first
-    NewFile probe = new_file(path);
-    barrier();
-    close(probe.fd);
-    if (procs.rank == 0) unlink(probe.partial);
-    free(path); free(probe.path); free(probe.partial);
+    if (procs.world > 1) check_shared(c);
 }
 
 // The newest checkpoint's state, or a new one. Returns the checkpoint's path, to be freed, or NULL.
@@ -5859,7 +5864,7 @@ static void setup(Trainer* t, int argc, char** argv) {
     compare_data("train-data", c->train_data, &t->train);
     bool from_file;
     Dims dims = choose_dims(c, t->train.largest_id, &from_file);
-    if (from_file) compare_input("model", c->model, file_fingerprint(c->model));
+    if (from_file && procs.connected) compare_input("model", c->model, file_fingerprint(c->model));
     if (t->train.largest_id >= dims.V) {  // a model file's vocabulary: open again, to name the shard and the token
         loader_close(&t->train);
         loader_open(&t->train, c->train_data, c->seq_len, dims.V, c->shuffle, c->seed);
@@ -6141,7 +6146,8 @@ int main(int argc, char** argv) {
         train_step(t);
         stop = stop_asked();
         bool due = c->checkpoint_every && s->step % c->checkpoint_every == 0;
-        if (s->step == t->steps || (due && !t->not_finite)) save_checkpoint(t);  // none of weights that may be lost
+        // While steps are not finite the weights may be lost; their checkpoint would push out an older, better one.
+        if (s->step == t->steps || (due && !t->not_finite)) save_checkpoint(t);
     }
     if (s->step == t->steps) stop = !validate(t, phase_at(t, t->steps > 0 ? t->steps - 1 : 0));
     if (stop) {

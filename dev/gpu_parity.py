@@ -38,6 +38,12 @@ def write_shard(path, tokens):
         f.write(struct.pack(f"<{len(tokens)}H", *tokens))
 
 
+def no_arguments(doc):
+    """--help prints the program's description; anything else on the command line is refused."""
+    argparse.ArgumentParser(usage=argparse.SUPPRESS, description=doc,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+
+
 def make_data(folder):
     """Bytes of Python sources: real text, so that the loss falls within the 30 steps."""
     text = b"".join(open(os.path.join(os.path.dirname(json.__file__), "..", name), "rb").read()
@@ -154,6 +160,5 @@ def main():
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    no_arguments(__doc__)
     sys.exit(main())

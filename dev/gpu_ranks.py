@@ -8,7 +8,6 @@ parallel, context parallel with either kind of exchange in Lighthouse layers, an
 activation to 2^-9; another order of sums turns close calls of the selection). Checkpoints resume on other numbers of GPUs. One rank under mpirun gives the
 bits of the run without. Then what must not go wrong: two ranks on one GPU are refused; a killed rank ends the job, a stopped one is named.
 """
-import argparse
 import os
 import shutil
 import signal
@@ -117,6 +116,5 @@ def main():
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    gpu_parity.no_arguments(__doc__)
     sys.exit(main())

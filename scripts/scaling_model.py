@@ -43,39 +43,39 @@ def collectives(shape, phase, world, cp, element=2):
     share it. A rank sends (ranks - 1) / ranks of the buffer; of a shift to the next rank all but the last send all.
     element: bytes of a parameter or activation."""
     found = []
+
+    def add(call, what, size, calls, ranks):
+        if calls:
+            found.append({"call": call, "what": what, "bytes": size, "calls": calls, "ranks": ranks})
+
     if world > 1:
         first, *layers = groups(shape, world)
-
-        def add_world(call, what, size, calls):
-            if calls:
-                found.append({"call": call, "what": what, "bytes": size, "calls": calls, "ranks": world})
-
-        add_world("reduce_scatter", "fp32 gradients of the embeddings", 4 * first, 1)
-        for count, calls in ((LAYERS_SUMMED, len(layers) // LAYERS_SUMMED), (len(layers) % LAYERS_SUMMED, 1)):
-            add_world("reduce_scatter", f"fp32 gradients of {count} layer{'s' * (count > 1)}", 4 * count * layers[0],
-                      calls * (count > 0))
-        add_world("all_gather", "weights of the embeddings", element * first, 1)
-        add_world("all_gather", "weights of a layer", element * layers[0], len(layers))
+        tens, rest = divmod(len(layers), LAYERS_SUMMED)
+        add("reduce_scatter", "fp32 gradients of the embeddings", 4 * first, 1, world)
+        for count, calls in ((LAYERS_SUMMED, tens), (rest, min(rest, 1))):
+            add("reduce_scatter", f"fp32 gradients of {count} layer{'s' * (count > 1)}", 4 * count * layers[0], calls,
+                world)
+        add("all_gather", "weights of the embeddings", element * first, 1, world)
+        add("all_gather", "weights of a layer", element * layers[0], len(layers), world)
     if cp > 1:
         micro_steps = shape["tokens"] // (shape["B"] * shape["T"] * (world // cp))
         row, B = element * shape["channels"], shape["B"]
         sparse, dense = layer_levels(shape, phase if exchanges_slots(shape, cp) else "dense")
 
-        def add(call, what, size, calls):
-            if calls:
-                found.append({"call": call, "what": what, "bytes": size, "calls": micro_steps * calls, "ranks": cp})
+        def add_cp(call, what, size, calls):
+            add(call, what, size, micro_steps * calls, cp)
 
         # Forward and backward; and again what is recomputed in the backward pass. Sequences are exchanged one by one.
         tokens = row * shape["T"] // cp
-        add("all_to_all", "qkv and its gradient", 3 * tokens, B * passes(dense, 2, 3))
-        add("all_to_all", "attention's output and its gradient", tokens, B * passes(dense, 2, 2))
+        add_cp("all_to_all", "qkv and its gradient", 3 * tokens, B * passes(dense, 2, 3))
+        add_cp("all_to_all", "attention's output and its gradient", tokens, B * passes(dense, 2, 2))
         if sparse:
             lh = shape["lighthouse"]
             slots = row * lh["slots"] // cp
-            add("all_to_all", "qkv of the slots and its gradient", 3 * slots, B * passes(sparse, 2, 2))
-            add("all_to_all", "output of the slots and its gradient", slots, B * passes(sparse, 2, 2))
-            add("shift", "output of the last slots", B * row * (lh["levels"] - 1), passes(sparse, 1, 2))
-            add("shift", "gradient of the first tokens", row * halo_rows(lh), B * len(sparse))
+            add_cp("all_to_all", "qkv of the slots and its gradient", 3 * slots, B * passes(sparse, 2, 2))
+            add_cp("all_to_all", "output of the slots and its gradient", slots, B * passes(sparse, 2, 2))
+            add_cp("shift", "output of the last slots", B * row * (lh["levels"] - 1), passes(sparse, 1, 2))
+            add_cp("shift", "gradient of the first tokens", row * halo_rows(lh), B * len(sparse))
     return found
 
 
