@@ -904,13 +904,17 @@ static void reduce_scatter_start(float* x, int rows, int64_t n) {
     ncclCheck(ncclGroupEnd());
 }
 
-// Starts the pieces of x being gathered: rank r's piece r of bytes / world is sent to all. x is on the device.
-static void all_gather_start(void* x, int64_t bytes) {
+// Starts the pieces of each of the rows of x (rows, bytes) being gathered: rank r's piece r of bytes / world of a row
+// is sent to all. x is on the device.
+static void all_gather_start(void* x, int rows, int64_t bytes) {
     if (!procs.connected) return;
     cudaCheck(cudaEventRecord(collective_event, main_stream));
     cudaCheck(cudaStreamWaitEvent(collective_stream, collective_event));
     int64_t piece = bytes / procs.world;
-    ncclCheck(ncclAllGather((char*)x + procs.rank * piece, x, piece, ncclInt8, nccl_world, collective_stream));
+    ncclCheck(ncclGroupStart());
+    for (char* row = (char*)x; rows > 0; rows--, row += bytes)
+        ncclCheck(ncclAllGather(row + procs.rank * piece, row, piece, ncclInt8, nccl_world, collective_stream));
+    ncclCheck(ncclGroupEnd());
 }
 
 // What follows on main_stream runs after the collectives started so far.
@@ -955,7 +959,7 @@ static void collectives_open() {
     int64_t piece = 1 << 20;
     char* x = (char*)device_alloc(2 * procs.world * piece);
     reduce_scatter_start((float*)x, 1, procs.world * piece / sizeof(float));
-    all_gather_start(x, procs.world * piece);
+    all_gather_start(x, 1, procs.world * piece);
     collectives_join();
     if (procs.cp > 1) {
         all_to_all(x + procs.world * piece, x, piece);
@@ -1006,10 +1010,11 @@ static void reduce_scatter_start(float* x, int rows, int64_t n) {
     for (int row = 0; procs.world > 1 && row < rows; row++) reduce_scatter(x + row * n, n);
 }
 
-// Gathers the pieces of x: rank r's piece r of bytes / world is sent to all.
-static void all_gather_start(void* x, int64_t bytes) {
+// Gathers the pieces of each of the rows of x (rows, bytes): rank r's piece r of bytes / world of a row is sent to all.
+static void all_gather_start(void* x, int rows, int64_t bytes) {
     int64_t piece = bytes / procs.world;
-    if (procs.world > 1) exchange(WORLD_GROUP, (char*)x, piece, (char*)x + procs.rank * piece, 0, piece);
+    for (char* row = (char*)x; procs.world > 1 && rows > 0; rows--, row += bytes)
+        exchange(WORLD_GROUP, row, piece, row + procs.rank * piece, 0, piece);
 }
 
 static void collectives_join() {}
@@ -1054,7 +1059,7 @@ static void gather_to_all(void* all, const void* mine, int bytes) { memcpy(all, 
 template <typename Number> static void all_sum(Number*, int64_t) {}
 static void barrier() {}
 static void reduce_scatter_start(float*, int, int64_t) {}
-static void all_gather_start(void*, int64_t) {}
+static void all_gather_start(void*, int, int64_t) {}
 static void collectives_join() {}
 static void all_to_all(void*, const void*, int64_t) {}  // this and the next are not called: cp is 1
 static void shift(void*, const void*, int64_t, int) {}
@@ -3924,12 +3929,13 @@ static void set_weights(Model* m, const Piece* p, int64_t i, const float* host, 
     free(rounded);
 }
 
-// Every process's slice of the parameters, to all.
-static void gather_params(Model* m, int g) {
-    all_gather_start(m->params + group_begin(m, g), group_size(m, g) * sizeof(floatX));
+// Every process's slices of the parameters of group g, or of `groups` layers from there on, to all.
+static void gather_params(Model* m, int g, int groups) {
+    all_gather_start(m->params + group_begin(m, g), groups, group_size(m, g) * sizeof(floatX));
 }
 static void gather_all_params(Model* m) {
-    for (int g = 0; g <= m->dims.L; g++) gather_params(m, g);
+    gather_params(m, 0, 1);
+    gather_params(m, 1, m->dims.L);
     collectives_join();
 }
 
@@ -4214,7 +4220,8 @@ static void product_forward(Model* m, int l, int p, Run r, floatX* out /*(B,T/W,
     Fp8Matrix inp8 = fp8_input(m, p, l);
     const floatX* pre = p == FCPROJ ? y->fch : NULL;
     if (!out) inp8.rows = NULL;
-    if (again && layer_level(m, r, l) < products[p].again) inp8.columns = NULL;
+    // The backward pass reads the columns where they were last made: a layer that makes them again needs none before.
+    if (again != (layer_level(m, r, l) >= products[p].again)) inp8.columns = NULL;
     if (!again) fp8_amax(inp8.scale, inp, pre, N * C);
     if (inp8.rows || inp8.columns) fp8_quantize(inp8, NULL, inp, pre, N, C, false);
     if (out) fp8_matmul_forward(out, inp8, fp8_weight(m, p, l), bias, addend, N, C, OC);
@@ -4348,8 +4355,9 @@ static void reduce_gradients(Model* m, int g, int groups) {
 
 // In the last micro-step the gradients of this many layers are summed at once, beside the backward pass of those below.
 // Each time costs the pass more than it hides on fast links, since a sum holds SMs, also while it waits for a slower
-// GPU. Few large sums cost nearly nothing and still hide most of a slow link (measured: dev/EXPERIMENTS.md).
-static const int LAYERS_SUMMED = 10;
+// GPU. Few large sums cost nearly nothing and still hide most of a slow link (measured: dev/EXPERIMENTS.md). Parameters
+// are gathered as many at once: of many ranks each call has to go round.
+static const int LAYERS_AT_ONCE = 10;
 
 static void model_backward(Model* m, Run r) {
     const Dims* d = &m->dims;
@@ -4360,7 +4368,7 @@ static void model_backward(Model* m, Run r) {
                        a->x_final, weight(m, LNFW, 0), a->lnf_mean, a->lnf_rstd, N, d->C);
     for (int l = d->L - 1, pending = 0; l >= 0; l--) {
         block_backward(m, l, r);
-        if (!r.last || (++pending < LAYERS_SUMMED && l > 0)) continue;
+        if (!r.last || (++pending < LAYERS_AT_ONCE && l > 0)) continue;
         reduce_gradients(m, 1 + l, pending);
         pending = 0;
     }
@@ -4596,7 +4604,9 @@ static void model_update(Model* m, const Config* c, double lr, double grad_scale
                          m->grads + begin + p.at, p.n, lr, c->beta1, c->beta2, 1 - pow(c->beta1, update),
                          1 - pow(c->beta2, update), c->adam_eps, p.decay, grad_scale);
         }
-        gather_params(m, g);
+        if (g % LAYERS_AT_ONCE != 0 && g < m->dims.L) continue;
+        int first = g > 0 ? g - (g - 1) % LAYERS_AT_ONCE : 0;  // the embeddings go alone
+        gather_params(m, first, g - first + 1);
     }
     collectives_join();
 }

@@ -20,7 +20,7 @@ struct Measurement {
 
 static void run_call(const Measurement& x, char* recv, char* send) {
     if (!strcmp(x.call, "reduce_scatter")) reduce_scatter_start((float*)send, 1, x.bytes / sizeof(float));
-    else if (!strcmp(x.call, "all_gather")) all_gather_start(send, x.bytes);
+    else if (!strcmp(x.call, "all_gather")) all_gather_start(send, 1, x.bytes);
     else if (!strcmp(x.call, "shift")) shift(recv, send, x.bytes, 1);
     else all_to_all(recv, send, x.bytes / x.ranks);
 }

@@ -8,7 +8,7 @@ import math
 import os
 
 GIB = 1 << 30
-LAYERS_SUMMED = 10  # at once, as the trainer's constant says
+LAYERS_AT_ONCE = 10  # gradients summed and weights gathered, as the trainer's constant says
 
 
 def script(name):
@@ -50,13 +50,13 @@ def collectives(shape, phase, world, cp, element=2):
 
     if world > 1:
         first, *layers = groups(shape, world)
-        tens, rest = divmod(len(layers), LAYERS_SUMMED)
         add("reduce_scatter", "fp32 gradients of the embeddings", 4 * first, 1, world)
-        for count, calls in ((LAYERS_SUMMED, tens), (rest, min(rest, 1))):
-            add("reduce_scatter", f"fp32 gradients of {count} layer{'s' * (count > 1)}", 4 * count * layers[0], calls,
-                world)
         add("all_gather", "weights of the embeddings", element * first, 1, world)
-        add("all_gather", "weights of a layer", element * layers[0], len(layers), world)
+        tens, rest = divmod(len(layers), LAYERS_AT_ONCE)
+        for count, calls in ((LAYERS_AT_ONCE, tens), (rest, min(rest, 1))):
+            what = f"{count} layer{'s' * (count > 1)}"
+            add("reduce_scatter", f"fp32 gradients of {what}", 4 * count * layers[0], calls, world)
+            add("all_gather", f"weights of {what}", element * count * layers[0], calls, world)
     if cp > 1:
         micro_steps = shape["tokens"] // (shape["B"] * shape["T"] * (world // cp))
         row, B = element * shape["channels"], shape["B"]
