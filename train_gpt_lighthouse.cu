@@ -1133,6 +1133,12 @@ static int shard_token(const Shard* s, int64_t i) {
     return s->width == 2 ? ((const uint16_t*)body)[i] : (int)((const uint32_t*)body)[i];
 }
 
+// The shards' memory shows in this way that a file was cut, or that its disk failed, after it was opened.
+static void on_bus_error(int) {
+    static const char message[] = "error: a token shard was cut, or its disk failed, while the run read it\n";
+    _exit(write(STDERR_FILENO, message, sizeof message - 1) < 0 ? 2 : 1);
+}
+
 static void shard_open(Shard* s, const char* path) {
     s->path = path;
     int fd = open_to_read(path);
@@ -4114,13 +4120,12 @@ static void heads_to_rows(floatX* rows /*(B,R/W,parts,NH,D)*/, const floatX* hea
 // whole tiles, since each tile is selected on its own: a process then scores, selects, pools and scatters among its own
 // tokens, for all heads, with the same results. Where tiles do not divide, or slots are no fewer than tokens, it
 // exchanges tokens like a dense layer and does all of that for its heads.
-static void choose_exchange(Model* m) {
+static bool can_exchange_slots(const Model* m, int tile, LighthouseShape* own) {
     const LighthouseShape* s = &m->shape;
     int W = procs.cp;
     char why[512];
-    m->exchange_slots = W > 1 && s->tiles % W == 0 && s->S < s->T &&
-                        lighthouse_shape(&m->own_shape, s->T / W, m->dims.NH, s->D, s->levels, s->pool, s->topk / W,
-                                         s->tile, why, sizeof why);
+    return W > 1 && s->topk % (W * tile) == 0 && s->S < s->T &&
+           lighthouse_shape(own, s->T / W, m->dims.NH, s->D, s->levels, s->pool, s->topk / W, tile, why, sizeof why);
 }
 
 // What of the forward pass runs: all of it, or, for the backward pass, what was not kept.
@@ -5511,9 +5516,11 @@ static Plan choose_plan(Model* m, Config* c, int64_t sample_T) {
     size_t room = device_memory_free();  // only now: on a GPU that plan built cuDNN's, which take memory themselves
     if (!strcmp(backend_name, "cpu")) room /= procs.local_world;
     else room -= std::min(room, spare);
-    room = (size_t)all_min((double)room);  // the same levels for all: their exchanges must match
-    while (automatic && p.total > room && c->recompute < 4) p = memory_plan(m, c, sample_T, ++c->recompute * L, B);
-    if (p.total > room) {
+    // In every process's memory, of which GPUs may have more and less: all must choose alike, as their exchanges match.
+    auto fits = [&](const Plan& plan) { return all_min((double)room - (double)plan.total) >= 0; };
+    while (automatic && c->recompute < 4 && !fits(p)) p = memory_plan(m, c, sample_T, ++c->recompute * L, B);
+    if (!fits(p)) {
+        if (p.total <= room) barrier();  // for those without the room, who say so
         Plan least = memory_plan(m, c, sample_T, 4 * L, B), single = memory_plan(m, c, sample_T, 4 * L, 1);
         char* hint = least.total <= room ? text("--recompute 4 would fit (%.2f GiB)", gib(least.total))
                    : single.total <= room ? text("--batch-size 1 --recompute 4 would fit (%.2f GiB)", gib(single.total))
@@ -5524,10 +5531,10 @@ static Plan choose_plan(Model* m, Config* c, int64_t sample_T) {
     }
     if (!automatic || c->recompute == 0) return p;
     // As many layers as fit go one level lower. All of them do not: that was tried.
-    for (int fits = 0, too_many = L; too_many - fits > 1;) {
-        int lower = (fits + too_many) / 2;
+    for (int enough = 0, too_many = L; too_many - enough > 1;) {
+        int lower = (enough + too_many) / 2;
         Plan finer = memory_plan(m, c, sample_T, c->recompute * L - lower, B);
-        if (finer.total <= room) fits = lower, p = finer;
+        if (fits(finer)) enough = lower, p = finer;
         else too_many = lower;
     }
     return p;
@@ -5618,10 +5625,18 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
             t->switch_step - 1, lighthouse, d->L, s->levels, s->pool, s->topk, s->tile, s->tiles);
         say("            %ld slots for %ld tokens: %.2f%% of dense attention's operations in such a layer\n", s->S,
             c->seq_len, 100 * S * S / (T * T));
-        if (procs.cp > 1)
-            say("            such a layer exchanges %s between the %d that share a sequence%s\n",
-                m->exchange_slots ? "slots" : "tokens", procs.cp, m->exchange_slots || s->S >= s->T ? "" :
-                ", since they cannot share the tiles (--topk / --tile) evenly; slots would be fewer");
+        if (procs.cp > 1) {
+            say("            such a layer exchanges %s between the %d that share a sequence",
+                m->exchange_slots ? "slots" : "tokens", procs.cp);
+            if (!m->exchange_slots && s->S < s->T) {
+                LighthouseShape own;
+                int tile = s->tile / 2;
+                while (tile > 0 && !can_exchange_slots(m, tile, &own)) tile /= 2;
+                say(", since they cannot share the tiles (--topk / --tile) evenly");
+                if (tile > 0) say("; with --tile %d it would be slots, which are fewer", tile);
+            }
+            say("\n");
+        }
         say("dense       steps %ld to %ld%s\n", t->switch_step, t->steps - 1,
             t->switch_step == t->steps ? ": none" : "");
     } else say("attention   dense throughout\n");
@@ -5688,7 +5703,7 @@ static void setup_run(Trainer* t) {
     int heads = m->dims.NH / procs.cp, D = m->dims.C / m->dims.NH;
     if (m->has_lighthouse && !lighthouse_defaults(&m->shape, c, heads, D, why, sizeof why))
         fatal("Lighthouse attention at seq-len %ld: %s", c->seq_len, why);
-    if (m->has_lighthouse) choose_exchange(m);
+    m->exchange_slots = m->has_lighthouse && can_exchange_slots(m, m->shape.tile, &m->own_shape);
 }
 
 // All processes must be built and started alike: rank 0's options are compared with this process's.
@@ -6127,6 +6142,7 @@ int main(int argc, char** argv) {
     action.sa_handler = on_signal;
     action.sa_flags = SA_RESTART;
     struct sigaction before;
+    signal(SIGBUS, on_bus_error);
     for (int number : {SIGTERM, SIGINT, SIGHUP, SIGUSR1})  // what is ignored stays so: nohup
         if (!sigaction(number, NULL, &before) && before.sa_handler != SIG_IGN) sigaction(number, &action, NULL);
     signal(SIGXFSZ, SIG_IGN);  // a file past its size limit then fails with a message

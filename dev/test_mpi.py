@@ -165,9 +165,15 @@ def test_losses_are_those_of_one_rank(lab, reference, case):
     (2, {}, "slots", False), (4, {}, "tokens", True), (4, FOUR_TILES, "slots", False),
     (2, dict(topk=32), "tokens", False)])  # 32 entries expanded per level: 160 slots of 128 tokens
 def test_what_a_lighthouse_layer_exchanges(lab, ranks, options, exchanged, uneven):
+    """And, where tiles cannot be shared, with which --tile they could; that is true."""
     result = execute(lab.command("run", plan_ranks=ranks, cp=ranks, **options) + ["--dry-run"])
     assert f"exchanges {exchanged} between the {ranks} that share a sequence" in result.out, result.out
     assert ("cannot share the tiles" in result.out) == uneven
+    tile = re.search(r"with --tile (\d+) it would be slots", result.out)
+    assert bool(tile) == uneven, result.out
+    if tile:
+        result = execute(lab.command("run", plan_ranks=ranks, cp=ranks, **dict(options, tile=tile.group(1))) + ["--dry-run"])
+        assert f"exchanges slots between the {ranks} that share a sequence" in result.out, result.out
 
 
 @pytest.mark.parametrize("options", [FOUR_TILES, dict(FOUR_TILES, fp8=1), dict(fp8=1)], ids=["slots", "slots, FP8", "tokens, FP8"])

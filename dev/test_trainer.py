@@ -673,6 +673,20 @@ def test_an_earlier_run_is_not_overwritten(lab, saved):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
+def test_a_shard_cut_during_the_run(lab):
+    """Its memory is gone: the run ends with a message."""
+    shard = lab.folder / "shard.bin"
+    shutil.copy(lab.data.small, shard)
+    options = dict(train_data=shard, steps=10 ** 6, checkpoint_every=0, val_every=0)
+    run = subprocess.Popen([str(c) for c in lab.command("run", **options)], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           universal_newlines=True)
+    while "step 1/" not in " ".join(run.stdout.readline().split()):
+        assert run.poll() is None
+    os.truncate(shard, 0)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 1 and "a token shard was cut" in err, err
+
+
 def test_two_runs_in_one_folder_are_refused(lab):
     """While a run writes to its folder another is refused, with and without --resume 1; a dry run is not; then it is free."""
     first = subprocess.Popen([str(c) for c in lab.command("run", steps=10 ** 6, checkpoint_every=0)], env=ENV, stdout=subprocess.PIPE,
