@@ -212,13 +212,18 @@ def test_ranks_repeat_their_bits(lab):
 @pytest.mark.parametrize("positions", ["rope", "learned"])
 def test_ranks_take_the_same_recompute_levels(lab, positions):
     """Left to the program, the levels are what fits on every rank: with different ones their exchanges would not match.
-    The model is the same as at one level in all layers."""
+    The model is the same as at one level in all layers. Where nothing fits on one rank, that one says so."""
     options = dict(ranks=2, cp=2, depth=4, steps=3, switch_step=2, positions=positions)
     runs = [lab.train(f"level_{level}", recompute=level, **options) for level in (2, 3)]
     free = sum(events(run, "memory")[0]["total_bytes"] for run in runs)  # between the two, as two ranks share it
-    command = lab.command("run", **options)
-    command[1:1] = [word for variable in little_memory(lab.folder, free) for word in ("-x", variable)]
-    result = execute(command)
+
+    def run(free):  # on rank 1
+        command = lab.command("run", **options)
+        command[1:1] = [word for variable in little_memory(lab.folder, free) for word in ("-x", variable)]
+        return execute(command)
+    result = run(free / 8)
+    assert result.code != 0 and result.err.count("this run takes") == result.err.count("rank 1: this run takes") == 1, result.err
+    result = run(free)
     assert result.code == 0, result.err
     assert set(events(lab.folder / "run", "config")[0]["recompute_levels"]) == {2, 3}
     assert model_bytes(runs[0]) == model_bytes(runs[1]) == model_bytes(lab.folder / "run")
