@@ -1071,13 +1071,13 @@ static double all_sum(double x) {
     return x;
 }
 
-static double all_min(double x) {
-    double least = x, *all = (double*)host_alloc(procs.world * sizeof(double));
+static double all_max(double x) {
+    double most = x, *all = (double*)host_alloc(procs.world * sizeof(double));
     std::fill(all, all + procs.world, x);  // where the others are only planned for
     gather_to_all(all, &x, sizeof x);
-    for (int rank = 0; rank < procs.world; rank++) least = std::min(least, all[rank]);
+    for (int rank = 0; rank < procs.world; rank++) most = std::max(most, all[rank]);
     free(all);
-    return least;
+    return most;
 }
 
 // SIGTERM, SIGINT, SIGHUP or SIGUSR1, which mpirun hands on without killing soon after, asks a run to stop. A second
@@ -1126,6 +1126,7 @@ struct Loader {
     bool shuffle;
     uint64_t seed;
     int64_t largest_id;
+    int64_t vocab;         // token ids are below that
 };
 
 static int shard_token(const Shard* s, int64_t i) {
@@ -1162,8 +1163,15 @@ static void shard_open(Shard* s, const char* path) {
     close(fd);
 }
 
-// Opens every shard that matches the pattern, in the order of their names. A vocabulary of 0: not known yet.
-static void loader_open(Loader* d, const char* pattern, int64_t T, int64_t vocab, bool shuffle, uint64_t seed) {
+// Of a shard each process looks through one share, and the ranks together through all of it once.
+static void shard_share(const Shard* s, int64_t* begin, int64_t* end) {
+    int of = procs.connected ? procs.world : 1, rank = procs.connected ? procs.rank : 0;
+    *begin = s->tokens * rank / of;
+    *end = s->tokens * (rank + 1) / of;
+}
+
+// Opens every shard that matches the pattern, in the order of their names. loader_limit then sets the vocabulary.
+static void loader_open(Loader* d, const char* pattern, int64_t T, bool shuffle, uint64_t seed) {
     memset(d, 0, sizeof *d);
     glob_t found;
     if (glob(pattern, GLOB_TILDE, NULL, &found) || found.gl_pathc == 0)
@@ -1171,33 +1179,48 @@ static void loader_open(Loader* d, const char* pattern, int64_t T, int64_t vocab
               pattern);
     d->count = (int)found.gl_pathc;
     d->shards = (Shard*)host_alloc(d->count * sizeof(Shard));
-    d->T = T; d->shuffle = shuffle; d->seed = seed;
-    int64_t tokens = 0;
+    d->T = T; d->shuffle = shuffle; d->seed = seed; d->vocab = INT64_MAX;
+    int64_t tokens = 0, largest = -1;
     for (int i = 0; i < d->count; i++) {
         Shard* s = &d->shards[i];
         shard_open(s, text("%s", found.gl_pathv[i]));
         s->windows = s->tokens > 0 ? (s->tokens - 1) / T : 0;
         d->windows += s->windows;
         tokens += s->tokens;
-        int64_t largest = -1;
+        int64_t begin, end;
+        shard_share(s, &begin, &end);
         #pragma omp parallel for reduction(max : largest)
-        for (int64_t t = 0; t < s->tokens; t++) {
+        for (int64_t t = begin; t < end; t++) {
             int64_t id = (uint32_t)shard_token(s, t);
             if (id > largest) largest = id;
         }
-        if (vocab && largest >= vocab) {
-            int64_t t = 0;
-            while ((uint32_t)shard_token(s, t) < vocab) t++;
-            fatal("%s: token %ld is id %u, but the vocabulary has %ld ids (0 to %ld): was it made with another "
-                  "tokenizer? The model's file, or else --vocab-size, sets the vocabulary", s->path, t,
-                  (uint32_t)shard_token(s, t), vocab, vocab - 1);
-        }
-        if (largest > d->largest_id) d->largest_id = largest;
     }
     globfree(&found);
+    d->largest_id = (int64_t)all_max((double)largest);
     if (d->windows == 0)
         fatal("%s: %d shard(s) of together %ld tokens hold no window of seq-len + 1 = %ld tokens: lower --seq-len or "
               "prepare more data", pattern, d->count, tokens, T + 1);
+}
+
+// A token whose id must be in the vocabulary.
+static int loader_token(const Loader* d, const Shard* s, int64_t t) {
+    int64_t id = (uint32_t)shard_token(s, t);
+    if (id >= d->vocab)
+        fatal("%s: token %ld is id %ld, but the vocabulary has %ld ids (0 to %ld): was it made with another tokenizer? "
+              "The model's file, or else --vocab-size, sets the vocabulary", s->path, t, id, d->vocab, d->vocab - 1);
+    return (int)id;
+}
+
+// Refuses data with ids beyond the vocabulary, and names the first.
+static void loader_limit(Loader* d, int64_t vocab) {
+    d->vocab = vocab;
+    if (d->largest_id < vocab) return;
+    for (int i = 0; i < d->count; i++) {
+        int64_t begin, end;
+        shard_share(&d->shards[i], &begin, &end);
+        for (int64_t t = begin; t < end; t++) loader_token(d, &d->shards[i], t);
+    }
+    barrier();  // it is in another process's share
 }
 
 static void loader_close(Loader* d) {
@@ -1235,8 +1258,8 @@ static void loader_sequence(const Loader* d, int64_t i, int* inputs, int* target
     while (w >= s->windows) w -= (s++)->windows;
     int64_t rows = d->T / procs.cp, first = w * d->T + procs.cp_rank * rows;
     for (int64_t t = 0; t < rows; t++) {
-        inputs[t] = shard_token(s, first + t);
-        targets[t] = shard_token(s, first + t + 1);
+        inputs[t] = loader_token(d, s, first + t);
+        targets[t] = loader_token(d, s, first + t + 1);
     }
 }
 
@@ -5517,7 +5540,7 @@ static Plan choose_plan(Model* m, Config* c, int64_t sample_T) {
     if (!strcmp(backend_name, "cpu")) room /= procs.local_world;
     else room -= std::min(room, spare);
     // In every process's memory, of which GPUs may have more and less: all must choose alike, as their exchanges match.
-    auto fits = [&](const Plan& plan) { return all_min((double)room - (double)plan.total) >= 0; };
+    auto fits = [&](const Plan& plan) { return all_max((double)plan.total - (double)room) <= 0; };
     while (automatic && c->recompute < 4 && !fits(p)) p = memory_plan(m, c, sample_T, ++c->recompute * L, B);
     if (!fits(p)) {
         if (p.total <= room) barrier();  // for those without the room, who say so
@@ -5751,7 +5774,7 @@ static void compare_input(const char* option, const char* name, uint64_t fingerp
 }
 
 static void compare_data(const char* option, const char* pattern, const Loader* d) {
-    compare_input(option, pattern, loader_fingerprint(d) ^ mix64(d->windows) ^ mix64(~d->largest_id));
+    compare_input(option, pattern, loader_fingerprint(d) ^ mix64(d->windows));
 }
 
 // A checksum of a file's size and of 4 KiB of each MiB.
@@ -5885,18 +5908,16 @@ static void setup(Trainer* t, int argc, char** argv) {
     parse_options(c, argc, argv);
     setup_processes(c);
 
-    loader_open(&t->train, c->train_data, c->seq_len, 0, c->shuffle, c->seed);
+    loader_open(&t->train, c->train_data, c->seq_len, c->shuffle, c->seed);
     compare_data("train-data", c->train_data, &t->train);
     bool from_file;
     Dims dims = choose_dims(c, t->train.largest_id, &from_file);
     if (from_file && procs.connected) compare_input("model", c->model, file_fingerprint(c->model));
-    if (t->train.largest_id >= dims.V) {  // a model file's vocabulary: open again, to name the shard and the token
-        loader_close(&t->train);
-        loader_open(&t->train, c->train_data, c->seq_len, dims.V, c->shuffle, c->seed);
-    }
+    loader_limit(&t->train, dims.V);
     t->has_val = *c->val_data != 0;
     if (t->has_val) {
-        loader_open(&t->val, c->val_data, c->seq_len, dims.V, false, 0);
+        loader_open(&t->val, c->val_data, c->seq_len, false, 0);
+        loader_limit(&t->val, dims.V);
         compare_data("val-data", c->val_data, &t->val);
     }
     model_layout(m, dims);

@@ -229,6 +229,16 @@ def test_ranks_take_the_same_recompute_levels(lab, positions):
     assert model_bytes(runs[0]) == model_bytes(runs[1]) == model_bytes(lab.folder / "run")
 
 
+def test_ranks_share_the_search_for_bad_ids(lab):
+    """Each looks through its share of every shard; whoever finds an id beyond the vocabulary names it."""
+    tokens = np.arange(40 * T) % 250
+    tokens[30 * T] = 300  # in the third quarter
+    shard = write_shard(lab.folder / "bad.bin", tokens)
+    for ranks, name in ((1, "error: "), (2, "rank 1: "), (4, "rank 3: ")):
+        lab.ends(lab.command("run", ranks=ranks, train_data=shard, vocab_size=257), 30,
+                 f"{name}{shard}: token {30 * T} is id 300, but the vocabulary has 257 ids (0 to 256)")
+
+
 # ---- 2. files
 
 def test_checkpoints_go_from_any_number_of_ranks_to_any_other(lab, reference):

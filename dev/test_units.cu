@@ -86,7 +86,7 @@ static void test_loader() {
     char* pattern = text("%s/train_*.bin", dir);
     int starts[9] = {0, 10, 20, 30, 40, 100, 200, 210, 220};
     Loader d;
-    loader_open(&d, pattern, T, 257, false, 1);
+    loader_open(&d, pattern, T, false, 1);
     check(d.windows == 9, "loader: 9 windows in shards of 54, 10, 11 and 31 tokens at T = 10 (%lld)", (long long)d.windows);
     bool order = true, shifted = true, shared = true;
     int inputs[T], targets[T], last_target = -1;
@@ -116,7 +116,7 @@ static void test_loader() {
     check(slices, "loader: the slices of 2 and of 5 processes are the window");
     loader_close(&d);
 
-    loader_open(&d, pattern, T, 257, true, 1);
+    loader_open(&d, pattern, T, true, 1);
     bool once = true;
     int first[4][9], differ = 0;
     for (int e = 0; e < 4; e++) {
@@ -133,8 +133,8 @@ static void test_loader() {
     check(differ == 3, "loader: with shuffling the epochs' orders differ");
     loader_close(&d);
     Loader other;
-    loader_open(&d, pattern, T, 257, true, 1);
-    loader_open(&other, pattern, T, 257, true, 2);
+    loader_open(&d, pattern, T, true, 1);
+    loader_open(&other, pattern, T, true, 2);
     int a[T], seeds_differ = 0;
     for (int i = 0; i < 9; i++) {
         loader_sequence(&d, i, inputs, targets);
