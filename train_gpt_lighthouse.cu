@@ -1223,15 +1223,6 @@ static void loader_limit(Loader* d, int64_t vocab) {
     barrier();  // it is in another process's share
 }
 
-static void loader_close(Loader* d) {
-    for (int i = 0; i < d->count; i++) {
-        munmap((void*)d->shards[i].map, d->shards[i].bytes);
-        free((void*)d->shards[i].path);
-    }
-    free(d->shards);
-    memset(d, 0, sizeof *d);
-}
-
 // A keyed permutation of 0..n-1 without a table: a 4-round Feistel network on the next even number of bits, walked
 // along its cycle until it lands inside.
 static int64_t permute(int64_t i, int64_t n, uint64_t key) {

@@ -114,7 +114,6 @@ static void test_loader() {
     procs.cp = 1;
     procs.cp_rank = 0;
     check(slices, "loader: the slices of 2 and of 5 processes are the window");
-    loader_close(&d);
 
     loader_open(&d, pattern, T, true, 1);
     bool once = true;
@@ -131,7 +130,6 @@ static void test_loader() {
     }
     check(once, "loader: with shuffling every epoch visits every window of every shard exactly once");
     check(differ == 3, "loader: with shuffling the epochs' orders differ");
-    loader_close(&d);
     Loader other;
     loader_open(&d, pattern, T, true, 1);
     loader_open(&other, pattern, T, true, 2);
@@ -142,7 +140,6 @@ static void test_loader() {
         seeds_differ += a[0] != inputs[0];
     }
     check(seeds_differ > 0, "loader: another seed, another order");
-    loader_close(&d); loader_close(&other);
     for (int i = 0; i < 4; i++) { unlink(path[i]); free(path[i]); }
     rmdir(dir);
     free(pattern);
