@@ -4656,7 +4656,7 @@ struct RunState {
 
 struct CheckpointHeader {
     int32_t magic, version;
-    char reserved[1016];
+    char options[1016];        // training_options
     int32_t model[256];        // at byte 1024: a model file's header
     int64_t weights_offset;    // at byte 2048
     int64_t parameters;
@@ -4917,11 +4917,13 @@ static int64_t checkpoint_bytes(const Model* m) {
     return ceil_div(sizeof(CheckpointHeader) + sizeof(RunState) + ceil_div(body, CHUNK) * 8, 4096) * 4096 + body;
 }
 
-static void checkpoint_write(const Model* m, const char* path, const RunState* state) {
+static void checkpoint_write(const Model* m, const char* path, const RunState* state,
+                             const char* lines /*training_options*/) {
     int64_t body = SECTIONS * m->parameters * sizeof(float);
     CheckpointHeader h;
     memset(&h, 0, sizeof h);
     h.magic = CHECKPOINT_MAGIC; h.version = CHECKPOINT_VERSION;
+    snprintf(h.options, sizeof h.options, "%s", lines);
     model_header(h.model, &m->dims, state->step);
     h.parameters = m->parameters;
     h.file_bytes = checkpoint_bytes(m);
@@ -5375,6 +5377,42 @@ static char* option_text(const Config* c, const Option* o) {
     const char* field = (const char*)c + o->offset;
     return o->type == OPT_TEXT ? text("%s", *(const char**)field)
          : o->type == OPT_REAL ? text("%.9g", *(const double*)field) : text("%ld", *(const int64_t*)field);
+}
+
+// The options that say how the weights are trained and that a resumed run may change, a line "name value" each; to be
+// freed.
+static char* training_options(const Config* c) {
+    char* lines = text("%s", "");
+    for (const Option* o = options; o < options + option_count; o++) {
+        if (o->offset != AT(fp8) && (o->offset < AT(steps) || o->offset > AT(switch_step))) continue;
+        char *value = option_text(c, o), *longer = text("%s%s %s\n", lines, o->name, value);
+        free(lines); free(value);
+        lines = longer;
+    }
+    return lines;
+}
+
+// Says which of them are not those of the checkpoint that a run goes on from: they may just have been forgotten.
+static void note_changed_options(const Config* c, const char* path) {
+    CheckpointHeader h;
+    int fd = open_to_read(path);
+    char *why = checkpoint_header(fd, path, &h), *rest;
+    close(fd);
+    if (why) fatal("%s", why);
+    h.options[sizeof h.options - 1] = 0;
+    char* end = strrchr(h.options, '\n');  // a line that found no room is cut off
+    h.options[end ? end - h.options : 0] = 0;
+    for (char* name = strtok_r(h.options, "\n", &rest); name; name = strtok_r(NULL, "\n", &rest)) {
+        char* then = strchr(name, ' ');
+        if (!then) continue;
+        *then++ = 0;
+        for (const Option* o = options; o < options + option_count; o++) {
+            if (strcmp(o->name, name)) continue;
+            char* now = option_text(c, o);
+            if (strcmp(then, now)) say("note: --%s was %s up to here and is %s from now on\n", name, then, now);
+            free(now);
+        }
+    }
 }
 
 static bool given(const char* name) {
@@ -5945,6 +5983,7 @@ static void setup(Trainer* t, int argc, char** argv) {
     if (path) {
         const RunState* s = &t->state;
         say("resuming from %s at step %ld\n", path, s->step);
+        note_changed_options(c, path);
         if (s->phase_steps[DENSE] > 0 && s->step < t->switch_step)
             say("note: this run was dense already at step %ld; with --steps %ld its switch is at step %ld: "
                 "--switch-step %ld keeps it dense\n", s->step, t->steps, t->switch_step, s->phase_steps[LIGHTHOUSE]);
@@ -5990,7 +6029,9 @@ static void save_checkpoint(Trainer* t) {
     double start = seconds();
     t->state.wall_s = wall_seconds(t);
     char* path = checkpoint_path(c, t->state.step);
-    checkpoint_write(&t->model, path, &t->state);
+    char* lines = training_options(c);
+    checkpoint_write(&t->model, path, &t->state, lines);
+    free(lines);
     t->saved = t->state.step;
     if (procs.rank == 0) checkpoint_prune(c);
     progress_clear(&t->logs);

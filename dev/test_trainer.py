@@ -438,6 +438,27 @@ def test_resume_of_a_finished_run_trains_no_more(lab):
     lab.fails(lab.run("run", steps=5, resume=1), "ckpt_00000006.bin", "6", "5")
 
 
+def test_a_resume_with_other_options_says_so(lab):
+    """Whatever shapes the training and is not what it was is named, also where it was left out; the same options, and those that
+    only say where and how to run, are not. A list of layers that has no room in the header is left out, not misread."""
+    def notes(folder, **options):
+        copy = shutil.copytree(folder, lab.folder / f"{folder.name}_{len(list(lab.folder.iterdir()))}")
+        result = lab.run(copy.name, resume=1, **options)
+        assert result.code == 0, result.err
+        return re.findall(r"^note: (.*)$", result.out, re.M)
+
+    options = dict(steps=4, switch_step=2, learning_rate=6e-4, beta2=0.99, lr_schedule="wsd")
+    folder = lab.train("run", **options)
+    assert notes(folder, **options) == notes(folder, **options, recompute=2, val_every=1, keep_last=5) == []
+    assert notes(folder, **dict(options, steps=6)) == ["--steps was 4 up to here and is 6 from now on"]
+    assert notes(folder, steps=4, switch_step=2, lr_schedule="wsd", tile=2 * GEOMETRY["tile"]) == [
+        "--learning-rate was 0.0006 up to here and is 0.0003 from now on", "--beta2 was 0.99 up to here and is 0.95 from now on",
+        f"--tile was {GEOMETRY['tile']} up to here and is {2 * GEOMETRY['tile']} from now on"]
+    folder = lab.train("long", **options, dense_layers=",".join(["0"] * 600))
+    assert notes(folder, **options, dense_layers="0") == []
+    assert notes(folder, **dict(options, beta2=0.9), dense_layers="0") == ["--beta2 was 0.99 up to here and is 0.9 from now on"]
+
+
 def test_a_resume_that_moves_the_switch_says_so(lab):
     """A run made longer that goes back to Lighthouse gets a note; one that resumes past its switch switches at once, with the
     line, the event, both validations where Lighthouse is planned for, and new detectors."""
