@@ -5887,6 +5887,11 @@ static void setup_directory(const Config* c, const Model* m, int64_t steps) {
     if (earlier && !c->resume)
         fatal("%s holds %d checkpoint(s) of an earlier run: --resume 1 goes on from the newest, or give another "
               "--out-dir", c->out_dir, earlier);
+    char* model = text("%s/model.bin", c->out_dir);
+    if (!earlier && !access(model, F_OK))
+        fatal("%s is the model of an earlier run, whose checkpoints are gone; this run would write over it: move it, "
+              "or give another --out-dir", model);
+    free(model);
     struct statvfs disk;
     int64_t more = checkpoints_to_come(c, steps, found, earlier);
     double need = (double)more * checkpoint_bytes(m) + m->parameters * 4.0;

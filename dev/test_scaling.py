@@ -398,6 +398,9 @@ def test_the_steps_by_hand():
     assert f"{layer / slots ** 2 * 1e8:.2f}e-8 ms x {slots:,}^2 = {layer:.0f} ms" in text
     assert f"are {dense / 1e3:.1f} of those" in text
     assert f"it would be {(p['compute'] - dense + sparse) / 1e3:.1f}." in text
+    p, finer = (predict.predict(98304, 8, 8, "lighthouse", links(), tile) for tile in (128, 64))
+    assert (f"{finer['exchange']:.1f} ms instead of {p['exchange']:.1f}, a step of {finer['step']:.1f} ms, "
+            f"{finer['compute'] / finer['step']:.0%} instead of {p['compute'] / p['step']:.0%}.") in text
     sizes = (98304, 8, 1), (98304, 8, 8), (1 << 20, 8, 8), (1 << 22, 8, 8)
     alone, eight, million, four = (predict.levels_of(predict.fitting(*size, 76)[0]) for size in sizes)
     assert (f"(`--gib 76`) 98,304 tokens fit at level {alone}, and at level {eight} with cp 8; 1,048,576 on eight at "

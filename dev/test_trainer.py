@@ -686,12 +686,17 @@ def test_a_full_disk_costs_no_checkpoint(lab, saved):
 
 
 def test_an_earlier_run_is_not_overwritten(lab, saved):
-    """Without --resume 1 a folder that holds checkpoints is refused, and nothing in it changes."""
+    """Without --resume 1 a folder that holds checkpoints is refused, as is one that holds but their model; nothing in it changes."""
     folder = lab.folder / "run"
     shutil.copytree(saved, folder)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     lab.fails(lab.run("run", depth=1, steps=4), "2 checkpoint(s) of an earlier run", "--resume 1", "--out-dir")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    for step in (2, 4):
+        os.remove(checkpoint(folder, step))
+    for resume in (0, 1):
+        lab.fails(lab.run("run", depth=1, steps=4, resume=resume), folder / "model.bin", "of an earlier run", "--out-dir")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {n: b for n, b in before.items() if not n.startswith("ckpt_")}
 
 
 @pytest.mark.parametrize("how,said", [("cut", "a token shard was cut"), ("overwritten", "is id 65535, but the vocabulary has 257 ids")])
