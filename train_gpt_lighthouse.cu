@@ -5888,7 +5888,7 @@ static void setup_directory(const Config* c, const Model* m, int64_t steps) {
         fatal("%s holds %d checkpoint(s) of an earlier run: --resume 1 goes on from the newest, or give another "
               "--out-dir", c->out_dir, earlier);
     char* model = text("%s/model.bin", c->out_dir);
-    if (!earlier && !access(model, F_OK))
+    if (!earlier && steps > 0 && !access(model, F_OK))  // evaluations and samples, of no steps, are made again
         fatal("%s is the model of an earlier run, whose checkpoints are gone; this run would write over it: move it, "
               "or give another --out-dir", model);
     free(model);
