@@ -1134,7 +1134,7 @@ static int shard_token(const Shard* s, int64_t i) {
     return s->width == 2 ? ((const uint16_t*)body)[i] : (int)((const uint32_t*)body)[i];
 }
 
-// The shards' memory shows in this way that a file was cut, or that its disk failed, after it was opened.
+// What reading a mapped file ends in if it was cut, or its disk failed, after it was opened.
 static void on_bus_error(int) {
     static const char message[] = "error: a token shard was cut, or its disk failed, while the run read it\n";
     _exit(write(STDERR_FILENO, message, sizeof message - 1) < 0 ? 2 : 1);
@@ -4133,7 +4133,7 @@ static void heads_to_rows(floatX* rows /*(B,R/W,parts,NH,D)*/, const floatX* hea
 // A dense layer exchanges its tokens. A Lighthouse layer needs to exchange only its slots where every process holds
 // whole tiles, since each tile is selected on its own: a process then scores, selects, pools and scatters among its own
 // tokens, for all heads, with the same results. Where tiles do not divide, or slots are no fewer than tokens, it
-// exchanges tokens like a dense layer and does all of that for its heads.
+// exchanges tokens like a dense layer and does all of that for its heads. *own: the shape of what a process holds.
 static bool can_exchange_slots(const Model* m, int tile, LighthouseShape* own) {
     const LighthouseShape* s = &m->shape;
     int W = procs.cp;
@@ -5568,7 +5568,7 @@ static Plan choose_plan(Model* m, Config* c, int64_t sample_T) {
     size_t room = device_memory_free();  // only now: on a GPU that plan built cuDNN's, which take memory themselves
     if (!strcmp(backend_name, "cpu")) room /= procs.local_world;
     else room -= std::min(room, spare);
-    // In every process's memory, of which GPUs may have more and less: all must choose alike, as their exchanges match.
+    // In all processes' memories, which differ where GPUs do. All choose alike, so that their exchanges match.
     auto fits = [&](const Plan& plan) { return all_max((double)plan.total - (double)room) <= 0; };
     while (automatic && c->recompute < 4 && !fits(p)) p = memory_plan(m, c, sample_T, ++c->recompute * L, B);
     if (!fits(p)) {
