@@ -1134,9 +1134,10 @@ static int shard_token(const Shard* s, int64_t i) {
     return s->width == 2 ? ((const uint16_t*)body)[i] : (int)((const uint32_t*)body)[i];
 }
 
-// What reading a mapped file ends in if it was cut, or its disk failed, after it was opened.
+// Memory that is a file ends in this where the file has no more to give.
 static void on_bus_error(int) {
-    static const char message[] = "error: a token shard was cut, or its disk failed, while the run read it\n";
+    static const char message[] = "error: bus error: a token shard was cut while the run read it, its disk failed, or "
+                                  "/dev/shm is full, where MPI and NCCL share memory\n";
     _exit(write(STDERR_FILENO, message, sizeof message - 1) < 0 ? 2 : 1);
 }
 
