@@ -3,7 +3,7 @@
 
 usage: dev/gpu_ranks.py         (make test-gpu calls it where there are two GPUs or more; needs mpirun and train_gpt_lighthouse)
 
-The same tiny model and global batch, 30 steps across the switch, on one GPU and on 2 and 4 (as many as there are), data
+The same tiny model and global batch, 30 steps across the switch, on one GPU and on 2, 4 and 8 (as many as there are), data
 parallel, context parallel with either kind of exchange in Lighthouse layers, and both: training losses and validation within 0.5% of one GPU's (bf16 rounds each weight and
 activation to 2^-9; another order of sums turns close calls of the selection). Checkpoints resume on other numbers of GPUs. One rank under mpirun gives the
 bits of the run without. Then what must not go wrong: two ranks on one GPU are refused; a killed rank ends the job, a stopped one is named.
@@ -79,7 +79,8 @@ def main():
             ("cp 2, learned, recompute 4", 2, "learned", ["--batch-size", "4", "--cp", "2", "--positions", "learned", "--recompute", "4"]),
             ("dp 4", 4, "one", ["--batch-size", "1"]),
             ("cp 4, tiles", 4, "tiles", ["--batch-size", "2", "--cp", "4", *TILES]),
-            ("dp 2, cp 2", 4, "one", ["--batch-size", "1", "--cp", "2"])):
+            ("dp 2, cp 2", 4, "one", ["--batch-size", "1", "--cp", "2"]),
+            ("dp 4, cp 2", 8, "one", ["--batch-size", "1", "--cp", "2"])):
         if ranks <= most:
             compare(name, run(work, f"{work}/{name}", ranks, *options), references[reference])
     for name, ranks, options in [("1 -> dp 2", 2, []), ("1 -> cp 2", 2, ["--cp", "2"]), ("1 -> dp 2, cp 2", 4, ["--cp", "2"])]:

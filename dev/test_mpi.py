@@ -140,6 +140,7 @@ CASES = {
     "cp 2, learned": dict(ranks=2, cp=2, batch_size=2, recompute=3, positions="learned"),
     "cp 4, learned": dict(ranks=4, cp=4, batch_size=1, recompute=4, positions="learned"),
     "dp 2, cp 2, learned": dict(ranks=4, cp=2, batch_size=1, recompute=0, positions="learned"),
+    "dp 4, cp 2": dict(ranks=8, cp=2, batch_size=1, recompute=2),
     "dp 2, gradients of 10, 10 and 3 layers at once": dict(ranks=2, batch_size=6, depth=23, learning_rate=3e-4),
     "dp 2, dense": dict(ranks=2, batch_size=1, program="dense"),
     "cp 2, dense": dict(ranks=2, cp=2, batch_size=2, recompute=4, program="dense"),
