@@ -217,8 +217,8 @@ def test_page(tmp_path, capsys):
 
 @pytest.mark.parametrize("args,message", [
     (["fast"], "invalid choice"), (["page"], "page wants a results file"), (["weak", "x.jsonl"], "goes with page"),
-    (["strong", "--rows", "lh30", "x"], "--rows x: it is in no row's name; strong has 'lh30, T 98,304', 'lh30, T 524"),
-    (["--rows", "x"], "all has 'lh30, T 98,304', 'd12, B 64, T 1,024', 'lh30, T 524,288', 'd12, T 1,048,576', 'd12'"),
+    (["strong", "--rows", "lh30", "x"], "--rows x: it is in no row's name; strong has 'lh30, T 98,304', 'lh30, tile 64, T"),
+    (["--rows", "x"], "all has 'lh30, T 98,304', 'd12, B 64, T 1,024', 'lh30, tile 64, T 98,304', 'lh30, T 524,288', 'd12, T 1,048,576', 'd12'"),
     (["page", "x", "--rows", "d12"], "--rows does not apply to page"),
     (["--ranks", "0"], "at least 1"), (["--steps", "0"], "--steps is 0"),
     (["weak", "--", "--out-dir", "x"], "chosen by --out")])
