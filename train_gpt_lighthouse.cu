@@ -122,7 +122,7 @@ static const Option options[] = {
      "seed of the initialization, the shuffling and the samples"},
     {"out-dir", "o", OPT_TEXT, AT(out_dir), "runs/" PROGRAM, 0, 0, "[output] directory of the logs and checkpoints"},
     {"checkpoint-every", "n", OPT_INT, AT(checkpoint_every), "1000", 0, 1e12,
-     "steps between checkpoints; 0: only at the end and on SIGTERM, SIGINT or SIGUSR1"},
+     "steps between checkpoints; 0: only at the end and on SIGTERM, SIGINT, SIGHUP or SIGUSR1"},
     {"keep-last", "nk", OPT_INT, AT(keep_last), "2", 0, 1e6, "checkpoints to keep, newest first; 0: all"},
     {"keep-every", "nm", OPT_INT, AT(keep_every), "0", 0, 1e12, "also keep checkpoints of every m-th step; 0: none"},
     {"resume", "y", OPT_INT, AT(resume), "0", 0, 1,
@@ -5393,6 +5393,16 @@ static char* training_options(const Config* c) {
     return lines;
 }
 
+static const Option* option_named(const char* name) {
+    for (const Option* o = options; o < options + option_count; o++) if (!strcmp(o->name, name)) return o;
+    return NULL;
+}
+
+static bool given(const char* name) {
+    const Option* o = option_named(name);
+    return o && option_given[o - options];
+}
+
 // Says which of them are not those of the checkpoint that a run goes on from: they may just have been forgotten.
 static void note_changed_options(const Config* c, const char* path) {
     CheckpointHeader h;
@@ -5407,18 +5417,12 @@ static void note_changed_options(const Config* c, const char* path) {
         char* then = strchr(name, ' ');
         if (!then) continue;
         *then++ = 0;
-        for (const Option* o = options; o < options + option_count; o++) {
-            if (strcmp(o->name, name)) continue;
-            char* now = option_text(c, o);
-            if (strcmp(then, now)) say("note: --%s was %s up to here and is %s from now on\n", name, then, now);
-            free(now);
-        }
+        const Option* o = option_named(name);  // NULL: the dense program has no such option
+        if (!o) continue;
+        char* now = option_text(c, o);
+        if (strcmp(then, now)) say("note: --%s was %s up to here and is %s from now on\n", name, then, now);
+        free(now);
     }
-}
-
-static bool given(const char* name) {
-    for (int i = 0; i < option_count; i++) if (!strcmp(options[i].name, name)) return option_given[i];
-    return false;
 }
 
 static void parse_options(Config* c, int argc, char** argv) {
@@ -5804,6 +5808,7 @@ static void compare_input(const char* option, const char* name, uint64_t fingerp
 }
 
 static void compare_data(const char* option, const char* pattern, const Loader* d) {
+    if (!procs.connected) return;
     compare_input(option, pattern, loader_fingerprint(d) ^ mix64(d->windows));
 }
 
@@ -6201,9 +6206,9 @@ int main(int argc, char** argv) {
     action.sa_handler = on_signal;
     action.sa_flags = SA_RESTART;
     struct sigaction before;
-    signal(SIGBUS, on_bus_error);
     for (int number : {SIGTERM, SIGINT, SIGHUP, SIGUSR1})  // what is ignored stays so: nohup
         if (!sigaction(number, NULL, &before) && before.sa_handler != SIG_IGN) sigaction(number, &action, NULL);
+    signal(SIGBUS, on_bus_error);
     signal(SIGXFSZ, SIG_IGN);  // a file past its size limit then fails with a message
     setup(t, argc, argv);
     const Config* c = &t->config;

@@ -233,7 +233,7 @@ def test_ranks_take_the_same_recompute_levels(lab, positions):
 def test_ranks_share_the_search_for_bad_ids(lab):
     """Each looks through its share of every shard; whoever finds an id beyond the vocabulary names it."""
     tokens = np.arange(40 * T) % 250
-    tokens[30 * T] = 300  # in the third quarter
+    tokens[30 * T] = 300  # where the last quarter begins
     shard = write_shard(lab.folder / "bad.bin", tokens)
     for ranks, name in ((1, "error: "), (2, "rank 1: "), (4, "rank 3: ")):
         lab.ends(lab.command("run", ranks=ranks, train_data=shard, vocab_size=257), 30,

@@ -701,7 +701,7 @@ def test_an_earlier_run_is_not_overwritten(lab, saved):
 
 @pytest.mark.parametrize("how,said", [("cut", "a token shard was cut"), ("overwritten", "is id 65535, but the vocabulary has 257 ids")])
 def test_a_shard_changed_during_the_run(lab, how, said):
-    """The run ends with a message: neither a bus error nor a read beyond the embeddings."""
+    """The run ends with a message, not by a signal, and reads nothing beyond the embeddings."""
     shard = lab.folder / "shard.bin"
     shutil.copy(lab.data.small, shard)
     options = dict(train_data=shard, steps=10 ** 6, checkpoint_every=0, val_every=0)
