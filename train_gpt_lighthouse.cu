@@ -84,11 +84,12 @@ struct Config {
     const char* lr_schedule;
     int64_t warmup_steps;
     double weight_decay, beta1, beta2, adam_eps, grad_clip, skip_loss_z, skip_grad_z;
-    // Lighthouse
+    // attention of the first phase
+    const char *attention, *window;
     int64_t levels, pool, topk, tile;
-    const char *dense_layers, *switch_step;
+    const char* switch_step;
     // evaluation
-    int64_t val_every, val_batches, sample_every, sample_tokens, sample_top_k;
+    int64_t val_every, copy_every, val_batches, sample_every, sample_tokens, sample_top_k;
     const char *prompt, *tokenizer;
     double temperature;
     // memory
@@ -159,18 +160,23 @@ static const Option options[] = {
      "skip the update when the loss lies this many standard deviations above its last 128 values; 0: never"},
     {"skip-grad-z", "sg", OPT_REAL, AT(skip_grad_z), "0", 0, 1e9, "the same for the gradient norm"},
 #ifndef DENSE_ONLY
-    {"levels", "", OPT_INT, AT(levels), "3", 2, 8, "[lighthouse] levels of the pyramid, the tokens included"},
+    {"attention", "", OPT_TEXT, AT(attention), "paper", 0, 0,
+     "[attention] of the layers up to the switch, a letter each, repeated to the depth: D dense, W window, L Lighthouse; "
+     "or paper: L, with two dense layers at each end, one below 12 layers, none below 3"},
+    {"window", "", OPT_TEXT, AT(window), "1024", 0, 0,
+     "tokens of a window; growing: 1024,4096:0.3,16384:0.5 takes 4096 from 0.3 of the steps on (or from a step on)"},
+    {"levels", "", OPT_INT, AT(levels), "3", 2, 8, "Lighthouse: levels of the pyramid, the tokens included"},
     {"pool", "", OPT_INT, AT(pool), "4", 2, 64, "pooling factor from level to level, a power of 2"},
     {"topk", "", OPT_INT, AT(topk), "0", 0, 1e9, "entries expanded per level; 0: about seq-len/64"},
     {"tile", "", OPT_INT, AT(tile), "0", 0, 4096,
      "entries each tile expands per level; 0: 128, less for short sequences, topk where it is no multiple of 128"},
-    {"dense-layers", "", OPT_TEXT, AT(dense_layers), "auto", 0, 0,
-     "layers that stay dense: 0,1,28,29, or none, all, auto (two at each end; one below 12 layers, none below 3)"},
     {"switch-step", "", OPT_TEXT, AT(switch_step), "0.625", 0, 0,
      "first dense step: a step, or with a point a share of the steps (1.0: never dense; 0: dense throughout)"},
 #endif
     {"val-every", "v", OPT_INT, AT(val_every), "250", 0, 1e12,
      "[evaluation] steps between validations; 0: at the end only"},
+    {"copy-every", "", OPT_INT, AT(copy_every), "0", 0, 1e12,
+     "measure copying at a distance at every n-th validation too; 0: only at the switch and at the end"},
     {"val-batches", "m", OPT_INT, AT(val_batches), "20", 1, 1e9, "micro-batches of a validation, over all processes"},
     {"sample-every", "s", OPT_INT, AT(sample_every), "0", 0, 1e12, "steps between samples; 0: never"},
     {"sample-tokens", "g", OPT_INT, AT(sample_tokens), "64", 1, 65536, "tokens to generate"},
@@ -331,6 +337,18 @@ PRINTF_LIKE(1) static char* text(const char* format, ...) {
     if (vasprintf(&s, format, args) < 0) fatal("out of host memory");
     va_end(args);
     return s;
+}
+
+// The same, put behind s, which it frees.
+PRINTF_LIKE(2) static char* longer_text(char* s, const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    char* more = NULL;
+    if (vasprintf(&more, format, args) < 0) fatal("out of host memory");
+    va_end(args);
+    char* both = text("%s%s", s, more);
+    free(s); free(more);
+    return both;
 }
 
 static int open_to_read(const char* path) {
@@ -723,10 +741,8 @@ __attribute__((noreturn)) static void name_who_hangs() {
     int named = 0;
     for (int i = 0; i < procs.world; i++) {
         if (waits[i] || named++ >= 16) continue;  // 16 say enough
-        char* more = text("%s%srank %d (pid %ld on %s)", who, *who ? ", " : "", i, process_names[i].pid,
+        who = longer_text(who, "%srank %d (pid %ld on %s)", *who ? ", " : "", i, process_names[i].pid,
                           process_names[i].host);
-        free(who);
-        who = more;
     }
     if (named)
         fatal("no sign of %s for the %g s of --hang-timeout, in %s: the job ends here. No checkpoint is damaged; "
@@ -1242,13 +1258,20 @@ static int64_t permute(int64_t i, int64_t n, uint64_t key) {
     return (int64_t)x;
 }
 
-// Writes this process's tokens of sequence i of the run: inputs (T/W) and targets (T/W), the inputs shifted by one.
-static void loader_sequence(const Loader* d, int64_t i, int* inputs, int* targets) {
-    int64_t epoch = i / d->windows, w = i % d->windows;
-    if (d->shuffle) w = permute(w, d->windows, mix64(d->seed) ^ (uint64_t)epoch);
+// The shard of window w of all, and where in it the window begins.
+static const Shard* loader_window(const Loader* d, int64_t w, int64_t* first) {
     const Shard* s = d->shards;
     while (w >= s->windows) w -= (s++)->windows;
-    int64_t rows = d->T / procs.cp, first = w * d->T + procs.cp_rank * rows;
+    *first = w * d->T;
+    return s;
+}
+
+// Writes this process's tokens of sequence i of the run: inputs (T/W) and targets (T/W), the inputs shifted by one.
+static void loader_sequence(const Loader* d, int64_t i, int* inputs, int* targets) {
+    int64_t epoch = i / d->windows, w = i % d->windows, rows = d->T / procs.cp, first;
+    if (d->shuffle) w = permute(w, d->windows, mix64(d->seed) ^ (uint64_t)epoch);
+    const Shard* s = loader_window(d, w, &first);
+    first += procs.cp_rank * rows;
     for (int64_t t = 0; t < rows; t++) {
         inputs[t] = loader_token(d, s, first + t);
         targets[t] = loader_token(d, s, first + t + 1);
@@ -1261,10 +1284,9 @@ static uint64_t loader_fingerprint(const Loader* d) {
     const int64_t samples = 1024, length = std::min<int64_t>(d->T, 64);
     int* tokens = (int*)host_alloc(samples * length * sizeof(int));
     for (int64_t i = 0; i < samples; i++) {
-        int64_t w = (int64_t)((double)i / samples * d->windows);
-        const Shard* s = d->shards;
-        while (w >= s->windows) w -= (s++)->windows;
-        for (int64_t t = 0; t < length; t++) tokens[i * length + t] = shard_token(s, w * d->T + t);
+        int64_t first;
+        const Shard* s = loader_window(d, (int64_t)((double)i / samples * d->windows), &first);
+        for (int64_t t = 0; t < length; t++) tokens[i * length + t] = shard_token(s, first + t);
     }
     uint64_t sum = checksum(tokens, samples * length * sizeof(int));
     free(tokens);
@@ -2450,13 +2472,13 @@ __device__ __forceinline__ void rope_angles(float (&cosine)[8], float (&sine)[8]
 // A warp a token. Its lanes go over the heads of q, then those of k, 256 neighbouring elements at a time, so that a
 // lane always has the same 8 dimensions: one set of angles does for all heads. Their partners are D/16 lanes away.
 __global__ void __launch_bounds__(256) rope_rotate_kernel(floatX* qkv, const float* table, float direction, int64_t N,
-                                                          int64_t T, int H, int D) {
+                                                          int64_t T, int H, int D, int64_t t0) {
     int64_t token = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     if (token >= N) return;
     int lane = threadIdx.x, far = D / 16, d = lane % (2 * far) * 8;
     bool lower = d < D / 2;
     float cosine[8], sine[8];
-    rope_angles(cosine, sine, table, token % T, lower ? d : d - D / 2, D);
+    rope_angles(cosine, sine, table, t0 + token % T, lower ? d : d - D / 2, D);
     for (int i = 0; i < 8; i++) sine[i] *= lower ? -direction : direction;
     floatX* x = qkv + token * 3 * H * D + lane * 8;
     int n = 2 * H * D - lane * 8;  // elements from x on
@@ -2482,10 +2504,11 @@ __global__ void __launch_bounds__(256) rope_rotate_kernel(floatX* qkv, const flo
 }
 
 static void rope_rotate(floatX* qkv /*(B,T,3,H,D), q and k in place*/, const float* table /*device memory*/,
-                        int direction /*+1 forward, -1 inverse = backward*/, int B, int64_t T, int H, int D) {
+                        int direction /*+1 forward, -1 inverse = backward*/, int B, int64_t T, int H, int D,
+                        int64_t t0 /*position of token 0*/) {
     opRequire(D >= 16 && D <= 256 && (D & (D - 1)) == 0, "rope_rotate: head size %d, not 16, 32, 64, 128 or 256", D);
     int64_t N = B * T;
-    rope_rotate_kernel<<<grid_for(N, 8), dim3(32, 8), 0, main_stream>>>(qkv, table, (float)direction, N, T, H, D);
+    rope_rotate_kernel<<<grid_for(N, 8), dim3(32, 8), 0, main_stream>>>(qkv, table, (float)direction, N, T, H, D, t0);
     cudaCheck(cudaGetLastError());
 }
 
@@ -3056,6 +3079,17 @@ static void operations_allocate(size_t bytes, size_t attention) {
 }
 
 #endif
+
+// Window attention is dense attention within blocks of `window` tokens, the last of a sequence shorter where the window
+// does not divide T: the same calls, over more and shorter sequences. Calls attend(first row, sequences, their length).
+template <class Attend> static void each_window(int B, int64_t T, int64_t window, Attend attend) {
+    int64_t blocks = T / window, rest = T % window;
+    if (rest == 0) attend((int64_t)0, (int)(B * blocks), window);
+    for (int b = 0; rest > 0 && b < B; b++) {
+        if (blocks > 0) attend(b * T, (int)blocks, window);
+        attend(b * T + blocks * window, 1, rest);
+    }
+}
 
 // ===================================================================================================================
 // 6. Lighthouse attention: scores -> selection -> gather (pool, rotate) -> SDPA -> scatter; its kernels, which section
@@ -3727,8 +3761,11 @@ struct LighthouseBuffers {  // of one layer; E entries of all levels, S slots. W
 // ===================================================================================================================
 // 7. Model: GPT-2 with pre-LayerNorm blocks; parameters, activations, the memory plan, forward, backward.
 
-enum Phase { LIGHTHOUSE, DENSE };  // of the run; also the kind of attention that a layer uses
-static const char* phase_name[] = {"lighthouse", "dense"};
+enum Phase { FIRST_PHASE, DENSE_PHASE };  // of the run, before and from the switch step
+static const char* phase_name[] = {"first", "dense"};
+enum Attention { DENSE, WINDOW, LIGHTHOUSE, ATTENTION_KINDS };  // of a layer; in the dense phase all are DENSE
+static const char attention_letters[] = "DWL";
+static const int MAX_WINDOWS = 8;
 
 // The parameter tensors in the order of llm.c's model file. A RoPE model has no WPE.
 enum Tensor {
@@ -3779,11 +3816,11 @@ struct LayerActs {
     floatX* x;                 // (B, T/W, C) input of the block
     floatX* ln1;               // (B, T/W, C)
     float *ln1_mean, *ln1_rstd;  // (B, T/W)
-    floatX* qkv;               // (B, T, 3, NH/W, D) rotated in a dense layer, raw in a Lighthouse layer; there, where
-                               // slots are exchanged, (B, T/W, 3, NH, D)
+    floatX* qkv;               // (B, T, 3, NH/W, D) raw in a Lighthouse layer, else rotated; in a layer that does not
+                               // exchange tokens (B, T/W, 3, NH, D)
     floatX* att;               // (B, T/W, C)
     floatX* att_heads;         // (B, T, NH/W, D) what att is made of; att itself if the backward pass needs one only
-    float* stats;              // (B, NH/W, T) dense layers only
+    float* stats;              // (B, NH/W, T), of windows (B T/window, NH/W or NH, window); not in Lighthouse layers
     LighthouseBuffers lh;      // Lighthouse layers only
     floatX* x2;                // (B, T/W, C) after the attention residual
     floatX* ln2;               // (B, T/W, C)
@@ -3798,6 +3835,7 @@ struct Run {
     int B;
     int64_t T;      // of the whole sequences; a process has T/W of each
     Phase phase;
+    int64_t window; // of the window layers; 0 in the dense phase
     bool train;     // activations are kept, gradients are made
     int recompute;  // the sum of the layers' levels, 0..4L: see layer_level()
     bool fp8;       // only where train: what is evaluated is the model that is written, in floatX
@@ -3837,9 +3875,12 @@ struct Model {
     int64_t within[TENSORS];                      // where a tensor begins in its group
     int64_t group_size[2], group_matrices[2];     // of group 0 and of a layer's: elements, and those before its vectors
     int64_t padded, owned;                        // elements of all groups; of this process's slices
-    bool lighthouse_layer[MAX_LAYERS];       // in the Lighthouse phase; in the dense phase no layer is
-    bool has_lighthouse;                     // at least one layer is, for part of the run
-    bool never_dense;                        // and for all of it: only evaluations and samples have a dense phase
+    Attention attention[MAX_LAYERS];         // of each layer in the first phase
+    char pattern[MAX_LAYERS + 1];            // the same as letters
+    bool uses[ATTENTION_KINDS];              // by at least one layer in the first phase
+    bool never_dense;                        // there is no other phase: only evaluations and samples are dense
+    int64_t window[MAX_WINDOWS], window_from[MAX_WINDOWS];  // a window and the first step that takes it
+    int windows;                             // 0: there is no first phase
     LighthouseShape shape;                   // of whole sequences and the NH/W heads of this process
     LighthouseShape own_shape;               // of the T/W tokens of this process and all heads
     bool exchange_slots;                     // a Lighthouse layer selects in own_shape and exchanges slots, not tokens
@@ -3984,8 +4025,23 @@ static void model_initialize(Model* m, uint64_t seed) {
 }
 
 // The one place that says which attention a layer uses.
-static Phase attention_kind(const Model* m, int l, Phase phase) {
-    return lighthouse_built && phase == LIGHTHOUSE && m->lighthouse_layer[l] ? LIGHTHOUSE : DENSE;
+static Attention layer_attention(const Model* m, int l, Phase phase) {
+    return lighthouse_built && phase == FIRST_PHASE ? m->attention[l] : DENSE;
+}
+
+static int64_t window_at(const Model* m, int64_t step) {
+    int i = m->windows - 1;
+    while (i > 0 && m->window_from[i] > step) i--;
+    return m->window[i];
+}
+
+// Tokens of a sequence that such a layer attends over at once.
+static int64_t attention_span(Attention kind, Run r) { return kind == WINDOW ? r.window : r.T; }
+
+// Whether processes that share a sequence exchange tokens for heads round such a layer's attention: not where windows,
+// or a Lighthouse layer's tiles, lie whole on the processes.
+static bool exchanges_tokens(const Model* m, Attention kind, Run r) {
+    return kind == LIGHTHOUSE ? !m->exchange_slots : kind == DENSE || r.T / procs.cp % r.window != 0;
 }
 
 // The recompute level of layer l, see the option. Where levels are mixed the first layers have one less than the rest.
@@ -4006,12 +4062,18 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
     int64_t N = run_rows(r), C = d->C, NH = d->NH;
     const LighthouseShape* s = &m->shape;
     int64_t entries = r.B * s->H * s->off[s->levels], slots = r.B * s->S * s->H;  // NH/W times all, or NH times 1/W
-    bool any_lighthouse = false, any_dense = false;
-    for (int l = 0; l < d->L; l++) (attention_kind(m, l, r.phase) == LIGHTHOUSE ? any_lighthouse : any_dense) = true;
+    // Where tokens are exchanged, the backward of dense attention needs att in both forms, but with FP8 only that of
+    // heads; from level 2 on that one is kept, and exchanged again.
+    auto two_forms = [&](Attention kind) {
+        return r.train && procs.cp > 1 && kind != LIGHTHOUSE && exchanges_tokens(m, kind, r);
+    };
+    bool any_lighthouse = false, any_dense = false, any_two_forms = false;
+    for (int l = 0; l < d->L; l++) {
+        Attention kind = layer_attention(m, l, r.phase);
+        (kind == LIGHTHOUSE ? any_lighthouse : any_dense) = true;
+        any_two_forms |= two_forms(kind);
+    }
     int highest = layer_level(m, r, d->L - 1);
-    // A dense layer's backward needs att in both forms, but with FP8 only that of heads; from level 2 on that one is
-    // kept, and exchanged again.
-    bool two_forms = r.train && procs.cp > 1;
     // With FP8 the products' inputs are kept as the columns that the weights' gradients read. GELU's result is then
     // never made, LayerNorm's and attention's only on the way there.
     auto keep_inputs = [&](int level) { return level < 2 && !r.fp8; };
@@ -4026,10 +4088,10 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
     if (!keep_inputs(highest)) {
         shared.ln1 = TAKE(arena, floatX, N * C);
         shared.ln2 = TAKE(arena, floatX, N * C);
-        if (any_lighthouse || two_forms || highest >= 4) shared.att = TAKE(arena, floatX, N * C);
+        if (any_lighthouse || any_two_forms || highest >= 4) shared.att = TAKE(arena, floatX, N * C);
     }
     if (highest >= 2 && any_lighthouse) shared.lh.slots = TAKE(arena, floatX, slots * 3 * s->D);
-    if (highest >= 4 && any_dense && two_forms) shared.att_heads = TAKE(arena, floatX, N * C);
+    if (highest >= 4 && any_two_forms) shared.att_heads = TAKE(arena, floatX, N * C);
     if (highest >= 3) {
         shared.qkv = TAKE(arena, floatX, N * 3 * C);
         shared.x2 = TAKE(arena, floatX, N * C);
@@ -4050,7 +4112,8 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
     }
     for (int l = 0; l < d->L; l++) {
         LayerActs* y = &a->layer[l];
-        bool lighthouse = attention_kind(m, l, r.phase) == LIGHTHOUSE;
+        Attention kind = layer_attention(m, l, r.phase);
+        bool lighthouse = kind == LIGHTHOUSE;
         int level = layer_level(m, r, l);
         if (!r.train && l > 0) {  // every layer uses the buffers of the first; the residual stream alternates
             *y = a->layer[0];
@@ -4071,8 +4134,8 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
             y->ln2 = TAKE(arena, floatX, N * C);
         }
         if (level < 2 && lighthouse) y->lh.slots = TAKE(arena, floatX, slots * 3 * s->D);
-        if (lighthouse || two_forms ? keep_inputs(level) : level < 4) y->att = TAKE(arena, floatX, N * C);
-        if (lighthouse || !two_forms) y->att_heads = y->att;
+        if (lighthouse || two_forms(kind) ? keep_inputs(level) : level < 4) y->att = TAKE(arena, floatX, N * C);
+        if (!two_forms(kind)) y->att_heads = y->att;
         else if (level < 4) y->att_heads = TAKE(arena, floatX, N * C);
         if (level < 3) {
             y->qkv = TAKE(arena, floatX, N * 3 * C);
@@ -4131,8 +4194,8 @@ static void heads_to_rows(floatX* rows /*(B,R/W,parts,NH,D)*/, const floatX* hea
     heads_unpack(rows, room, B, count, W, n);
 }
 
-// A dense layer exchanges its tokens. A Lighthouse layer needs to exchange only its slots where every process holds
-// whole tiles, since each tile is selected on its own: a process then scores, selects, pools and scatters among its own
+// A Lighthouse layer needs to exchange only its slots where every process holds whole tiles, since each tile is selected
+// on its own: a process then scores, selects, pools and scatters among its own
 // tokens, for all heads, with the same results. Where tiles do not divide, or slots are no fewer than tokens, it
 // exchanges tokens like a dense layer and does all of that for its heads. *own: the shape of what a process holds.
 static bool can_exchange_slots(const Model* m, int tile, LighthouseShape* own) {
@@ -4267,27 +4330,45 @@ static void product_backward(Model* m, int l, int p, Run r, floatX* dinp /*(B,T/
     fp8_matmul_backward(dinp, dweight, r.first, dout8, fp8_input(m, p, l), fp8_weight(m, p, l), N, C, OC);
 }
 
+// What a layer's attention runs over in this process.
+struct AttentionRows {
+    Attention kind;
+    bool exchange;     // tokens for heads, and back
+    int64_t T, span;   // tokens of each sequence, and how many of them attention runs over at once
+    int64_t t0;        // position of the first
+    int heads, D;
+};
+static AttentionRows attention_rows(const Model* m, int l, Run r) {
+    Attention kind = layer_attention(m, l, r.phase);
+    bool exchange = exchanges_tokens(m, kind, r);
+    int W = procs.cp, D = m->dims.C / m->dims.NH;
+    if (exchange) return {kind, true, r.T, attention_span(kind, r), 0, m->dims.NH / W, D};
+    return {kind, false, r.T / W, attention_span(kind, r), first_token(r), m->dims.NH, D};
+}
+
 // The forward pass of block l, from layer[l].x to x_next. With again, only what the backward pass needs and the
 // recompute level did not keep: the same operations on the same numbers, so the same bits.
 static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
     const Dims* d = &m->dims;
+    int C = d->C, level = layer_level(m, r, l);
     int64_t N = run_rows(r);
-    int C = d->C, D = d->C / d->NH, heads = d->NH / procs.cp;
     LayerActs* y = &m->acts.layer[l];
-    bool lighthouse = attention_kind(m, l, r.phase) == LIGHTHOUSE, exchange_tokens = !lighthouse || !m->exchange_slots;
-    int level = layer_level(m, r, l);
+    AttentionRows at = attention_rows(m, l, r);
     limit_lead();
     #define NEEDED(from) (!again || level >= (from))
     if (NEEDED(2))
         layernorm_forward(y->ln1, y->ln1_mean, y->ln1_rstd, y->x, weight(m, LN1W, l), weight(m, LN1B, l), N, C);
     product_forward(m, l, QKV, r, NEEDED(3) ? y->qkv : NULL, NULL, again);
     if (NEEDED(3)) {
-        if (exchange_tokens) rows_to_heads(y->qkv, y->qkv, y->gelu, r.B, r.T, 3, C);
-        if (d->rope && !lighthouse) rope_rotate(y->qkv, m->rope, +1, r.B, r.T, heads, D);
+        if (at.exchange) rows_to_heads(y->qkv, y->qkv, y->gelu, r.B, r.T, 3, C);
+        if (d->rope && at.kind != LIGHTHOUSE) rope_rotate(y->qkv, m->rope, +1, r.B, at.T, at.heads, at.D, at.t0);
     }
-    if (lighthouse) lighthouse_forward(m, y, r, again, NEEDED(2));
-    else if (NEEDED(4)) sdpa_forward(y->att_heads, y->stats, y->qkv, r.B, r.T, heads, D);
-    if (NEEDED(2) && exchange_tokens) heads_to_rows(y->att, y->att_heads, y->gelu, r.B, r.T, 1, C);
+    if (at.kind == LIGHTHOUSE) lighthouse_forward(m, y, r, again, NEEDED(2));
+    else if (NEEDED(4)) each_window(r.B, at.T, at.span, [&](int64_t row, int sequences, int64_t length) {
+        sdpa_forward(y->att_heads + row * at.heads * at.D, y->stats + row * at.heads, y->qkv + row * 3 * at.heads * at.D,
+                     sequences, length, at.heads, at.D);
+    });
+    if (NEEDED(2) && at.exchange) heads_to_rows(y->att, y->att_heads, y->gelu, r.B, r.T, 1, C);
     product_forward(m, l, ATTPROJ, r, NEEDED(3) ? y->x2 : NULL, y->x, again);
     if (NEEDED(2))
         layernorm_forward(y->ln2, y->ln2_mean, y->ln2_rstd, y->x2, weight(m, LN2W, l), weight(m, LN2B, l), N, C);
@@ -4303,10 +4384,11 @@ static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
 static void block_backward(Model* m, int l, Run r) {
     const Dims* d = &m->dims;
     int64_t N = run_rows(r);
-    int C = d->C, D = d->C / d->NH, heads = d->NH / procs.cp;
+    int C = d->C;
     Activations* a = &m->acts;
     LayerActs* y = &a->layer[l];
-    bool lighthouse = attention_kind(m, l, r.phase) == LIGHTHOUSE, exchange_tokens = !lighthouse || !m->exchange_slots;
+    AttentionRows at = attention_rows(m, l, r);
+    bool lighthouse = at.kind == LIGHTHOUSE;
     limit_lead();
     if (layer_level(m, r, l) > 0 || lighthouse) block_forward(m, l, r, NULL, true);
 
@@ -4319,14 +4401,18 @@ static void block_backward(Model* m, int l, Run r) {
     floatX* dqkv = a->dwide;
     float* dbias = gradient(m, QKVB, l);
     bool from_slots = lighthouse && procs.cp == 1 && !r.fp8;
-    if (exchange_tokens) rows_to_heads(a->dbtc, a->dbtc, y->gelu, r.B, r.T, 1, C);
+    if (at.exchange) rows_to_heads(a->dbtc, a->dbtc, y->gelu, r.B, r.T, 1, C);
     if (lighthouse) {
         lighthouse_backward(m, y, r, dqkv, from_slots ? dbias : NULL, a->dbtc);
     } else {
-        sdpa_backward(dqkv, a->dbtc, y->qkv, y->att_heads, y->stats, r.B, r.T, heads, D);
-        if (d->rope) rope_rotate(dqkv, m->rope, -1, r.B, r.T, heads, D);
+        each_window(r.B, at.T, at.span, [&](int64_t row, int sequences, int64_t length) {
+            int64_t i = row * at.heads * at.D;
+            sdpa_backward(dqkv + 3 * i, a->dbtc + i, y->qkv + 3 * i, y->att_heads + i, y->stats + row * at.heads,
+                          sequences, length, at.heads, at.D);
+        });
+        if (d->rope) rope_rotate(dqkv, m->rope, -1, r.B, at.T, at.heads, at.D, at.t0);
     }
-    if (exchange_tokens) heads_to_rows(dqkv, dqkv, y->gelu, r.B, r.T, 3, C);
+    if (at.exchange) heads_to_rows(dqkv, dqkv, y->gelu, r.B, r.T, 3, C);
     product_backward(m, l, QKV, r, a->dbtc, from_slots ? NULL : dbias, dqkv);
     layernorm_backward(a->dres, gradient(m, LN1W, l), gradient(m, LN1B, l), l > 0 ? gradient(m, FCPROJB, l - 1) : NULL,
                        a->dbtc, y->x, weight(m, LN1W, l), y->ln1_mean, y->ln1_rstd, N, C);
@@ -4432,15 +4518,19 @@ static void model_logits(Model* m, int64_t b, int64_t t, Run r, float* host) {
     if (procs.cp > 1) broadcast(host, d->V * sizeof(float), CP_GROUP, owner);
 }
 
+// What attention computes of a sequence in such a layer: twice the pairs of a query and a key, diagonals aside.
+static double attention_square(Attention kind, const Model* m, int64_t window, int64_t T) {
+    double square = kind == DENSE ? (double)T * T : kind == LIGHTHOUSE ? (double)m->shape.S * m->shape.S : 0;
+    if (kind == WINDOW) each_window(1, T, window, [&](int64_t, int n, int64_t w) { square += (double)n * w * w; });
+    return square;
+}
+
 // Floating-point operations of a step over `tokens` tokens, forward and backward (twice the forward), nothing
-// recomputed: the matrices, and the causal half of the attention square, over S slots in a Lighthouse layer.
-static double step_flops(const Model* m, Phase phase, int64_t T, double tokens) {
+// recomputed: the matrices, and the causal half of the attention squares.
+static double step_flops(const Model* m, Phase phase, int64_t window, int64_t T, double tokens) {
     const Dims* d = &m->dims;
     double matrices = (double)d->Vp * d->C + 12.0 * d->L * d->C * d->C, attention = 0;
-    for (int l = 0; l < d->L; l++) {
-        double rows = attention_kind(m, l, phase) == LIGHTHOUSE ? (double)m->shape.S : (double)T;
-        attention += rows * rows * d->C;
-    }
+    for (int l = 0; l < d->L; l++) attention += attention_square(layer_attention(m, l, phase), m, window, T) * d->C;
     return 6 * matrices * tokens + 6 * attention * (tokens / T);
 }
 
@@ -4460,19 +4550,19 @@ static void plan_add(Plan* p, const char* name, size_t bytes) {
 }
 
 struct Passes {  // every kind of pass of the run
-    Run run[8];
+    Run run[2 * MAX_WINDOWS + 3];
     int count;
 };
 
 static Passes run_passes(const Model* m, const Config* c, int64_t sample_T, int recompute, int B) {
     Passes p = {{}, 0};
-    for (int phase = LIGHTHOUSE; phase <= DENSE; phase++) {
-        if (phase == LIGHTHOUSE && !m->has_lighthouse) continue;
-        if (phase == LIGHTHOUSE || !m->never_dense)
-            p.run[p.count++] = {B, c->seq_len, (Phase)phase, true, recompute, c->fp8 != 0};
-        p.run[p.count++] = {B, c->seq_len, (Phase)phase, false, 0};
-    }
-    if (sample_T) p.run[p.count++] = {1, sample_T, DENSE, false, 0};
+    for (int i = 0; i < m->windows; i++)
+        for (bool train : {true, false})
+            p.run[p.count++] = {B, c->seq_len, FIRST_PHASE, m->window[i], train, train ? recompute : 0, train && c->fp8};
+    for (bool train : {true, false})
+        if (!train || !m->never_dense)
+            p.run[p.count++] = {B, c->seq_len, DENSE_PHASE, 0, train, train ? recompute : 0, train && c->fp8};
+    if (sample_T) p.run[p.count++] = {1, sample_T, DENSE_PHASE, 0, false, 0};
     return p;
 }
 
@@ -4490,7 +4580,7 @@ static Plan memory_plan(const Model* m, const Config* c, int64_t sample_T, int r
     Plan p;
     memset(&p, 0, sizeof p);
     p.recompute = recompute;
-    int D = m->dims.C / m->dims.NH, heads = m->dims.NH / procs.cp;
+    int D = m->dims.C / m->dims.NH;
     plan_add(&p, "parameters", m->padded * sizeof(floatX));
     if (sizeof(floatX) != sizeof(float)) plan_add(&p, "fp32 masters", m->owned * sizeof(float));
     plan_add(&p, "gradients", m->padded * sizeof(float));
@@ -4507,12 +4597,12 @@ static Plan memory_plan(const Model* m, const Config* c, int64_t sample_T, int r
         Run r = passes.run[i];
         activations = std::max(activations, activations_bytes(m, r));
         operations = std::max(operations, operations_bytes(run_rows(r), m->dims.C, m->dims.Vp));
-        bool kinds[2] = {false, false};
-        for (int l = 0; l < m->dims.L; l++) kinds[attention_kind(m, l, r.phase)] = true;
-        for (int kind = LIGHTHOUSE; kind <= DENSE; kind++) {  // on a GPU this builds cuDNN's plans
-            if (!kinds[kind]) continue;
-            int64_t rows = kind == LIGHTHOUSE ? m->shape.S : r.T;
-            attention = std::max(attention, (size_t)sdpa_prepare(r.B, rows, heads, D, true, r.train));
+        for (int l = 0; l < m->dims.L; l++) {  // on a GPU this builds cuDNN's plans
+            AttentionRows at = attention_rows(m, l, r);
+            if (at.kind == LIGHTHOUSE) at = {LIGHTHOUSE, false, m->shape.S, m->shape.S, 0, m->shape.H, D};
+            each_window(r.B, at.T, at.span, [&](int64_t, int n, int64_t length) {
+                attention = std::max(attention, (size_t)sdpa_prepare(n, length, at.heads, at.D, true, r.train));
+            });
         }
     }
     plan_add(&p, "activations", activations);
@@ -5068,17 +5158,25 @@ static bool checkpoint_resume(Model* m, const Config* c, RunState* state, char**
 // ===================================================================================================================
 // 10. Evaluation and sampling; logs and progress.
 
-// Mean loss over the validation data, each data-parallel group taking every dp-th sequence. A batch that is not full
-// has its rest filled with targets of -1, which do not count. Returns false if a signal stopped it before the end: at
-// long contexts a validation takes minutes.
-static bool evaluate(double* loss, Model* m, const Config* c, const Loader* data, Phase phase) {
-    Run r = {(int)c->batch_size, c->seq_len, phase, false, 0};
+// Mean losses over the validation data: of all tokens, and of those at positions [2^i, 2^(i+1)) of their sequence,
+// position 0 with the first.
+static const int POSITION_BUCKETS = 31;
+struct Losses {
+    double all, bucket[POSITION_BUCKETS];
+    int buckets;  // that T reaches
+};
+
+// Each data-parallel group takes every dp-th sequence. A batch that is not full has its rest filled with targets of -1,
+// which do not count. Returns false if a signal stopped it before the end: at long contexts a validation takes minutes.
+static bool evaluate(Losses* losses, Model* m, const Config* c, const Loader* data, Phase phase, int64_t window) {
+    Run r = {(int)c->batch_size, c->seq_len, phase, window, false, 0};
     int64_t T = c->seq_len, B = r.B, rows = T / procs.cp;
     int64_t sequences = std::min(c->val_batches * B, data->windows);  // as on one process
     Batch* batch = &m->batch[2];
-    device_zero(m->sums, 2 * sizeof(double));
-    for (int64_t i = 0; i < sequences; i += B * procs.dp) {
-        if (stop_asked()) return false;
+    float* host = (float*)host_alloc(B * rows * sizeof(float));
+    double sums[POSITION_BUCKETS][2] = {};  // of losses, of tokens
+    bool stopped = false;
+    for (int64_t i = 0; i < sequences && !(stopped = stop_asked()); i += B * procs.dp) {
         int64_t valid = 0;
         event_wait(&batch->copied);
         for (int64_t b = 0; b < B; b++) {
@@ -5091,11 +5189,127 @@ static bool evaluate(double* loss, Model* m, const Config* c, const Loader* data
         model_trunk(m, batch->tokens, r);
         model_head(m, batch->targets, r, 0);
         event_record(&batch->copied);
+        copy_to_host(host, m->acts.losses, B * rows * sizeof(float));
+        for (int64_t j = 0; j < valid * rows; j++) {
+            int bucket = 63 - __builtin_clzll((first_token(r) + j % rows) | 1);
+            sums[bucket][0] += host[j];
+            sums[bucket][1]++;
+        }
     }
-    double sums[2];
-    copy_to_host(sums, m->sums, sizeof sums);
-    *loss = all_sum(sums[LOSS_SUM]) / ((double)sequences * T);
+    free(host);
+    if (stopped) return false;
+    all_sum(&sums[0][0], 2 * POSITION_BUCKETS);
+    double loss = 0, tokens = 0;
+    for (int i = 0; i < POSITION_BUCKETS; i++) {
+        loss += sums[i][0];
+        tokens += sums[i][1];
+        losses->bucket[i] = sums[i][0] / sums[i][1];
+        if (sums[i][1] > 0) losses->buckets = i + 1;
+    }
+    losses->all = loss / tokens;
     return true;
+}
+
+// Copying at a distance, in the validation data: the last n tokens of a sequence repeat the n that stand d earlier. How
+// well are they predicted, without the first of them, when nothing can be known yet? Once with the text's own tokens,
+// once with ids drawn from all that the sequence holds, which nothing but the copy predicts.
+static const int MAX_DISTANCES = 12;
+struct Copying {
+    int64_t n, skipped, sequences;  // tokens repeated, the first of them left out; sequences of each distance
+    int count;
+    int64_t distance[MAX_DISTANCES];
+    double loss[MAX_DISTANCES][2], right[MAX_DISTANCES][2];  // text, random: mean loss, share that argmax gets right
+};
+
+// n = 256; distances 1K, 4K, 16K, ... and the longest, T - n; for T below 1024 all of it shorter. Takes no longer than a
+// validation, but at least one batch of each.
+static Copying copying_plan(const Config* c) {
+    Copying k = {};
+    int64_t T = c->seq_len;
+    k.n = std::min<int64_t>(256, T / 4);
+    k.skipped = std::min<int64_t>(16, k.n / 4);
+    for (int64_t d = 4 * k.n; d + d / 2 < T - k.n && k.count < MAX_DISTANCES - 1; d *= 4) k.distance[k.count++] = d;
+    k.distance[k.count++] = T - k.n;
+    int64_t batches = std::max<int64_t>(1, ceil_div(c->val_batches, procs.dp) / (2 * k.count));
+    k.sequences = batches * c->batch_size * procs.dp;
+    return k;
+}
+
+// Adds the loss and the right guesses of rows [row, row + n) of the last trunk's output.
+static void score_rows(Model* m, int64_t row, int64_t n, const int* targets /*(n)*/, double* loss, double* right) {
+    const Dims* d = &m->dims;
+    int64_t chunk = head_rows(m, n);
+    floatX* logits = (floatX*)host_alloc(chunk * d->Vp * sizeof(floatX));
+    double* losses = (double*)host_alloc(chunk * sizeof(double));
+    bool* hit = (bool*)host_alloc(chunk);
+    for (int64_t i = 0; i < n; i += chunk) {
+        int64_t rows = std::min(n - i, chunk);
+        matmul_forward(m->acts.logits, m->acts.lnf + (row + i) * d->C, weight(m, WTE, 0), NULL, NULL, rows, d->C, d->Vp);
+        copy_to_host(logits, m->acts.logits, rows * d->Vp * sizeof(floatX));
+        #pragma omp parallel for
+        for (int64_t j = 0; j < rows; j++) {
+            const floatX* x = logits + j * d->Vp;
+            int most = 0, target = targets[i + j];
+            double sum = 0;
+            for (int v = 1; v < d->V; v++) if ((float)x[v] > (float)x[most]) most = v;
+            for (int v = 0; v < d->V; v++) sum += exp((double)((float)x[v] - (float)x[most]));
+            losses[j] = log(sum) + (double)((float)x[most] - (float)x[target]);
+            hit[j] = most == target;
+        }
+        for (int64_t j = 0; j < rows; j++) {
+            *loss += losses[j];
+            *right += hit[j];
+        }
+    }
+    free(logits); free(losses); free(hit);
+}
+
+// Sequence i of the validation data (T), with its end made a copy.
+static void copying_sequence(int* tokens, const Loader* data, int64_t i, int64_t n, int64_t distance, bool random) {
+    int64_t T = data->T, first, source = T - n - distance;
+    const Shard* s = loader_window(data, i % data->windows, &first);
+    for (int64_t t = 0; t < T; t++) tokens[t] = loader_token(data, s, first + t);
+    if (random) {
+        int* ids = (int*)host_alloc(T * sizeof(int));
+        memcpy(ids, tokens, T * sizeof(int));
+        std::sort(ids, ids + T);
+        int64_t count = std::unique(ids, ids + T) - ids;
+        for (int64_t j = 0; j < n; j++) tokens[source + j] = ids[(int64_t)(uniform(0x434F5059 + i, j) * count)];
+        free(ids);
+    }
+    memcpy(tokens + T - n, tokens + source, n * sizeof(int));
+}
+
+// Under dense attention. Returns false if a signal stopped it.
+static bool evaluate_copying(Copying* k, Model* m, const Config* c, const Loader* data) {
+    Run r = {(int)c->batch_size, c->seq_len, DENSE_PHASE, 0, false, 0};
+    int64_t T = c->seq_len, B = r.B, rows = T / procs.cp;
+    int* tokens = (int*)host_alloc(B * T * sizeof(int));
+    Batch* batch = &m->batch[2];
+    bool stopped = false;
+    for (int test = 0; test < 2 * k->count && !stopped; test++) {
+        double sums[2] = {0, 0};
+        for (int64_t i = 0; i < k->sequences && !(stopped = stop_asked()); i += B * procs.dp) {
+            event_wait(&batch->copied);
+            for (int64_t b = 0; b < B; b++) {
+                int64_t sequence = i + b * procs.dp + procs.dp_rank;
+                copying_sequence(tokens + b * T, data, sequence, k->n, k->distance[test / 2], test % 2);
+                memcpy(batch->tokens + b * rows, tokens + b * T + first_token(r), rows * sizeof(int));
+            }
+            model_trunk(m, batch->tokens, r);
+            event_record(&batch->copied);
+            // Row t predicts token t + 1. Of the rows that predict the copy, those of this process:
+            int64_t from = std::max(T - k->n + k->skipped - 1, first_token(r)), to = std::min(T - 1, first_token(r) + rows);
+            for (int64_t b = 0; b < B && from < to; b++)
+                score_rows(m, b * rows + from - first_token(r), to - from, tokens + b * T + from + 1, &sums[0], &sums[1]);
+        }
+        all_sum(sums, 2);
+        double scored = (double)k->sequences * (k->n - k->skipped);
+        k->loss[test / 2][test % 2] = sums[0] / scored;
+        k->right[test / 2][test % 2] = sums[1] / scored;
+    }
+    free(tokens);
+    return !stopped;
 }
 
 struct Tokenizer {
@@ -5194,7 +5408,7 @@ static int64_t sample_length(const Config* c) {
 static char* sample(Model* m, const Config* c, const Tokenizer* k, int64_t step) {
     int64_t T = sample_length(c);
     int V = m->dims.V;
-    Run r = {1, T, DENSE, false, 0};
+    Run r = {1, T, DENSE_PHASE, 0, false, 0};
     int* tokens = (int*)host_alloc(T * sizeof(int));
     float* logits = (float*)host_alloc(V * sizeof(float));
     float* sorted = (float*)host_alloc(V * sizeof(float));
@@ -5386,9 +5600,9 @@ static char* training_options(const Config* c) {
     char* lines = text("%s", "");
     for (const Option* o = options; o < options + option_count; o++) {
         if (o->offset != AT(fp8) && (o->offset < AT(steps) || o->offset > AT(switch_step))) continue;
-        char *value = option_text(c, o), *longer = text("%s%s %s\n", lines, o->name, value);
-        free(lines); free(value);
-        lines = longer;
+        char* value = option_text(c, o);
+        lines = longer_text(lines, "%s %s\n", o->name, value);
+        free(value);
     }
     return lines;
 }
@@ -5428,7 +5642,7 @@ static void note_changed_options(const Config* c, const char* path) {
 static void parse_options(Config* c, int argc, char** argv) {
     for (int i = 0; i < option_count; i++) set_option(c, &options[i], options[i].fallback);
     if (!lighthouse_built) {
-        c->switch_step = "0"; c->dense_layers = "all";
+        c->switch_step = "0"; c->attention = "D"; c->window = "1024";
     }
     for (int i = 1; i < argc; i++) {
         const char* a = argv[i];
@@ -5508,46 +5722,58 @@ static Dims choose_dims(const Config* c, int64_t largest_id, bool* from_file) {
     return d;
 }
 
-static int64_t parse_switch_step(const Config* c, int64_t steps) {
+// A step of the run: a number of steps, or with a point a share of them. Refuses anything that does not end in `end`.
+static int64_t parse_step(const char* option, const char* value, const char* s, const char** rest, int64_t steps) {
     char* end;
-    const char* s = c->switch_step;
     double x = strtod(s, &end);
-    bool share = strchr(s, '.') != NULL;
-    if (end == s || *end || !(x >= 0) || (share && x > 1) || (!share && (x > steps || x != floor(x))))
-        fatal("--switch-step is \"%s\"; it must be a step from 0 to the run's %ld, or with a point a share such as "
-              "0.625", s, steps);
+    bool share = memchr(s, '.', end - s) != NULL;
+    if (end == s || (*end && *end != ',') || !(x >= 0) || (share && x > 1) || (!share && (x > steps || x != floor(x))))
+        fatal("--%s is \"%s\"; a step must be from 0 to the run's %ld, or with a point a share such as 0.625", option,
+              value, steps);
+    *rest = end;
     return share ? (int64_t)llround(x * steps) : (int64_t)x;
 }
 
-static void choose_lighthouse_layers(Model* m, const Config* c) {
-    int L = m->dims.L;
-    const char* s = c->dense_layers;
-    int ends = L >= 12 ? 2 : L >= 3 ? 1 : 0;
-    for (int l = 0; l < L; l++)
-        m->lighthouse_layer[l] = isdigit((unsigned char)*s) || !strcmp(s, "none") ||
-                                 (!strcmp(s, "auto") && l >= ends && l < L - ends);
-    if (isdigit((unsigned char)*s)) {
-        while (*s) {
-            char* end;
-            long l = strtol(s, &end, 10);
-            if (end == s || (*end && *end != ',') || (*end == ',' && !end[1]) || l < 0 || l >= L)
-                fatal("--dense-layers is \"%s\"; it must be layers from 0 to %d with commas between, none, all or auto",
-                      c->dense_layers, L - 1);
-            m->lighthouse_layer[l] = false;
-            s = *end ? end + 1 : end;
-        }
-    } else if (strcmp(s, "none") && strcmp(s, "auto") && strcmp(s, "all")) {
-        fatal("--dense-layers is \"%s\"; it must be layers such as 0,1,10,11, none, all or auto", s);
+// The letters of --attention, one a layer.
+static void choose_attention(Model* m, const char* s) {
+    int L = m->dims.L, letters = (int)strlen(s), ends = L >= 12 ? 2 : L >= 3 ? 1 : 0;
+    bool paper = !strcmp(s, "paper");
+    if (!paper && (!letters || letters > L || strspn(s, attention_letters) < strlen(s)))
+        fatal("--attention is \"%s\"; it must be paper, or 1 to %d letters D (dense), W (window), L (Lighthouse)", s, L);
+    for (int l = 0; l < L; l++) {
+        m->attention[l] = paper ? (l >= ends && l < L - ends ? LIGHTHOUSE : DENSE)
+                                : (Attention)(strchr(attention_letters, s[l % letters]) - attention_letters);
+        m->pattern[l] = attention_letters[m->attention[l]];
+        m->uses[m->attention[l]] = true;
     }
-    m->has_lighthouse = false;
-    for (int l = 0; l < L; l++) m->has_lighthouse |= m->lighthouse_layer[l];
+}
+
+// The windows of --window and the steps from which they are taken. None is longer than a sequence.
+static void choose_windows(Model* m, const Config* c, int64_t steps, int64_t switch_step) {
+    for (const char* s = c->window; *s || !m->windows;) {
+        char* end;
+        int64_t i = m->windows, window = strtol(s, &end, 10), from = 0;
+        if (end == s || window < 1 || i == MAX_WINDOWS || (*end && *end != ',' && *end != ':'))
+            fatal("--window is \"%s\"; it must be tokens, or up to %d of tokens:step with commas between, such as "
+                  "1024,4096:0.3", c->window, MAX_WINDOWS);
+        if (*end == ':') from = parse_step("window", c->window, end + 1, &s, steps);
+        else s = end;
+        if (from >= switch_step || (i ? from <= m->window_from[i - 1] : from != 0))
+            fatal("--window is \"%s\"; the first window is taken from step 0 on, each of the others from a later step "
+                  "than the one before it, below the switch at %ld: here window %ld from step %ld", c->window, switch_step,
+                  window, from);
+        if (*s == ',') s++;
+        m->window[i] = std::min(window, c->seq_len);
+        m->window_from[i] = from;
+        m->windows++;
+    }
 }
 
 // The rate of the device's own matrix product at this model's widest layer: what MFU is measured against. The weights
 // themselves serve as random input: zeros would run faster than real data.
 static double measure_device(Model* m, int64_t T) {
     int C = m->dims.C;
-    int64_t room = activations_bytes(m, {1, T, DENSE, false, 0});  // the arena is no smaller
+    int64_t room = activations_bytes(m, {1, T, DENSE_PHASE, 0, false, 0});  // the arena is no smaller
     int64_t N = std::min({(int64_t)m->dims.L * 4 * C, (int64_t)8192, room / (int64_t)(4 * C * sizeof(floatX))});
     double best = INFINITY, began = seconds();
     for (int i = 0; i < 4 || seconds() - began < 0.2; i++) {  // the first is a warm-up
@@ -5615,7 +5841,7 @@ struct Trainer {
     double device_flops, started, wall_before; // wall_before: of the run before this process
 };
 
-static Phase phase_at(const Trainer* t, int64_t step) { return step < t->switch_step ? LIGHTHOUSE : DENSE; }
+static Phase phase_at(const Trainer* t, int64_t step) { return step < t->switch_step ? FIRST_PHASE : DENSE_PHASE; }
 static double wall_seconds(const Trainer* t) { return t->wall_before + seconds() - t->started; }
 
 static void log_configuration(const Trainer* t, const Plan* plan, const char* device) {
@@ -5636,16 +5862,17 @@ static void log_configuration(const Trainer* t, const Plan* plan, const char* de
         free(value);
     }
     fprintf(f, "},\"model\":{\"layers\":%d,\"channels\":%d,\"heads\":%d,\"vocab\":%d,\"padded_vocab\":%d,"
-            "\"parameters\":%ld,\"positions\":\"%s\",\"rope_theta\":%.9g},\"lighthouse\":", d->L, d->C, d->NH, d->V,
-            d->Vp, m->parameters, d->rope ? "rope" : "learned", d->theta);
-    if (t->switch_step > 0) {
+            "\"parameters\":%ld,\"positions\":\"%s\",\"rope_theta\":%.9g},\"attention\":\"%s\",\"windows\":[", d->L,
+            d->C, d->NH, d->V, d->Vp, m->parameters, d->rope ? "rope" : "learned", d->theta, m->pattern);
+    for (int i = 0; m->uses[WINDOW] && i < m->windows; i++)
+        fprintf(f, "%s[%ld,%ld]", i ? "," : "", m->window[i], m->window_from[i]);
+    fprintf(f, "],\"lighthouse\":");
+    if (m->uses[LIGHTHOUSE]) {
         const LighthouseShape* s = &m->shape;
-        fprintf(f, "{\"levels\":%d,\"pool\":%d,\"topk\":%d,\"tile\":%d,\"slots\":%ld,\"dense_layers\":[", s->levels,
-                s->pool, s->topk, s->tile, s->S);
-        for (int l = 0, n = 0; l < d->L; l++) if (!m->lighthouse_layer[l]) fprintf(f, "%s%d", n++ ? "," : "", l);
-        fprintf(f, "]}");
+        fprintf(f, "{\"levels\":%d,\"pool\":%d,\"topk\":%d,\"tile\":%d,\"slots\":%ld}", s->levels, s->pool, s->topk,
+                s->tile, s->S);
     } else fprintf(f, "null");
-    Run r = {0, 0, DENSE, true, plan->recompute};
+    Run r = {0, 0, DENSE_PHASE, 0, true, plan->recompute};
     for (int l = 0; l < d->L; l++) fprintf(f, "%s%d", l ? "," : ",\"recompute_levels\":[", layer_level(m, r, l));
     char* device_json = json_string(device);
     log_line(f, "],\"steps\":%ld,\"switch_step\":%ld,\"tokens_per_step\":%ld,\"processes\":%d,\"cp\":%d,"
@@ -5673,16 +5900,18 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
     double tokens = (double)t->steps * c->total_batch_size;
     say("run         %ld steps, %.3g tokens, %.2f epochs; learning rate up to %.3g, %s\n", t->steps, tokens,
         tokens / c->seq_len / t->train.windows, c->learning_rate, c->lr_schedule);
-    if (t->switch_step > 0) {
+    if (m->windows) {
         const LighthouseShape* s = &m->shape;
-        int lighthouse = 0;
-        for (int l = 0; l < d->L; l++) lighthouse += m->lighthouse_layer[l];
         double T = (double)c->seq_len, S = (double)s->S;
-        say("lighthouse  steps 0 to %ld in %d of %d layers: levels %d, pool %d, topk %d, tile %d (%d tiles)\n",
-            t->switch_step - 1, lighthouse, d->L, s->levels, s->pool, s->topk, s->tile, s->tiles);
-        say("            %ld slots for %ld tokens: %.2f%% of dense attention's operations in such a layer\n", s->S,
-            c->seq_len, 100 * S * S / (T * T));
-        if (procs.cp > 1) {
+        say("attention   steps 0 to %ld: %s\n", t->switch_step - 1, m->pattern);
+        for (int i = 0; m->uses[WINDOW] && i < m->windows; i++)
+            say("            windows of %ld tokens from step %ld on: %.2f%% of dense attention's operations in such a layer\n",
+                m->window[i], m->window_from[i], 100 * attention_square(WINDOW, m, m->window[i], c->seq_len) / (T * T));
+        if (m->uses[LIGHTHOUSE])
+            say("            Lighthouse: levels %d, pool %d, topk %d, tile %d (%d tiles): %ld slots for %ld tokens, %.2f%% of dense "
+                "attention's operations\n", s->levels, s->pool, s->topk, s->tile, s->tiles, s->S, c->seq_len,
+                100 * S * S / (T * T));
+        if (m->uses[LIGHTHOUSE] && procs.cp > 1) {
             say("            such a layer exchanges %s between the %d that share a sequence",
                 m->exchange_slots ? "slots" : "tokens", procs.cp);
             if (!m->exchange_slots && s->S < s->T) {
@@ -5694,13 +5923,15 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
             }
             say("\n");
         }
-        say("dense       steps %ld to %ld%s\n", t->switch_step, t->steps - 1,
+        say("            steps %ld to %ld: dense in every layer%s\n", t->switch_step, t->steps - 1,
             t->switch_step == t->steps ? ": none" : "");
     } else say("attention   dense throughout\n");
-    for (int phase = LIGHTHOUSE; phase <= DENSE; phase++)
-        if (phase == DENSE || t->switch_step > 0)
-            say("operations  %.4g TFLOP a %s step\n",
-                step_flops(m, (Phase)phase, c->seq_len, (double)c->total_batch_size) * 1e-12, phase_name[phase]);
+    double step_tokens = (double)c->total_batch_size;
+    for (int i = 0; i < m->windows; i++)
+        say("operations  %.4g TFLOP a step of the first phase%s\n",
+            step_flops(m, FIRST_PHASE, m->window[i], c->seq_len, step_tokens) * 1e-12,
+            m->windows > 1 ? text(", windows of %ld", m->window[i]) : "");
+    say("operations  %.4g TFLOP a dense step\n", step_flops(m, DENSE_PHASE, 0, c->seq_len, step_tokens) * 1e-12);
     say("memory      %.2f GiB%s of %.2f GiB free, recompute level ", gib(plan->total),
         procs.world > 1 ? " per process" : "", gib(device_memory_free()));
     int level = (int)c->recompute, lower = level * d->L - plan->recompute;  // layers one level lower
@@ -5716,9 +5947,7 @@ static void check_context_parallel(const Config* c, const Dims* d) {
     char* fitting = text("1");
     for (int W = 2; W <= d->NH && W <= procs.world; W++) {
         if (d->NH % W || c->seq_len % W || procs.world % W) continue;
-        char* more = text("%s, %d", fitting, W);
-        free(fitting);
-        fitting = more;
+        fitting = longer_text(fitting, ", %d", W);
     }
     fatal("--cp is %ld; it must divide the model's %d heads and --seq-len, %ld. On %d processes --cp can be %s", c->cp,
           d->NH, c->seq_len, procs.world, fitting);
@@ -5748,19 +5977,20 @@ static void setup_run(Trainer* t) {
               t->train.windows * c->seq_len, c->total_batch_size);
     if (c->warmup_steps > t->steps)
         fatal("--warmup-steps is %ld, more than the run's %ld steps", c->warmup_steps, t->steps);
-    t->switch_step = parse_switch_step(c, t->steps);
-    choose_lighthouse_layers(m, c);
-    if (t->switch_step > 0 && !m->has_lighthouse) {
-        say("note: --dense-layers leaves no layer to Lighthouse attention: the run is dense throughout\n");
-        t->switch_step = 0;
-    }
-    m->has_lighthouse = t->switch_step > 0;
-    m->never_dense = m->has_lighthouse && t->switch_step == t->steps;
+    const char* rest;
+    t->switch_step = parse_step("switch-step", c->switch_step, c->switch_step, &rest, t->steps);
+    if (*rest) fatal("--switch-step is \"%s\"; it must be one step", c->switch_step);
+    choose_attention(m, t->switch_step > 0 ? c->attention : "D");
+    if (!m->uses[WINDOW] && !m->uses[LIGHTHOUSE]) t->switch_step = 0;
+    if (t->switch_step == 0) return;
+    choose_windows(m, c, t->steps, t->switch_step);
+    m->never_dense = t->switch_step == t->steps;
     char why[512];
     int heads = m->dims.NH / procs.cp, D = m->dims.C / m->dims.NH;
-    if (m->has_lighthouse && !lighthouse_defaults(&m->shape, c, heads, D, why, sizeof why))
+    if (!m->uses[LIGHTHOUSE]) return;
+    if (!lighthouse_defaults(&m->shape, c, heads, D, why, sizeof why))
         fatal("Lighthouse attention at seq-len %ld: %s", c->seq_len, why);
-    m->exchange_slots = m->has_lighthouse && can_exchange_slots(m, m->shape.tile, &m->own_shape);
+    m->exchange_slots = can_exchange_slots(m, m->shape.tile, &m->own_shape);
 }
 
 // All processes must be built and started alike: rank 0's options are compared with this process's.
@@ -5967,7 +6197,7 @@ static void setup(Trainer* t, int argc, char** argv) {
     device_open(procs.local_rank);
     collectives_open();
     operations_open(dims.C, dims.NH, dims.Vp, c->deterministic);
-    if (m->has_lighthouse) lighthouse_open(&m->shape);
+    if (m->uses[LIGHTHOUSE]) lighthouse_open(&m->shape);
     if (c->fp8) fp8_open();
     int64_t sample_T = sample_length(c);
     Plan plan = choose_plan(m, c, sample_T);
@@ -5995,9 +6225,9 @@ static void setup(Trainer* t, int argc, char** argv) {
         const RunState* s = &t->state;
         say("resuming from %s at step %ld\n", path, s->step);
         note_changed_options(c, path);
-        if (s->phase_steps[DENSE] > 0 && s->step < t->switch_step)
+        if (s->phase_steps[DENSE_PHASE] > 0 && s->step < t->switch_step)
             say("note: this run was dense already at step %ld; with --steps %ld its switch is at step %ld: "
-                "--switch-step %ld keeps it dense\n", s->step, t->steps, t->switch_step, s->phase_steps[LIGHTHOUSE]);
+                "--switch-step %ld keeps it dense\n", s->step, t->steps, t->switch_step, s->phase_steps[FIRST_PHASE]);
         char* json = json_string(path);
         log_line(t->logs.jsonl, "{\"event\":\"resume\",\"step\":%ld,\"file\":%s}", s->step, json);
         free(json);
@@ -6011,28 +6241,83 @@ static void restart_clock(Trainer* t) {
     t->clock = seconds();
 }
 
+// "4K" of 4096; numbers that are no multiple of 1024 as they are.
+static ShortText short_count(int64_t n) {
+    ShortText t;
+    snprintf(t.s, sizeof t.s, n >= 1024 && n % 1024 == 0 ? "%ldK" : "%ld", n >= 1024 && n % 1024 == 0 ? n / 1024 : n);
+    return t;
+}
+
+// The losses by position as the logs have them: [a,b,c], or null.
+static char* json_buckets(const Losses* l) {
+    if (!l->buckets) return text("null");
+    char* out = text("[");
+    for (int i = 0; i < l->buckets; i++) out = longer_text(out, "%s%s", json_number(l->bucket[i]).s, i + 1 < l->buckets ? "," : "]");
+    return out;
+}
+
+static bool measure_copying(Trainer* t) {
+    const Config* c = &t->config;
+    Copying k = copying_plan(c);
+    if (!evaluate_copying(&k, &t->model, c, &t->val)) return false;
+    char *main_line = text("s:%ld", t->state.step), *json = text("%s", "");
+    progress_clear(&t->logs);
+    for (int random = 0; random < 2; random++) {
+        char* screen = text("step %ld | copies of %s:", t->state.step, random ? "random ids" : "the text");
+        for (int i = 0; i < k.count; i++) {
+            screen = longer_text(screen, "%s %s back %.3f (%.0f%% right)", i ? "," : "", short_count(k.distance[i]).s,
+                                 k.loss[i][random], 100 * k.right[i][random]);
+            main_line = longer_text(main_line, " %s%ld:%.4f", random ? "rcopy" : "copy", k.distance[i], k.loss[i][random]);
+        }
+        say("%s\n", screen);
+        free(screen);
+    }
+    for (int i = 0; i < k.count; i++)
+        json = longer_text(json, "%s{\"distance\":%ld,\"text_loss\":%s,\"text_right\":%.4f,\"random_loss\":%s,"
+                           "\"random_right\":%.4f}", i ? "," : "", k.distance[i], json_number(k.loss[i][0]).s, k.right[i][0],
+                           json_number(k.loss[i][1]).s, k.right[i][1]);
+    log_line(t->logs.main, "%s", main_line);
+    log_line(t->logs.jsonl, "{\"event\":\"copying\",\"step\":%ld,\"tokens\":%ld,\"sequences\":%ld,\"copies\":[%s]}",
+             t->state.step, k.n - k.skipped, k.sequences, json);
+    free(main_line); free(json);
+    return true;
+}
+
 // Returns false, with nothing logged, if a signal stopped it before the end.
-static bool validate(Trainer* t, Phase phase) {
+static bool validate(Trainer* t, Phase phase, bool copying) {
     const Config* c = &t->config;
     int64_t step = t->state.step;
     if (!t->has_val) return true;
-    double dense = NAN, lighthouse = NAN;
-    if (!evaluate(&dense, &t->model, c, &t->val, DENSE)) return false;
-    if (phase == LIGHTHOUSE && !evaluate(&lighthouse, &t->model, c, &t->val, LIGHTHOUSE)) return false;
-    progress_clear(&t->logs);
-    if (phase == LIGHTHOUSE) {
-        say("step %ld | validation loss %.4f under dense attention, %.4f under Lighthouse\n", step, dense, lighthouse);
-        log_line(t->logs.main, "s:%ld tel:%.6f lhtel:%.6f", step, dense, lighthouse);
-    } else {
-        say("step %ld | validation loss %.4f\n", step, dense);
-        log_line(t->logs.main, "s:%ld tel:%.6f", step, dense);
+    Losses dense = {}, first = {};
+    first.all = NAN;
+    if (!evaluate(&dense, &t->model, c, &t->val, DENSE_PHASE, 0)) return false;
+    if (phase == FIRST_PHASE &&
+        !evaluate(&first, &t->model, c, &t->val, FIRST_PHASE, window_at(&t->model, std::max<int64_t>(step - 1, 0)))) return false;
+    char *by_position = text("%s", ""), *main_fields = text("%s", "");
+    for (int i = dense.buckets % 2 ? 8 : 9; i < dense.buckets; i += 2) {  // from position 256 on, up to the last
+        by_position = longer_text(by_position, "%s %s: %.4f", *by_position ? "," : " | from position", short_count(1ll << i).s,
+                                  dense.bucket[i]);
+        main_fields = longer_text(main_fields, " p%lld:%.6f", 1ll << i, dense.bucket[i]);
     }
-    log_line(t->logs.jsonl, "{\"event\":\"eval\",\"step\":%ld,\"loss_dense\":%s,\"loss_lighthouse\":%s,\"tokens\":%ld,"
-             "\"train_s\":%.6f,\"wall_s\":%.6f}", step, json_number(dense).s, json_number(lighthouse).s,
-             step * c->total_batch_size, t->state.train_s, wall_seconds(t));
-    t->val_loss = dense;
+    progress_clear(&t->logs);
+    if (phase == FIRST_PHASE) {
+        say("step %ld | validation loss %.4f under dense attention, %.4f under %s%s\n", step, dense.all, first.all,
+            c->attention, by_position);
+        log_line(t->logs.main, "s:%ld tel:%.6f ftel:%.6f%s", step, dense.all, first.all, main_fields);
+    } else {
+        say("step %ld | validation loss %.4f%s\n", step, dense.all, by_position);
+        log_line(t->logs.main, "s:%ld tel:%.6f%s", step, dense.all, main_fields);
+    }
+    char *dense_buckets = json_buckets(&dense), *first_buckets = json_buckets(&first);
+    log_line(t->logs.jsonl, "{\"event\":\"eval\",\"step\":%ld,\"loss_dense\":%s,\"loss_first\":%s,\"tokens\":%ld,"
+             "\"train_s\":%.6f,\"wall_s\":%.6f,\"positions_dense\":%s,\"positions_first\":%s}", step,
+             json_number(dense.all).s, json_number(first.all).s, step * c->total_batch_size, t->state.train_s,
+             wall_seconds(t), dense_buckets, first_buckets);
+    free(by_position); free(main_fields); free(dense_buckets); free(first_buckets);
+    t->val_loss = dense.all;
+    bool whole = !copying || c->seq_len < 64 || measure_copying(t);
     restart_clock(t);
-    return true;
+    return whole;
 }
 
 static void save_checkpoint(Trainer* t) {
@@ -6067,18 +6352,32 @@ static void write_sample(Trainer* t) {
     restart_clock(t);
 }
 
+// Operations of steps [from, to), all of one phase.
+static double steps_flops(const Trainer* t, Phase phase, int64_t from, int64_t to) {
+    const Model* m = &t->model;
+    double sum = 0;
+    for (int i = 0; i < std::max(m->windows, 1); i++) {  // of the dense phase the one turn counts
+        int64_t begin = std::max(from, m->window_from[i]);
+        int64_t end = phase == FIRST_PHASE && i + 1 < m->windows ? std::min(to, m->window_from[i + 1]) : to;
+        if (phase == DENSE_PHASE) begin = i ? to : from;
+        if (begin < end)
+            sum += (end - begin) * step_flops(m, phase, m->window[i], t->config.seq_len, t->config.total_batch_size);
+    }
+    return sum;
+}
+
 // Seconds that the steps left will take: a phase not yet seen is taken at the other's rate of operations.
 static double seconds_left(const Trainer* t) {
     const RunState* s = &t->state;
-    double flops[2], per_flop = 0, left = 0;
+    int64_t first = s->phase_steps[FIRST_PHASE], dense = s->phase_steps[DENSE_PHASE];
+    int64_t at_switch = std::max(s->step, t->switch_step);
+    double done[] = {steps_flops(t, FIRST_PHASE, 0, first), steps_flops(t, DENSE_PHASE, 0, dense)};
+    double to_do[] = {steps_flops(t, FIRST_PHASE, s->step, at_switch), steps_flops(t, DENSE_PHASE, at_switch, t->steps)};
+    double left = 0;
     for (int p = 0; p < 2; p++) {
-        flops[p] = step_flops(&t->model, (Phase)p, t->config.seq_len, (double)t->config.total_batch_size);
-        if (s->phase_steps[p]) per_flop = s->phase_s[p] / s->phase_steps[p] / flops[p];
+        int seen = done[p] > 0 ? p : 1 - p;
+        if (done[seen] > 0) left += to_do[p] * s->phase_s[seen] / done[seen];
     }
-    int64_t steps[2] = {t->switch_step > s->step ? t->switch_step - s->step : 0, 0};
-    steps[1] = t->steps - s->step - steps[0];
-    for (int p = 0; p < 2; p++)
-        left += steps[p] * (s->phase_steps[p] ? s->phase_s[p] / s->phase_steps[p] : per_flop * flops[p]);
     return left;
 }
 
@@ -6108,7 +6407,8 @@ static void train_step(Trainer* t) {
     step_begun = s->step + 1;
     Phase phase = phase_at(t, s->step);
     int64_t T = c->seq_len, B = c->batch_size, total = c->total_batch_size;
-    Run r = {(int)B, T, phase, true, t->recompute, c->fp8 != 0};
+    int64_t window = phase == FIRST_PHASE ? window_at(m, s->step) : 0;
+    Run r = {(int)B, T, phase, window, true, t->recompute, c->fp8 != 0};
 
     begin_gradients(m);
     device_zero(m->sums, 2 * sizeof(double));
@@ -6152,7 +6452,7 @@ static void train_step(Trainer* t) {
     s->train_s += elapsed;
     s->phase_steps[phase]++;
     s->phase_s[phase] += elapsed;
-    double mfu = step_flops(m, phase, T, (double)total) / (elapsed * t->device_flops * procs.world);
+    double mfu = step_flops(m, phase, window, T, (double)total) / (elapsed * t->device_flops * procs.world);
     ShortText eta = duration(seconds_left(t));
     progress_clear(&t->logs);
     say("step %*ld/%ld | loss %.4f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s | mfu %.1f%% | %s | ETA %s%s\n",
@@ -6186,7 +6486,7 @@ static void finish(Trainer* t) {
         duration(wall_seconds(t)).s, gib(device_memory_taken()),
         t->has_val ? json_number(t->val_loss).s : "none", path);
     log_line(t->logs.jsonl, "{\"event\":\"total\",\"steps\":%ld,\"tokens\":%ld,\"train_s\":%.6f,\"wall_s\":%.6f,"
-             "\"phases\":{\"lighthouse\":%s,\"dense\":%s},\"final_val_loss\":%s,\"device_bytes\":%zu}", s->step,
+             "\"phases\":{\"first\":%s,\"dense\":%s},\"final_val_loss\":%s,\"device_bytes\":%zu}", s->step,
              s->step * total, s->train_s, wall_seconds(t), phases[0], phases[1], json_number(t->val_loss).s,
              device_memory_taken());
     free(path); free(phases[0]); free(phases[1]);
@@ -6219,18 +6519,18 @@ int main(int argc, char** argv) {
     while (!stop && s->step < t->steps) {
         Phase phase = phase_at(t, s->step);
         // A run that resumes past its switch, having never been dense, switches at once.
-        bool late = phase == DENSE && s->phase_steps[LIGHTHOUSE] > 0 && s->phase_steps[DENSE] == 0;
+        bool late = phase == DENSE_PHASE && s->phase_steps[FIRST_PHASE] > 0 && s->phase_steps[DENSE_PHASE] == 0;
         bool at_switch = late || (t->switch_step > 0 && s->step == t->switch_step);
         if (at_switch) {
             progress_clear(&t->logs);
             say("step %ld | the switch: dense attention in every layer from here on\n", s->step);
-            log_line(t->logs.jsonl, "{\"event\":\"switch\",\"step\":%ld,\"from\":\"lighthouse\",\"to\":\"dense\","
-                     "\"train_s\":%.6f}", s->step, s->train_s);
+            log_line(t->logs.jsonl, "{\"event\":\"switch\",\"step\":%ld,\"train_s\":%.6f}", s->step, s->train_s);
             memset(&s->loss, 0, sizeof s->loss);  // the loss jumps at the switch; that is no outlier
             memset(&s->norm, 0, sizeof s->norm);
         }
         if (at_switch || (c->val_every && s->step % c->val_every == 0))
-            stop = !validate(t, at_switch && t->switch_step > 0 ? LIGHTHOUSE : phase);
+            stop = !validate(t, at_switch && t->switch_step > 0 ? FIRST_PHASE : phase,
+                             at_switch || (c->copy_every && s->step % (c->val_every * c->copy_every) == 0));
         if (stop) break;
         if (c->sample_every && s->step > 0 && s->step % c->sample_every == 0) write_sample(t);
         train_step(t);
@@ -6239,7 +6539,7 @@ int main(int argc, char** argv) {
         // While steps are not finite the weights may be lost; their checkpoint would push out an older, better one.
         if (s->step == t->steps || (due && !t->not_finite)) save_checkpoint(t);
     }
-    if (s->step == t->steps) stop = !validate(t, phase_at(t, t->steps > 0 ? t->steps - 1 : 0));
+    if (s->step == t->steps) stop = !validate(t, phase_at(t, t->steps > 0 ? t->steps - 1 : 0), true);
     if (stop) {
         if (t->saved != s->step) save_checkpoint(t);
         progress_clear(&t->logs);

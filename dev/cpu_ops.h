@@ -471,10 +471,11 @@ static inline void rope_turn(floatX* x /*(D)*/, const float* table, int64_t posi
 }
 
 void rope_rotate(floatX* qkv /*(B,T,3,H,D), q and k in place*/, const float* table,
-                 int direction /*+1 forward, -1 inverse = backward*/, int B, int64_t T, int H, int D) {
+                 int direction /*+1 forward, -1 inverse = backward*/, int B, int64_t T, int H, int D,
+                 int64_t t0 /*position of token 0*/) {
     #pragma omp parallel for
     for (int64_t bt = 0; bt < B * T; bt++) {
-        for (int64_t h = 0; h < 2 * H; h++) rope_turn(qkv + (bt * 3 * H + h) * D, table, bt % T, direction, D);
+        for (int64_t h = 0; h < 2 * H; h++) rope_turn(qkv + (bt * 3 * H + h) * D, table, t0 + bt % T, direction, D);
     }
 }
 
