@@ -143,7 +143,8 @@ static const Option options[] = {
     {"seq-len", "t", OPT_INT, AT(seq_len), "32768", 1, MAX_SEQ_LEN, "tokens of a sequence"},
     {"total-batch-size", "d", OPT_INT, AT(total_batch_size), "0", 0, 1e12,
      "tokens of a step, over all processes and micro-steps; 0: one micro-step"},
-    {"steps", "x", OPT_INT, AT(steps), "-1", -1, 1e12, "optimizer steps of the whole run; -1: one epoch"},
+    {"steps", "x", OPT_INT, AT(steps), "-1", -1, 1e12,
+     "optimizer steps of the whole run; -1: one epoch; 0: evaluate the --model that is a file, and sample from it"},
     {"learning-rate", "l", OPT_REAL, AT(learning_rate), "3e-4", 0, 10, "[optimizer] peak learning rate"},
     {"lr-schedule", "k", OPT_TEXT, AT(lr_schedule), "cosine", 0, 0,
      "cosine, linear, constant, or wsd (warmup, stable, decay)"},
@@ -3799,6 +3800,15 @@ struct Dims {
     float theta;
 };
 
+struct Descriptor { const char* name; int layers, channels, heads; };
+static const Descriptor* find_descriptor(const char* model) {  // NULL: it is a file
+    static const Descriptor descriptors[] = {
+        {"d6", 6, 384, 6}, {"d12", 12, 768, 12}, {"d24", 24, 1024, 16}, {"d36", 36, 1280, 20}, {"d48", 48, 1600, 25},
+        {"d60", 60, 1920, 30}, {"lh30", 30, 1024, 8}};
+    for (const Descriptor& d : descriptors) if (!strcmp(model, d.name)) return &d;
+    return NULL;
+}
+
 static const int MAX_LAYERS = 1024;
 
 // The matrix products of a layer. The bias is the tensor after the weight.
@@ -4549,6 +4559,9 @@ static void plan_add(Plan* p, const char* name, size_t bytes) {
     p->total += bytes;
 }
 
+// With --steps 0 a model that is a file is evaluated: nothing is trained, so training takes nothing and leaves nothing.
+static bool evaluates_only(const Config* c) { return c->steps == 0 && !find_descriptor(c->model); }
+
 struct Passes {  // every kind of pass of the run
     Run run[2 * MAX_WINDOWS + 3];
     int count;
@@ -4556,11 +4569,12 @@ struct Passes {  // every kind of pass of the run
 
 static Passes run_passes(const Model* m, const Config* c, int64_t sample_T, int recompute, int B) {
     Passes p = {{}, 0};
+    bool trains = !evaluates_only(c);
     for (int i = 0; i < m->windows; i++)
         for (bool train : {true, false})
             p.run[p.count++] = {B, c->seq_len, FIRST_PHASE, m->window[i], train, train ? recompute : 0, train && c->fp8};
     for (bool train : {true, false})
-        if (!train || !m->never_dense)
+        if (!train || (trains && !m->never_dense))
             p.run[p.count++] = {B, c->seq_len, DENSE_PHASE, 0, train, train ? recompute : 0, train && c->fp8};
     if (sample_T) p.run[p.count++] = {1, sample_T, DENSE_PHASE, 0, false, 0};
     return p;
@@ -4583,8 +4597,10 @@ static Plan memory_plan(const Model* m, const Config* c, int64_t sample_T, int r
     int D = m->dims.C / m->dims.NH;
     plan_add(&p, "parameters", m->padded * sizeof(floatX));
     if (sizeof(floatX) != sizeof(float)) plan_add(&p, "fp32 masters", m->owned * sizeof(float));
-    plan_add(&p, "gradients", m->padded * sizeof(float));
-    plan_add(&p, "AdamW moments", 2 * m->owned * sizeof(float));
+    if (!evaluates_only(c)) {
+        plan_add(&p, "gradients", m->padded * sizeof(float));
+        plan_add(&p, "AdamW moments", 2 * m->owned * sizeof(float));
+    }
     if (m->dims.rope) plan_add(&p, "rotary table", rope_table_bytes(c->seq_len, D));
     if (c->fp8) {
         plan_add(&p, "FP8 weights", fp8_weights_bytes(m) + fp8_scales_bytes(m));
@@ -4618,10 +4634,12 @@ static size_t plan_part(const Plan* p, const char* name) {
 
 static void model_allocate(Model* m, const Config* c, const Plan* p) {
     m->params = (floatX*)device_alloc(m->padded * sizeof(floatX));
-    m->grads = (float*)device_alloc(m->padded * sizeof(float));
     m->master = sizeof(floatX) == sizeof(float) ? NULL : (float*)device_alloc(m->owned * sizeof(float));
-    m->m = (float*)device_alloc(m->owned * sizeof(float));
-    m->v = (float*)device_alloc(m->owned * sizeof(float));
+    if (!evaluates_only(c)) {
+        m->grads = (float*)device_alloc(m->padded * sizeof(float));
+        m->m = (float*)device_alloc(m->owned * sizeof(float));
+        m->v = (float*)device_alloc(m->owned * sizeof(float));
+    }
     if (c->fp8) {
         m->fp8_weights = (fp8_t*)device_alloc(fp8_weights_bytes(m));
         m->fp8_scales = (Fp8Scale*)device_alloc(fp8_scales_bytes(m));
@@ -5674,21 +5692,24 @@ static void parse_options(Config* c, int argc, char** argv) {
     if (strcmp(c->positions, "rope") && strcmp(c->positions, "learned"))
         fatal("--positions is \"%s\"; it must be rope or learned", c->positions);
     if (!*c->out_dir) fatal("--out-dir is empty; it must be a directory");
-    if (given("train-data") && !given("val-data"))
+    if (evaluates_only(c)) {
+        if (c->resume) fatal("--resume 1 with --steps 0, which evaluates: name the checkpoint with --model");
+        if (c->sample_every && !given("val-data")) c->val_data = "";  // a sample needs no data
+        if (!c->sample_every && !*c->val_data)
+            fatal("--steps 0 evaluates %s, but --val-data is empty, and there are no samples to draw without "
+                  "--sample-every 1", c->model);
+        if (!given("out-dir")) c->out_dir = "runs/evaluation";
+        c->fp8 = 0;  // what is evaluated is the model that is written
+    } else if (given("train-data") && !given("val-data"))
         fatal("--train-data is given and --val-data is not: name shards of the same data, or --val-data '' for no "
               "validation");
 }
 
 // The model's sizes from a file's header, or from the descriptor, the explicit sizes and the data's largest token id.
-static Dims choose_dims(const Config* c, int64_t largest_id, bool* from_file) {
-    static const struct { const char* name; int layers, channels, heads; } descriptors[] = {
-        {"d6", 6, 384, 6}, {"d12", 12, 768, 12}, {"d24", 24, 1024, 16}, {"d36", 36, 1280, 20}, {"d48", 48, 1600, 25},
-        {"d60", 60, 1920, 30}, {"lh30", 30, 1024, 8}};
-    int known = -1;
-    for (int i = 0; i < 7; i++) if (!strcmp(c->model, descriptors[i].name)) known = i;
+static Dims choose_dims(const Config* c, int64_t largest_id) {
+    const Descriptor* known = find_descriptor(c->model);
     Dims d;
-    *from_file = known < 0;
-    if (*from_file) {
+    if (!known) {
         if (access(c->model, R_OK))
             fatal("--model is \"%s\": neither a readable file nor one of d6, d12, d24, d36, d48, d60, lh30", c->model);
         int fd;
@@ -5706,9 +5727,9 @@ static Dims choose_dims(const Config* c, int64_t largest_id, bool* from_file) {
         if (d.rope && given("rope-theta")) d.theta = (float)c->rope_theta;
         return d;
     }
-    d.L = c->depth ? (int)c->depth : descriptors[known].layers;
-    d.C = c->channels ? (int)c->channels : descriptors[known].channels;
-    d.NH = c->heads ? (int)c->heads : descriptors[known].heads;
+    d.L = c->depth ? (int)c->depth : known->layers;
+    d.C = c->channels ? (int)c->channels : known->channels;
+    d.NH = c->heads ? (int)c->heads : known->heads;
     d.V = (int)c->vocab_size;
     if (d.V == 0) d.V = largest_id < 257 ? 257 : 50257;
     if (c->vocab_size == 0 && largest_id >= d.V)
@@ -5893,12 +5914,15 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
     say("\n");
     say("model       %s: %d layers, %d channels, %d heads of %d, %d tokens (padded %d), %s positions, %ld parameters\n",
         c->model, d->L, d->C, d->NH, d->C / d->NH, d->V, d->Vp, d->rope ? "rotary" : "learned", m->parameters);
-    say("data        %s: %d shard(s), %ld windows of %ld tokens; %s%s\n", c->train_data, t->train.count,
-        t->train.windows, c->seq_len, t->has_val ? "validation on " : "no validation", c->val_data);
+    bool trains = !evaluates_only(c);
+    say("data        ");
+    if (trains) say("%s: %d shard(s), %ld windows of %ld tokens; ", c->train_data, t->train.count, t->train.windows,
+                    c->seq_len);
+    say("%s%s\n", t->has_val ? "validation on " : "no validation", c->val_data);
     say("batch       %ld tokens a step: %ld micro-step(s) of %ld x %ld on %d %s\n", c->total_batch_size,
         t->accumulation, c->batch_size, c->seq_len, procs.dp, procs.cp > 1 ? "group(s)" : "process(es)");
     double tokens = (double)t->steps * c->total_batch_size;
-    say("run         %ld steps, %.3g tokens, %.2f epochs; learning rate up to %.3g, %s\n", t->steps, tokens,
+    if (trains) say("run         %ld steps, %.3g tokens, %.2f epochs; learning rate up to %.3g, %s\n", t->steps, tokens,
         tokens / c->seq_len / t->train.windows, c->learning_rate, c->lr_schedule);
     if (m->windows) {
         const LighthouseShape* s = &m->shape;
@@ -6124,13 +6148,13 @@ static void setup_directory(const Config* c, const Model* m, int64_t steps) {
         fatal("%s holds %d checkpoint(s) of an earlier run: --resume 1 goes on from the newest, or give another "
               "--out-dir", c->out_dir, earlier);
     char* model = text("%s/model.bin", c->out_dir);
-    if (!earlier && steps > 0 && !access(model, F_OK))  // evaluations and samples, of no steps, are made again
+    if (!earlier && steps > 0 && !access(model, F_OK))  // what takes no steps may be made again
         fatal("%s is the model of an earlier run, whose checkpoints are gone; this run would write over it: move it, "
               "or give another --out-dir", model);
     free(model);
     struct statvfs disk;
     int64_t more = checkpoints_to_come(c, steps, found, earlier);
-    double need = (double)more * checkpoint_bytes(m) + m->parameters * 4.0;
+    double need = evaluates_only(c) ? 0 : (double)more * checkpoint_bytes(m) + m->parameters * 4.0;
     if (procs.rank == 0 && !statvfs(c->out_dir, &disk) && (double)disk.f_bavail * disk.f_frsize < need)
         fatal("%s has %s free; %ld more checkpoint(s) and the model take %s", c->out_dir,
               size_text((double)disk.f_bavail * disk.f_frsize).s, more, size_text(need).s);
@@ -6150,7 +6174,7 @@ static char* setup_state(Trainer* t, bool from_file) {
         else model_initialize(m, c->seed);
         s->seq_len = c->seq_len; s->total_batch = c->total_batch_size;
         s->windows = t->train.windows; s->seed = c->seed; s->shuffle = c->shuffle;
-        s->data = loader_fingerprint(&t->train);
+        if (t->train.count) s->data = loader_fingerprint(&t->train);
         return NULL;
     }
     const struct { const char* what; int64_t then, now; } unchanged[] = {
@@ -6178,12 +6202,13 @@ static void setup(Trainer* t, int argc, char** argv) {
     parse_options(c, argc, argv);
     setup_processes(c);
 
-    loader_open(&t->train, c->train_data, c->seq_len, c->shuffle, c->seed);
-    compare_data("train-data", c->train_data, &t->train);
-    bool from_file;
-    Dims dims = choose_dims(c, t->train.largest_id, &from_file);
+    bool trains = !evaluates_only(c);
+    if (trains) loader_open(&t->train, c->train_data, c->seq_len, c->shuffle, c->seed);
+    if (trains) compare_data("train-data", c->train_data, &t->train);
+    Dims dims = choose_dims(c, t->train.largest_id);
+    bool from_file = !find_descriptor(c->model);
     if (from_file && procs.connected) compare_input("model", c->model, file_fingerprint(c->model));
-    loader_limit(&t->train, dims.V);
+    if (trains) loader_limit(&t->train, dims.V);
     t->has_val = *c->val_data != 0;
     if (t->has_val) {
         loader_open(&t->val, c->val_data, c->seq_len, false, 0);
@@ -6471,9 +6496,10 @@ static void train_step(Trainer* t) {
 static void finish(Trainer* t) {
     const RunState* s = &t->state;
     int64_t total = t->config.total_batch_size;
+    bool trained = !evaluates_only(&t->config);
     char* path = text("%s/model.bin", t->config.out_dir);
-    model_write(&t->model, path, s->step);
-    say("\n%-12s %8s %14s %12s %12s\n", "phase", "steps", "tokens", "seconds", "tok/s");
+    if (trained) model_write(&t->model, path, s->step);
+    if (trained) say("\n%-12s %8s %14s %12s %12s\n", "phase", "steps", "tokens", "seconds", "tok/s");
     char* phases[2];
     for (int p = 0; p < 2; p++) {
         double rate = s->phase_s[p] > 0 ? s->phase_steps[p] * total / s->phase_s[p] : 0;
@@ -6482,9 +6508,10 @@ static void finish(Trainer* t) {
         phases[p] = text("{\"steps\":%ld,\"tokens\":%ld,\"seconds\":%.3f,\"tokens_per_second\":%.1f}", steps, tokens,
                          s->phase_s[p], rate);
     }
-    say("wall-clock %s; %.2f GiB of device memory taken; final validation loss %s; the model is in %s\n",
-        duration(wall_seconds(t)).s, gib(device_memory_taken()),
-        t->has_val ? json_number(t->val_loss).s : "none", path);
+    say("wall-clock %s; %.2f GiB of device memory taken; final validation loss %s", duration(wall_seconds(t)).s,
+        gib(device_memory_taken()), t->has_val ? json_number(t->val_loss).s : "none");
+    if (trained) say("; the model is in %s", path);
+    say("\n");
     log_line(t->logs.jsonl, "{\"event\":\"total\",\"steps\":%ld,\"tokens\":%ld,\"train_s\":%.6f,\"wall_s\":%.6f,"
              "\"phases\":{\"first\":%s,\"dense\":%s},\"final_val_loss\":%s,\"device_bytes\":%zu}", s->step,
              s->step * total, s->train_s, wall_seconds(t), phases[0], phases[1], json_number(t->val_loss).s,
@@ -6541,7 +6568,7 @@ int main(int argc, char** argv) {
     }
     if (s->step == t->steps) stop = !validate(t, phase_at(t, t->steps > 0 ? t->steps - 1 : 0), true);
     if (stop) {
-        if (t->saved != s->step) save_checkpoint(t);
+        if (t->saved != s->step && !evaluates_only(c)) save_checkpoint(t);
         progress_clear(&t->logs);
         say("stopped by signal at step %ld; --resume 1 goes on from here\n", s->step);
         processes_end();
