@@ -162,8 +162,8 @@ static const Option options[] = {
     {"skip-grad-z", "sg", OPT_REAL, AT(skip_grad_z), "0", 0, 1e9, "the same for the gradient norm"},
 #ifndef DENSE_ONLY
     {"attention", "", OPT_TEXT, AT(attention), "paper", 0, 0,
-     "[attention] of the layers up to the switch, a letter each, repeated to the depth: D dense, W window, L Lighthouse; "
-     "or paper: L, with two dense layers at each end, one below 12 layers, none below 3"},
+     "[attention] of the layers up to the switch, a letter each, repeated to the depth: D dense, W window, L "
+     "Lighthouse; or paper: L, with two dense layers at each end, one below 12 layers, none below 3"},
     {"window", "", OPT_TEXT, AT(window), "1024", 0, 0,
      "tokens of a window; growing: 1024,4096:0.3,16384:0.5 takes 4096 from 0.3 of the steps on (or from a step on)"},
     {"levels", "", OPT_INT, AT(levels), "3", 2, 8, "Lighthouse: levels of the pyramid, the tokens included"},
@@ -2955,8 +2955,8 @@ static SdpaPlan* sdpa_plan(bool backward, bool stats, int B, int64_t T, int H, i
         if (p->B == want.B && p->H == want.H && p->heads == H && p->D == D && p->T == T && p->backward == backward &&
             p->stats == stats && p->deterministic == want.deterministic) return p;
     }
-    opRequire(T > 0 && B > 0 && H > 0 && D % 8 == 0, "attention over B = %d, T = %ld, H = %d, D = %d: D must be a "
-              "multiple of 8, the others positive", B, T, H, D);
+    opRequire(T > 0 && B > 0 && B < 65536 && H > 0 && D % 8 == 0, "attention over B = %d sequences or windows of T = "
+              "%ld, H = %d, D = %d: B must be 1 to 65535, D a multiple of 8, the others positive", B, T, H, D);
     opRequire(plans_count < 64, "more than 64 attention shapes in one run: pad sequences to a few lengths");
     sdpa_build(&want);
     plans[plans_count] = want;
@@ -3811,6 +3811,9 @@ static const Descriptor* find_descriptor(const char* model) {  // NULL: it is a 
 
 static const int MAX_LAYERS = 1024;
 
+// The recompute levels, see the option: the first that does not keep a tensor until the backward pass.
+enum { AGAIN_GELU = 1, AGAIN_NORMS, AGAIN_PRODUCTS, AGAIN_ATTENTION };
+
 // The matrix products of a layer. The bias is the tensor after the weight.
 enum Product { QKV, ATTPROJ, FC, FCPROJ, PRODUCTS };
 static const struct {
@@ -3818,7 +3821,8 @@ static const struct {
     int in, out;  // widths of input and output, in channels
     int offset;   // where the weight begins among the layer's 12 C C
     int again;    // the recompute level from which the input is no longer kept
-} products[PRODUCTS] = {{QKVW, 1, 3, 0, 2}, {ATTPROJW, 1, 1, 3, 2}, {FCW, 1, 4, 4, 2}, {FCPROJW, 4, 1, 8, 1}};
+} products[PRODUCTS] = {{QKVW, 1, 3, 0, AGAIN_NORMS}, {ATTPROJW, 1, 1, 3, AGAIN_NORMS}, {FCW, 1, 4, 4, AGAIN_NORMS},
+                         {FCPROJW, 4, 1, 8, AGAIN_GELU}};
 
 // Activations of one layer. What the recompute level does not keep points to buffers that all layers share. A process
 // has its T/W tokens of all heads everywhere but in attention, where it has all T tokens, or slots, of its NH/W heads.
@@ -4039,9 +4043,9 @@ static Attention layer_attention(const Model* m, int l, Phase phase) {
     return lighthouse_built && phase == FIRST_PHASE ? m->attention[l] : DENSE;
 }
 
-static int64_t window_at(const Model* m, int64_t step) {
-    int i = m->windows - 1;
-    while (i > 0 && m->window_from[i] > step) i--;
+static int64_t window_at(const Model* m, int64_t step) {  // 0 where there is no first phase
+    int i = 0;
+    while (i + 1 < m->windows && m->window_from[i + 1] <= step) i++;
     return m->window[i];
 }
 
@@ -4065,116 +4069,85 @@ static int64_t head_rows(const Model* m, int64_t rows) {
     return std::min(rows, std::max<int64_t>(chunk, 128));
 }
 
-// Places the activations of a pass in the arena. A tensor that a layer's recompute level keeps gets its own place; one
-// that it does not keep is placed once, before the layers, and shared.
+// Gives a tensor of a layer its place: its own if it is kept, else one that all layers share.
+template <class T> static void place(T** tensor, T** shared, Arena* arena, int64_t count, bool kept) {
+    *tensor = !kept && *shared ? *shared : TAKE(arena, T, count);
+    if (!kept) *shared = *tensor;
+}
+
+// Places the activations of a pass in the arena: every tensor with the recompute level from which it is made again.
 static void activations_layout(Activations* a, Arena* arena, const Model* m, Run r) {
     const Dims* d = &m->dims;
-    int64_t N = run_rows(r), C = d->C, NH = d->NH;
     const LighthouseShape* s = &m->shape;
+    int64_t N = run_rows(r), C = d->C, NC = N * C;
     int64_t entries = r.B * s->H * s->off[s->levels], slots = r.B * s->S * s->H;  // NH/W times all, or NH times 1/W
-    // Where tokens are exchanged, the backward of dense attention needs att in both forms, but with FP8 only that of
-    // heads; from level 2 on that one is kept, and exchanged again.
-    auto two_forms = [&](Attention kind) {
-        return r.train && procs.cp > 1 && kind != LIGHTHOUSE && exchanges_tokens(m, kind, r);
-    };
-    bool any_lighthouse = false, any_dense = false, any_two_forms = false;
-    for (int l = 0; l < d->L; l++) {
-        Attention kind = layer_attention(m, l, r.phase);
-        (kind == LIGHTHOUSE ? any_lighthouse : any_dense) = true;
-        any_two_forms |= two_forms(kind);
-    }
-    int highest = layer_level(m, r, d->L - 1);
     // With FP8 the products' inputs are kept as the columns that the weights' gradients read. GELU's result is then
     // never made, LayerNorm's and attention's only on the way there.
-    auto keep_inputs = [&](int level) { return level < 2 && !r.fp8; };
-
+    const int NEVER = 0, ALWAYS = 5, INPUTS = r.fp8 ? NEVER : AGAIN_NORMS;  // an evaluation's level is 5
     LayerActs shared;
     memset(&shared, 0, sizeof shared);
-    floatX* ping_pong = NULL;
-    if (!r.train) ping_pong = TAKE(arena, floatX, N * C);
-    if (r.fp8 ? procs.cp > 1 : highest >= 1) shared.gelu = TAKE(arena, floatX, N * 4 * C);
-    for (int p = 0; p < PRODUCTS; p++)
-        if (r.fp8 && highest >= products[p].again) shared.columns[p] = TAKE(arena, fp8_t, N * products[p].in * C);
-    if (!keep_inputs(highest)) {
-        shared.ln1 = TAKE(arena, floatX, N * C);
-        shared.ln2 = TAKE(arena, floatX, N * C);
-        if (any_lighthouse || any_two_forms || highest >= 4) shared.att = TAKE(arena, floatX, N * C);
-    }
-    if (highest >= 2 && any_lighthouse) shared.lh.slots = TAKE(arena, floatX, slots * 3 * s->D);
-    if (highest >= 4 && any_two_forms) shared.att_heads = TAKE(arena, floatX, N * C);
-    if (highest >= 3) {
-        shared.qkv = TAKE(arena, floatX, N * 3 * C);
-        shared.x2 = TAKE(arena, floatX, N * C);
-        shared.fch = TAKE(arena, floatX, N * 4 * C);
-    }
-    if (highest >= 4 && any_dense) shared.stats = TAKE(arena, float, N * NH);
-    if (any_lighthouse) {
-        shared.lh.scores = TAKE(arena, float, 2 * entries);
-        shared.lh.slot = TAKE(arena, int32_t, entries);
-        if (r.train) {
-            shared.lh.dslots = TAKE(arena, floatX, slots * 3 * s->D);
-            shared.lh.dattn = TAKE(arena, floatX, slots * s->D);
-        }
-        if (m->exchange_slots) {
-            shared.lh.own_attn = TAKE(arena, floatX, slots * s->D);
-            shared.lh.halo = TAKE(arena, floatX, r.B * (s->T / s->n[s->levels - 1] - 1) * C);
-        }
-    }
+    floatX* x[2] = {NULL, NULL};  // an evaluation's residual stream alternates between two buffers
+    for (int i = 0; !r.train && i < 2; i++) x[i] = TAKE(arena, floatX, NC);
     for (int l = 0; l < d->L; l++) {
         LayerActs* y = &a->layer[l];
         Attention kind = layer_attention(m, l, r.phase);
         bool lighthouse = kind == LIGHTHOUSE;
+        // Where tokens are exchanged, the backward of dense attention needs att in both forms, but with FP8 only that
+        // of heads; from AGAIN_NORMS on that one is kept, and exchanged again.
+        bool two_forms = r.train && procs.cp > 1 && !lighthouse && exchanges_tokens(m, kind, r);
         int level = layer_level(m, r, l);
-        if (!r.train && l > 0) {  // every layer uses the buffers of the first; the residual stream alternates
-            *y = a->layer[0];
-            y->x = l % 2 ? ping_pong : a->layer[0].x;
+        #define PLACE(tensor, count, again) place(&y->tensor, &shared.tensor, arena, count, level < (again))
+        y->x = r.train ? TAKE(arena, floatX, NC) : x[l % 2];
+        PLACE(ln1_mean, N, ALWAYS);
+        PLACE(ln1_rstd, N, ALWAYS);
+        PLACE(ln2_mean, N, ALWAYS);
+        PLACE(ln2_rstd, N, ALWAYS);
+        PLACE(ln1, NC, INPUTS);
+        PLACE(ln2, NC, INPUTS);
+        PLACE(qkv, 3 * NC, AGAIN_PRODUCTS);
+        PLACE(x2, NC, AGAIN_PRODUCTS);
+        PLACE(fch, 4 * NC, AGAIN_PRODUCTS);
+        if (!r.fp8 || procs.cp > 1) PLACE(gelu, 4 * NC, r.fp8 ? NEVER : AGAIN_GELU);
+        for (int p = 0; r.fp8 && p < PRODUCTS; p++) PLACE(columns[p], N * products[p].in * C, products[p].again);
+        PLACE(att, NC, lighthouse || two_forms ? INPUTS : AGAIN_ATTENTION);
+        y->att_heads = y->att;
+        if (two_forms) PLACE(att_heads, NC, AGAIN_ATTENTION);
+        if (!lighthouse) {
+            PLACE(stats, N * d->NH, AGAIN_ATTENTION);
             continue;
         }
-        *y = shared;
-        y->x = TAKE(arena, floatX, N * C);
-        y->ln1_mean = TAKE(arena, float, N);
-        y->ln1_rstd = TAKE(arena, float, N);
-        y->ln2_mean = TAKE(arena, float, N);
-        y->ln2_rstd = TAKE(arena, float, N);
-        if (level < 1 && !r.fp8) y->gelu = TAKE(arena, floatX, N * 4 * C);
-        for (int p = 0; p < PRODUCTS; p++)
-            if (r.fp8 && level < products[p].again) y->columns[p] = TAKE(arena, fp8_t, N * products[p].in * C);
-        if (keep_inputs(level)) {
-            y->ln1 = TAKE(arena, floatX, N * C);
-            y->ln2 = TAKE(arena, floatX, N * C);
+        PLACE(lh.attn, slots * s->D, ALWAYS);  // S rows, not T
+        PLACE(lh.stats, slots, ALWAYS);
+        PLACE(lh.index, slots, ALWAYS);
+        PLACE(lh.slots, slots * 3 * s->D, AGAIN_NORMS);
+        PLACE(lh.scores, 2 * entries, NEVER);
+        PLACE(lh.slot, entries, NEVER);
+        if (r.train) {
+            PLACE(lh.dslots, slots * 3 * s->D, NEVER);
+            PLACE(lh.dattn, slots * s->D, NEVER);
         }
-        if (level < 2 && lighthouse) y->lh.slots = TAKE(arena, floatX, slots * 3 * s->D);
-        if (lighthouse || two_forms(kind) ? keep_inputs(level) : level < 4) y->att = TAKE(arena, floatX, N * C);
-        if (!two_forms(kind)) y->att_heads = y->att;
-        else if (level < 4) y->att_heads = TAKE(arena, floatX, N * C);
-        if (level < 3) {
-            y->qkv = TAKE(arena, floatX, N * 3 * C);
-            y->x2 = TAKE(arena, floatX, N * C);
-            y->fch = TAKE(arena, floatX, N * 4 * C);
+        if (m->exchange_slots) {
+            PLACE(lh.own_attn, slots * s->D, NEVER);
+            PLACE(lh.halo, r.B * (s->T / s->n[s->levels - 1] - 1) * C, NEVER);
         }
-        if (level < 4 && !lighthouse) y->stats = TAKE(arena, float, N * NH);
-        if (lighthouse || (!r.train && any_lighthouse)) {  // S rows, not T: always kept
-            y->lh.attn = TAKE(arena, floatX, slots * s->D);
-            y->lh.stats = TAKE(arena, float, slots);
-            y->lh.index = TAKE(arena, int32_t, slots);
-        }
+        #undef PLACE
     }
-    a->x_final = r.train ? TAKE(arena, floatX, N * C) : d->L % 2 ? ping_pong : a->layer[0].x;
-    a->lnf = TAKE(arena, floatX, N * C);
+    a->x_final = r.train ? TAKE(arena, floatX, NC) : x[d->L % 2];
+    a->lnf = TAKE(arena, floatX, NC);
     a->lnf_mean = TAKE(arena, float, N);
     a->lnf_rstd = TAKE(arena, float, N);
     a->logits = TAKE(arena, floatX, head_rows(m, N) * d->Vp);
     a->losses = TAKE(arena, float, N);
     if (r.train) {
-        a->dres = TAKE(arena, floatX, N * C);
-        a->dbtc = TAKE(arena, floatX, N * C);
-        a->dwide = TAKE(arena, floatX, N * 4 * C);
+        a->dres = TAKE(arena, floatX, NC);
+        a->dbtc = TAKE(arena, floatX, NC);
+        a->dwide = TAKE(arena, floatX, 4 * NC);
     }
 }
 
 static size_t activations_bytes(const Model* m, Run r) {
     static Activations a;
-    Arena count = {NULL, 0};
+    Arena count = {(char*)256, 0};  // memory that nobody touches: what is shared must not look like NULL
     activations_layout(&a, &count, m, r);
     return count.used;
 }
@@ -4204,10 +4177,10 @@ static void heads_to_rows(floatX* rows /*(B,R/W,parts,NH,D)*/, const floatX* hea
     heads_unpack(rows, room, B, count, W, n);
 }
 
-// A Lighthouse layer needs to exchange only its slots where every process holds whole tiles, since each tile is selected
-// on its own: a process then scores, selects, pools and scatters among its own
-// tokens, for all heads, with the same results. Where tiles do not divide, or slots are no fewer than tokens, it
-// exchanges tokens like a dense layer and does all of that for its heads. *own: the shape of what a process holds.
+// A Lighthouse layer needs to exchange only its slots where every process holds whole tiles, since each tile is
+// selected on its own: a process then scores, selects, pools and scatters among its own tokens, for all heads, with the
+// same results. Where tiles do not divide, or slots are no fewer than tokens, it exchanges tokens like a dense layer
+// and does all of that for its heads. *own: the shape of what a process holds.
 static bool can_exchange_slots(const Model* m, int tile, LighthouseShape* own) {
     const LighthouseShape* s = &m->shape;
     int W = procs.cp;
@@ -4366,24 +4339,24 @@ static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
     AttentionRows at = attention_rows(m, l, r);
     limit_lead();
     #define NEEDED(from) (!again || level >= (from))
-    if (NEEDED(2))
+    if (NEEDED(AGAIN_NORMS))
         layernorm_forward(y->ln1, y->ln1_mean, y->ln1_rstd, y->x, weight(m, LN1W, l), weight(m, LN1B, l), N, C);
-    product_forward(m, l, QKV, r, NEEDED(3) ? y->qkv : NULL, NULL, again);
-    if (NEEDED(3)) {
+    product_forward(m, l, QKV, r, NEEDED(AGAIN_PRODUCTS) ? y->qkv : NULL, NULL, again);
+    if (NEEDED(AGAIN_PRODUCTS)) {
         if (at.exchange) rows_to_heads(y->qkv, y->qkv, y->gelu, r.B, r.T, 3, C);
         if (d->rope && at.kind != LIGHTHOUSE) rope_rotate(y->qkv, m->rope, +1, r.B, at.T, at.heads, at.D, at.t0);
     }
-    if (at.kind == LIGHTHOUSE) lighthouse_forward(m, y, r, again, NEEDED(2));
-    else if (NEEDED(4)) each_window(r.B, at.T, at.span, [&](int64_t row, int sequences, int64_t length) {
-        sdpa_forward(y->att_heads + row * at.heads * at.D, y->stats + row * at.heads, y->qkv + row * 3 * at.heads * at.D,
-                     sequences, length, at.heads, at.D);
+    if (at.kind == LIGHTHOUSE) lighthouse_forward(m, y, r, again, NEEDED(AGAIN_NORMS));
+    else if (NEEDED(AGAIN_ATTENTION)) each_window(r.B, at.T, at.span, [&](int64_t row, int sequences, int64_t length) {
+        int64_t i = row * at.heads * at.D;
+        sdpa_forward(y->att_heads + i, y->stats + row * at.heads, y->qkv + 3 * i, sequences, length, at.heads, at.D);
     });
-    if (NEEDED(2) && at.exchange) heads_to_rows(y->att, y->att_heads, y->gelu, r.B, r.T, 1, C);
-    product_forward(m, l, ATTPROJ, r, NEEDED(3) ? y->x2 : NULL, y->x, again);
-    if (NEEDED(2))
+    if (NEEDED(AGAIN_NORMS) && at.exchange) heads_to_rows(y->att, y->att_heads, y->gelu, r.B, r.T, 1, C);
+    product_forward(m, l, ATTPROJ, r, NEEDED(AGAIN_PRODUCTS) ? y->x2 : NULL, y->x, again);
+    if (NEEDED(AGAIN_NORMS))
         layernorm_forward(y->ln2, y->ln2_mean, y->ln2_rstd, y->x2, weight(m, LN2W, l), weight(m, LN2B, l), N, C);
-    product_forward(m, l, FC, r, NEEDED(3) ? y->fch : NULL, NULL, again);
-    if (NEEDED(1) && !r.fp8) gelu_forward(y->gelu, y->fch, N * 4 * C);
+    product_forward(m, l, FC, r, NEEDED(AGAIN_PRODUCTS) ? y->fch : NULL, NULL, again);
+    if (NEEDED(AGAIN_GELU) && !r.fp8) gelu_forward(y->gelu, y->fch, N * 4 * C);
     product_forward(m, l, FCPROJ, r, x_next, y->x2, again);
     #undef NEEDED
 }
@@ -4569,13 +4542,13 @@ struct Passes {  // every kind of pass of the run
 
 static Passes run_passes(const Model* m, const Config* c, int64_t sample_T, int recompute, int B) {
     Passes p = {{}, 0};
-    bool trains = !evaluates_only(c);
+    auto add = [&](Phase phase, int64_t window, bool train) {
+        p.run[p.count++] = {B, c->seq_len, phase, window, train, train ? recompute : 0, train && c->fp8};
+    };
     for (int i = 0; i < m->windows; i++)
-        for (bool train : {true, false})
-            p.run[p.count++] = {B, c->seq_len, FIRST_PHASE, m->window[i], train, train ? recompute : 0, train && c->fp8};
-    for (bool train : {true, false})
-        if (!train || (trains && !m->never_dense))
-            p.run[p.count++] = {B, c->seq_len, DENSE_PHASE, 0, train, train ? recompute : 0, train && c->fp8};
+        for (bool train : {true, false}) add(FIRST_PHASE, m->window[i], train);
+    if (!evaluates_only(c) && !m->never_dense) add(DENSE_PHASE, 0, true);
+    add(DENSE_PHASE, 0, false);
     if (sample_T) p.run[p.count++] = {1, sample_T, DENSE_PHASE, 0, false, 0};
     return p;
 }
@@ -5239,8 +5212,8 @@ struct Copying {
     double loss[MAX_DISTANCES][2], right[MAX_DISTANCES][2];  // text, random: mean loss, share that argmax gets right
 };
 
-// n = 256; distances 1K, 4K, 16K, ... and the longest, T - n; for T below 1024 all of it shorter. Takes no longer than a
-// validation, but at least one batch of each.
+// n = 256; distances 1K, 4K, 16K, ... and the longest, T - n; for T below 1024 all of it shorter. Takes no longer than
+// a validation, but at least one batch of each.
 static Copying copying_plan(const Config* c) {
     Copying k = {};
     int64_t T = c->seq_len;
@@ -5262,7 +5235,8 @@ static void score_rows(Model* m, int64_t row, int64_t n, const int* targets /*(n
     bool* hit = (bool*)host_alloc(chunk);
     for (int64_t i = 0; i < n; i += chunk) {
         int64_t rows = std::min(n - i, chunk);
-        matmul_forward(m->acts.logits, m->acts.lnf + (row + i) * d->C, weight(m, WTE, 0), NULL, NULL, rows, d->C, d->Vp);
+        const floatX* x = m->acts.lnf + (row + i) * d->C;
+        matmul_forward(m->acts.logits, x, weight(m, WTE, 0), NULL, NULL, rows, d->C, d->Vp);
         copy_to_host(logits, m->acts.logits, rows * d->Vp * sizeof(floatX));
         #pragma omp parallel for
         for (int64_t j = 0; j < rows; j++) {
@@ -5317,9 +5291,10 @@ static bool evaluate_copying(Copying* k, Model* m, const Config* c, const Loader
             model_trunk(m, batch->tokens, r);
             event_record(&batch->copied);
             // Row t predicts token t + 1. Of the rows that predict the copy, those of this process:
-            int64_t from = std::max(T - k->n + k->skipped - 1, first_token(r)), to = std::min(T - 1, first_token(r) + rows);
+            int64_t t0 = first_token(r);
+            int64_t from = std::max(T - k->n + k->skipped - 1, t0), to = std::min(T - 1, t0 + rows);
             for (int64_t b = 0; b < B && from < to; b++)
-                score_rows(m, b * rows + from - first_token(r), to - from, tokens + b * T + from + 1, &sums[0], &sums[1]);
+                score_rows(m, b * rows + from - t0, to - from, tokens + b * T + from + 1, &sums[0], &sums[1]);
         }
         all_sum(sums, 2);
         double scored = (double)k->sequences * (k->n - k->skipped);
@@ -5760,7 +5735,8 @@ static void choose_attention(Model* m, const char* s) {
     int L = m->dims.L, letters = (int)strlen(s), ends = L >= 12 ? 2 : L >= 3 ? 1 : 0;
     bool paper = !strcmp(s, "paper");
     if (!paper && (!letters || letters > L || strspn(s, attention_letters) < strlen(s)))
-        fatal("--attention is \"%s\"; it must be paper, or 1 to %d letters D (dense), W (window), L (Lighthouse)", s, L);
+        fatal("--attention is \"%s\"; it must be paper, or 1 to %d letters D (dense), W (window), L (Lighthouse)", s,
+              L);
     for (int l = 0; l < L; l++) {
         m->attention[l] = paper ? (l >= ends && l < L - ends ? LIGHTHOUSE : DENSE)
                                 : (Attention)(strchr(attention_letters, s[l % letters]) - attention_letters);
@@ -5781,8 +5757,8 @@ static void choose_windows(Model* m, const Config* c, int64_t steps, int64_t swi
         else s = end;
         if (from >= switch_step || (i ? from <= m->window_from[i - 1] : from != 0))
             fatal("--window is \"%s\"; the first window is taken from step 0 on, each of the others from a later step "
-                  "than the one before it, below the switch at %ld: here window %ld from step %ld", c->window, switch_step,
-                  window, from);
+                  "than the one before it, below the switch at %ld: here window %ld from step %ld", c->window,
+                  switch_step, window, from);
         if (*s == ',') s++;
         m->window[i] = std::min(window, c->seq_len);
         m->window_from[i] = from;
@@ -5929,12 +5905,11 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
         double T = (double)c->seq_len, S = (double)s->S;
         say("attention   steps 0 to %ld: %s\n", t->switch_step - 1, m->pattern);
         for (int i = 0; m->uses[WINDOW] && i < m->windows; i++)
-            say("            windows of %ld tokens from step %ld on: %.2f%% of dense attention's operations in such a layer\n",
+            say("            windows of %ld tokens from step %ld on: %.2f%% of dense attention's operations\n",
                 m->window[i], m->window_from[i], 100 * attention_square(WINDOW, m, m->window[i], c->seq_len) / (T * T));
         if (m->uses[LIGHTHOUSE])
-            say("            Lighthouse: levels %d, pool %d, topk %d, tile %d (%d tiles): %ld slots for %ld tokens, %.2f%% of dense "
-                "attention's operations\n", s->levels, s->pool, s->topk, s->tile, s->tiles, s->S, c->seq_len,
-                100 * S * S / (T * T));
+            say("            Lighthouse: levels %d, pool %d, topk %d, tile %d (%d tiles), %ld slots: %.2f%%\n", s->levels,
+                s->pool, s->topk, s->tile, s->tiles, s->S, 100 * S * S / (T * T));
         if (m->uses[LIGHTHOUSE] && procs.cp > 1) {
             say("            such a layer exchanges %s between the %d that share a sequence",
                 m->exchange_slots ? "slots" : "tokens", procs.cp);
@@ -6277,8 +6252,8 @@ static ShortText short_count(int64_t n) {
 static char* json_buckets(const Losses* l) {
     if (!l->buckets) return text("null");
     char* out = text("[");
-    for (int i = 0; i < l->buckets; i++) out = longer_text(out, "%s%s", json_number(l->bucket[i]).s, i + 1 < l->buckets ? "," : "]");
-    return out;
+    for (int i = 0; i < l->buckets; i++) out = longer_text(out, "%s%s", i ? "," : "", json_number(l->bucket[i]).s);
+    return longer_text(out, "]");
 }
 
 static bool measure_copying(Trainer* t) {
@@ -6292,15 +6267,16 @@ static bool measure_copying(Trainer* t) {
         for (int i = 0; i < k.count; i++) {
             screen = longer_text(screen, "%s %s back %.3f (%.0f%% right)", i ? "," : "", short_count(k.distance[i]).s,
                                  k.loss[i][random], 100 * k.right[i][random]);
-            main_line = longer_text(main_line, " %s%ld:%.4f", random ? "rcopy" : "copy", k.distance[i], k.loss[i][random]);
+            main_line = longer_text(main_line, " %s%ld:%.4f", random ? "rcopy" : "copy", k.distance[i],
+                                    k.loss[i][random]);
         }
         say("%s\n", screen);
         free(screen);
     }
     for (int i = 0; i < k.count; i++)
         json = longer_text(json, "%s{\"distance\":%ld,\"text_loss\":%s,\"text_right\":%.4f,\"random_loss\":%s,"
-                           "\"random_right\":%.4f}", i ? "," : "", k.distance[i], json_number(k.loss[i][0]).s, k.right[i][0],
-                           json_number(k.loss[i][1]).s, k.right[i][1]);
+                           "\"random_right\":%.4f}", i ? "," : "", k.distance[i], json_number(k.loss[i][0]).s,
+                           k.right[i][0], json_number(k.loss[i][1]).s, k.right[i][1]);
     log_line(t->logs.main, "%s", main_line);
     log_line(t->logs.jsonl, "{\"event\":\"copying\",\"step\":%ld,\"tokens\":%ld,\"sequences\":%ld,\"copies\":[%s]}",
              t->state.step, k.n - k.skipped, k.sequences, json);
@@ -6315,13 +6291,13 @@ static bool validate(Trainer* t, Phase phase, bool copying) {
     if (!t->has_val) return true;
     Losses dense = {}, first = {};
     first.all = NAN;
+    int64_t window = window_at(&t->model, std::max<int64_t>(step - 1, 0));  // that of the last step
     if (!evaluate(&dense, &t->model, c, &t->val, DENSE_PHASE, 0)) return false;
-    if (phase == FIRST_PHASE &&
-        !evaluate(&first, &t->model, c, &t->val, FIRST_PHASE, window_at(&t->model, std::max<int64_t>(step - 1, 0)))) return false;
+    if (phase == FIRST_PHASE && !evaluate(&first, &t->model, c, &t->val, FIRST_PHASE, window)) return false;
     char *by_position = text("%s", ""), *main_fields = text("%s", "");
     for (int i = dense.buckets % 2 ? 8 : 9; i < dense.buckets; i += 2) {  // from position 256 on, up to the last
-        by_position = longer_text(by_position, "%s %s: %.4f", *by_position ? "," : " | from position", short_count(1ll << i).s,
-                                  dense.bucket[i]);
+        by_position = longer_text(by_position, "%s %s: %.4f", *by_position ? "," : " | from position",
+                                  short_count(1ll << i).s, dense.bucket[i]);
         main_fields = longer_text(main_fields, " p%lld:%.6f", 1ll << i, dense.bucket[i]);
     }
     progress_clear(&t->logs);
@@ -6397,7 +6373,8 @@ static double seconds_left(const Trainer* t) {
     int64_t first = s->phase_steps[FIRST_PHASE], dense = s->phase_steps[DENSE_PHASE];
     int64_t at_switch = std::max(s->step, t->switch_step);
     double done[] = {steps_flops(t, FIRST_PHASE, 0, first), steps_flops(t, DENSE_PHASE, 0, dense)};
-    double to_do[] = {steps_flops(t, FIRST_PHASE, s->step, at_switch), steps_flops(t, DENSE_PHASE, at_switch, t->steps)};
+    double to_do[] = {steps_flops(t, FIRST_PHASE, s->step, at_switch),
+                      steps_flops(t, DENSE_PHASE, at_switch, t->steps)};
     double left = 0;
     for (int p = 0; p < 2; p++) {
         int seen = done[p] > 0 ? p : 1 - p;
