@@ -5908,8 +5908,8 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
             say("            windows of %ld tokens from step %ld on: %.2f%% of dense attention's operations\n",
                 m->window[i], m->window_from[i], 100 * attention_square(WINDOW, m, m->window[i], c->seq_len) / (T * T));
         if (m->uses[LIGHTHOUSE])
-            say("            Lighthouse: levels %d, pool %d, topk %d, tile %d (%d tiles), %ld slots: %.2f%%\n", s->levels,
-                s->pool, s->topk, s->tile, s->tiles, s->S, 100 * S * S / (T * T));
+            say("            Lighthouse: levels %d, pool %d, topk %d, tile %d (%d tiles), %ld slots: %.2f%%\n",
+                s->levels, s->pool, s->topk, s->tile, s->tiles, s->S, 100 * S * S / (T * T));
         if (m->uses[LIGHTHOUSE] && procs.cp > 1) {
             say("            such a layer exchanges %s between the %d that share a sequence",
                 m->exchange_slots ? "slots" : "tokens", procs.cp);

@@ -425,6 +425,46 @@ static void test_sdpa(int B, int64_t T, int H, int D, bool deterministic, bool b
     free_device_arrays();
 }
 
+// A window layer's attention: rows of the CPU twin over the same windows, the last of each sequence shorter.
+static void test_windows(int B, int64_t T, int64_t window, int H, int D, uint64_t seed) {
+    char name[128];
+    snprintf(name, sizeof(name), "B %d T %lld window %lld H %d D %d", B, (long long)T, (long long)window, H, D);
+    int64_t C = (int64_t)H * D, N = B * T;
+    Floats qkv = random_host(N * 3 * C, seed), dout = random_host(N * C, seed + 1);
+    Floats out_reference(N * C), stats_reference(N * H), dqkv_reference(N * 3 * C);
+    floatX *d_qkv = to_device<floatX>(qkv), *d_dout = to_device<floatX>(dout), *d_out = device_array<floatX>(N * C);
+    floatX* d_dqkv = device_array<floatX>(N * 3 * C);
+    float* d_stats = device_array<float>(N * H);
+    each_window(B, T, window, [&](int64_t, int n, int64_t length) { prepare_sdpa(n, length, H, D, true, true); });
+    bool same;
+    Floats out = run_twice<float>(d_out, N * C, &same, [&] {
+        each_window(B, T, window, [&](int64_t row, int n, int64_t length) {
+            sdpa_forward(d_out + row * C, d_stats + row * H, d_qkv + row * 3 * C, n, length, H, D);
+        });
+    });
+    Floats dqkv = run_twice<float>(d_dqkv, N * 3 * C, &same, [&] {
+        each_window(B, T, window, [&](int64_t row, int n, int64_t length) {
+            sdpa_backward(d_dqkv + row * 3 * C, d_dout + row * C, d_qkv + row * 3 * C, d_out + row * C, d_stats + row * H,
+                          n, length, H, D);
+        });
+    });
+    for (int b = 0; b < B; b++) {  // independent of each_window: window by window
+        for (int64_t t = 0; t < T; t += window) {
+            int64_t row = b * T + t, length = std::min(window, T - t);
+            cpu::sdpa_forward(&out_reference[row * C], &stats_reference[row * H], &qkv[row * 3 * C], 1, length, H, D);
+            cpu::sdpa_backward(&dqkv_reference[row * 3 * C], &dout[row * C], &qkv[row * 3 * C], &out_reference[row * C],
+                               &stats_reference[row * H], 1, length, H, D);
+        }
+    }
+    report_floats("windows forward", out, out_reference, SDPA_OUT, true, name);
+    for (int part = 0; part < 3; part++) {
+        char what[32];
+        snprintf(what, sizeof(what), "windows d%c", "qkv"[part]);
+        report_floats(what, part_of(dqkv, part, C), part_of(dqkv_reference, part, C), SDPA_GRADIENT, true, name);
+    }
+    free_device_arrays();
+}
+
 // ---- the published release's own numbers --------------------------------------------------------------------------
 // The selection must agree exactly from the same fp32 scores. The rest starts from the release's selection, because q
 // and k rounded to bf16 may select otherwise; it then differs by the rounding of the inputs and of every stage to bf16.
@@ -826,6 +866,16 @@ static void time_case(const Case& c, int runs, int dense_runs, bool json = false
     double whole_fastest = fastest_ms, whole_slowest = slowest_ms;
     time_line("all but sdpa, summed", 0, around);
     time_line("all, one after the other", 0, whole);
+    double windows[2];
+    for (int i = 0; i < 2; i++) {
+        int64_t window = i ? 4096 : 1024;
+        prepare_sdpa((int)(T / window), window, H, D, true, true);
+        windows[i] = median_ms(runs, [&] {
+            sdpa_forward(d_out, d_stats, d_qkv, (int)(T / window), window, H, D);
+            sdpa_backward(d_dqkv, d_dout, d_qkv, d_out, d_stats, (int)(T / window), window, H, D);
+        });
+        time_line(i ? "windows of 4,096 tokens" : "windows of 1,024 tokens", 0, windows[i]);
+    }
     if (dense_runs > 0) {
         if (memcmp(&c, &dense_case, offsetof(Case, levels))) {
             dense_case = c;
@@ -857,9 +907,10 @@ static void time_case(const Case& c, int runs, int dense_runs, bool json = false
         double bytes = (10 * T + 8 * S) * C * X      // each tensor once per kernel that reads or writes it;
                        + 28.0 * H * E + 20.0 * H * S;  // scores and slots of the entries, the index
         printf("{\"T\":%ld,\"H\":%ld,\"D\":%ld,\"levels\":%d,\"pool\":%d,\"topk\":%d,\"S\":%ld,\"copy_GBps\":%.1f,"
-               "\"around_ms\":%.4f,\"around_bytes\":%.0f,\"slots_ms\":%.4f,\"ms\":[%.4f,%.4f,%.4f],\"dense_ms\":%s}\n",
+               "\"around_ms\":%.4f,\"around_bytes\":%.0f,\"slots_ms\":%.4f,\"ms\":[%.4f,%.4f,%.4f],\"window_1024_ms\":%.4f,\"window_4096_ms\":%.4f,"
+               "\"dense_ms\":%s}\n",
                T, H, D, c.levels, c.pool, c.topk, S, copy_gbs, around, bytes, forward + backward, whole_fastest, whole,
-               whole_slowest, dense_runs ? json_number(dense_forward + dense_backward).s : "null");
+               whole_slowest, windows[0], windows[1], dense_runs ? json_number(dense_forward + dense_backward).s : "null");
         fflush(stdout);
     }
     free_device_arrays();
@@ -908,6 +959,9 @@ int main(int argc, char** argv) {
         test_sdpa(2, 1024, 12, 64, false, false, 3);
         test_sdpa(2, 1024, 2, 128, true, false, 4);
         test_sdpa(2, 520, 3, 64, true, true, 5);
+        test_windows(2, 1024, 256, 4, 64, 6);
+        test_windows(2, 1000, 384, 2, 128, 7);  // the last window of a sequence is shorter
+        test_windows(1, 4160, 1024, 3, 128, 8);
     }
     if (wanted("vectors")) {
         test_vectors("dev/vectors/a_n1024_l2_p4_k128.bin");
