@@ -4,6 +4,7 @@
 
 The Hugging Face tests run the models in transformers (with torch) and are skipped without it.
 """
+import dataclasses
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -17,6 +18,7 @@ import struct
 import subprocess
 import sys
 import time
+import urllib.request
 
 import numpy as np
 import pytest
@@ -37,7 +39,8 @@ def load(name):
     return module
 
 
-export_hf, import_hf, export_llmc, compare = map(load, ("export_hf", "import_hf", "export_llmc", "compare"))
+export_hf, import_hf, export_llmc, export_gguf, compare = map(load, ("export_hf", "import_hf", "export_llmc",
+                                                                     "export_gguf", "compare"))
 
 
 def run(script, *args):
@@ -812,8 +815,8 @@ def test_byte_tokenizer(tmp_path, hf, positions):
     assert m(**encoded).logits.equal(m(input_ids=encoded["input_ids"]).logits)
 
 
-def test_gpt2_tokenizer(tmp_path, hf):
-    """The written tokenizer.json gives tiktoken's ids."""
+def test_gpt2_tokenizer(tmp_path, hf, llama):
+    """The written tokenizer.json gives tiktoken's ids, and so does llama.cpp with the GGUF file."""
     pytest.importorskip("tiktoken")
     sys.path.insert(0, os.path.join(ROOT, "data"))
     import prepare
@@ -831,6 +834,8 @@ def test_gpt2_tokenizer(tmp_path, hf):
     ids = gpt2.encoding.encode_ordinary(text)
     assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == text and len(ids) > 10_000
     assert tokenizer.encode("<|endoftext|>") == [50256] == [tokenizer.eos_token_id]
+    run(export_gguf, tmp_path / "model.bin", tmp_path / "model.gguf", "--tokenizer", tmp_path)
+    assert llama(tmp_path / "model.gguf")[1](text) == ids
 
 
 def test_merges_come_from_the_order_of_the_tokens():
@@ -863,6 +868,135 @@ def test_tokenizer_file_cut_off(tmp_path):
         (tmp_path / "t.bin").write_bytes(change)
         with pytest.raises(model_file.FileError, match=message):
             model_file.read_tokenizer(tmp_path / "t.bin")
+
+
+# ---- GGUF ---------------------------------------------------------------------------------------------------------
+
+def gguf_run(tmp_path, positions, *options):
+    data_folder(tmp_path / "data")
+    run_folder(tmp_path / "run", tmp_path / "data", positions=positions, channels=64, num_heads=2, max_seq_len=300)
+    run(export_gguf, tmp_path / "run" / "model.bin", tmp_path / "model.gguf", *options)
+    return model_file.read_model(tmp_path / "run" / "model.bin")
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gguf_holds_the_model(tmp_path, positions, dtype):
+    """By PyPI's own reader."""
+    gguf = pytest.importorskip("gguf")
+    config, tensors = gguf_run(tmp_path, positions, "--dtype", dtype)
+    assert sorted(os.listdir(tmp_path)) == ["data", "model.gguf", "run"]
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    found = {t.name: t for t in reader.tensors}
+
+    def value(name):
+        return reader.fields[name].contents()
+
+    arch = {"learned": "gpt2", "rope": "starcoder2"}[positions]
+    assert value("general.architecture") == arch and value(f"{arch}.context_length") == 300
+    assert [value("tokenizer.ggml." + k) for k in ("eos_token_id", "bos_token_id", "padding_token_id")] == [256] * 3
+    assert value("tokenizer.ggml.tokens")[ord("a")] == "a" and len(value("tokenizer.ggml.tokens")) == 257
+    assert value("tokenizer.ggml.token_type") == [1] * 256 + [3]
+    if positions == "rope":
+        assert value("starcoder2.rope.freq_base") == 5000
+
+    def matrix(name):
+        assert found[name].tensor_type.name == {"float32": "F32", "bfloat16": "BF16"}[dtype]
+        return found[name].data.view("<f4" if dtype == "float32" else "<u2")
+
+    def wanted(x):
+        return model_file.to_dtype(x, dtype)
+
+    assert np.array_equal(matrix("token_embd.weight"), wanted(tensors["wte"][:257]))
+    assert np.array_equal(matrix("blk.1.ffn_down.weight"), wanted(tensors["fcprojw"][1]))
+    assert np.array_equal(found["blk.1.attn_norm.bias"].data, tensors["ln1b"][1])
+    for i, letter in enumerate("qkv"):
+        rows = slice(64 * i, 64 * (i + 1))
+        if positions == "rope":
+            assert np.array_equal(matrix(f"blk.0.attn_{letter}.weight"), wanted(tensors["qkvw"][0][rows]))
+            assert np.array_equal(found[f"blk.0.attn_{letter}.bias"].data, tensors["qkvb"][0][rows])
+        else:
+            assert np.array_equal(matrix("blk.0.attn_qkv.weight")[rows], wanted(tensors["qkvw"][0][rows]))
+
+
+@pytest.fixture
+def llama():
+    """llama.cpp with a GGUF file, by PyPI's xllamacpp: (logits of ids, ids of a text)."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    servers = []
+
+    def start(path):
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(path), 300, 1, False
+        params.cpuparams.n_threads = 1
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        servers.append(xllamacpp.Server(params))
+        server = servers[-1]
+
+        def log_probabilities(ids):
+            """Of the token that follows; None where the likeliest is no character, since llama.cpp then keeps them."""
+            answer = server.handle_completions({"prompt": [int(i) for i in ids], "n_predict": 1, "n_probs": 257,
+                                                "temperature": 0, "cache_prompt": False})
+            found = answer["choices"][0]["logprobs"]
+            return found and {e["id"]: e["logprob"] for e in found["content"][0]["top_logprobs"]}
+
+        def tokenize(text):
+            request = urllib.request.Request(server.listening_address + "/tokenize", method="POST",
+                                             data=json.dumps({"content": text, "parse_special": False}).encode(),
+                                             headers={"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=30) as f:
+                return json.load(f)["tokens"]
+        return log_probabilities, tokenize
+    yield start
+    servers.clear()
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+def test_llama_cpp_computes_the_same(tmp_path, llama, positions):
+    config, tensors = gguf_run(tmp_path, positions)
+    log_probabilities, tokenize = llama(tmp_path / "model.gguf")
+    compared = 0
+    for seed in range(12):
+        ids = np.random.default_rng(seed).integers(0, 257, 40 + 20 * seed)
+        found = log_probabilities(ids)
+        if not found:
+            continue
+        wanted = forward(config, tensors, ids)[-1]
+        wanted -= wanted.max() + np.log(np.exp(wanted - wanted.max()).sum())
+        assert len(found) == 257 and wanted.std() > 1
+        assert max(abs(found[i] - wanted[i]) for i in range(257)) < 0.02  # its GELU is a table of halves
+        if positions == "rope":  # and theta is heard of: with another the distance is a hundred times that
+            other = forward(dataclasses.replace(config, rope_theta=10000.0), tensors, ids)[-1]
+            other -= other.max() + np.log(np.exp(other - other.max()).sum())
+            assert max(abs(found[i] - other[i]) for i in range(257)) > 0.2
+        compared += 1
+    assert compared >= 3
+    text = "Hello,  world\n\tfür 日本 🙂 don't \x7f 12345"
+    assert tokenize(text) == list(text.encode())
+
+
+@pytest.mark.parametrize("change,message", [
+    (dict(normalizer={"type": "NFC"}), 'normalizer is {"type": "NFC"}, wanted null'),
+    (dict(pre_tokenizer={"type": "Whitespace"}), 'pre_tokenizer is "Whitespace", wanted "ByteLevel"'),
+    (dict(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}), "add_prefix_space is true, wanted false"),
+    (dict(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}), "use_regex is false"),
+])
+def test_gguf_refuses_tokenizers_that_llama_cpp_has_no_name_for(tmp_path, change, message):
+    gguf = pytest.importorskip("gguf")
+    value = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}, "normalizer": None,
+             "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+             "added_tokens": [{"id": 3, "content": "<end>", "special": True}]}
+    model(tmp_path / "model.bin", vocab_size=6, padded_vocab_size=128, eot=3)
+    (tmp_path / "t.json").write_text(json.dumps({**value, **change}))
+    assert message in refused(export_gguf, tmp_path / "model.bin", tmp_path / "x.gguf", "--tokenizer",
+                              tmp_path / "t.json")
+    assert sorted(os.listdir(tmp_path)) == ["model.bin", "t.json"]
+    (tmp_path / "t.json").write_text(json.dumps(value))
+    run(export_gguf, tmp_path / "model.bin", tmp_path / "x.gguf", "--tokenizer", tmp_path / "t.json")
+    fields = gguf.GGUFReader(tmp_path / "x.gguf").fields
+    assert fields["tokenizer.ggml.tokens"].contents() == ["a", "b", "ab", "<end>", "[unused4]", "[unused5]"]
+    assert fields["tokenizer.ggml.token_type"].contents() == [1, 1, 1, 3, 5, 5]
+    assert fields["tokenizer.ggml.merges"].contents() == ["a b"]
 
 
 # ---- compare ------------------------------------------------------------------------------------------------------
@@ -1236,7 +1370,7 @@ def test_probe_takes_a_compiler_of_several_words(compiler, works):
     assert ("$(error no working C++ compiler" in found.stdout) != works
 
 
-@pytest.mark.parametrize("name", ["compare", "export_hf", "import_hf", "export_llmc"])
+@pytest.mark.parametrize("name", ["compare", "export_hf", "import_hf", "export_llmc", "export_gguf"])
 def test_scripts_start_as_commands(tmp_path, name):
     help_text = subprocess.run([os.path.join(SCRIPTS, name), "--help"], capture_output=True, text=True, cwd=tmp_path,
                                env=dict(os.environ, PATH=os.path.dirname(sys.executable) + ":" + os.environ["PATH"]))
