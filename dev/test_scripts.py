@@ -1188,6 +1188,15 @@ def test_compare_resumed_log(tmp_path, capsys):
     assert (lh["program"], lh["steps"], lh["tokens"], lh["final_val_step"]) == ("dense", 2, 200, 0)
 
 
+def test_compare_brief_is_four_lines(tmp_path, capsys):
+    runs = [write_log(tmp_path / "lh", lighthouse_events()), write_log(tmp_path / "dense", dense_events())]
+    run(compare, *runs, "--brief")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[2:6]] == ["lighthouse phase: tokens/s", "dense phase: tokens/s",
+                                                            "training time", "validation loss, final"]
+    assert not [line for line in lines[6:] if not line.startswith("warning: ")]
+
+
 def test_compare_broken_logs(tmp_path, capsys):
     events = dense_events()
     a = write_log(tmp_path / "dense", events + [json.dumps(step_event(9, 1.0, 9.0, 1.0, "dense"))[:40]])
@@ -1368,6 +1377,124 @@ def test_probe_takes_a_compiler_of_several_words(compiler, works):
                            env=dict(os.environ, CXX=compiler, NVCC="none", MPICC="none"))
     assert found.returncode == 0 and ("PROBE_CXX = g++" in found.stdout) == works
     assert ("$(error no working C++ compiler" in found.stdout) != works
+
+
+# ---- probe: a CUDA of version 99, which no machine has, made of a few lines ---------------------------------------------
+
+def shared_library(path, source):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", path, f"-Wl,-soname,{path.name}"],
+                          input=source, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def header(path, text=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def fake_cuda(root, version="99.1"):
+    (root / "bin").mkdir(parents=True)
+    nvcc = root / "bin" / "nvcc"
+    nvcc.write_text(f'#!/bin/sh\n[ $1 = --version ] && echo "release {version}, V{version}.1" || echo compute_90\n')
+    nvcc.chmod(0o755)
+    header(root / "include" / "cuda_runtime.h")
+
+
+def fake_cublas(root, so, version=991000):
+    header(root / "include" / "cublasLt.h", 'extern "C" unsigned long cublasLtGetVersion();')
+    shared_library(root / "lib" / so, f'extern "C" unsigned long cublasLtGetVersion() {{ return {version}; }}')
+
+
+def fake_cudnn(root, so, lib="lib", cudart=99010, version=90200):
+    header(root / "include" / "cudnn.h",
+           'extern "C" unsigned long cudnnGetVersion(); extern "C" unsigned long cudnnGetCudartVersion();')
+    shared_library(root / lib / so, f'extern "C" unsigned long cudnnGetVersion() {{ return {version}; }}\n'
+                   f'extern "C" unsigned long cudnnGetCudartVersion() {{ return {cudart}; }}')
+
+
+def fake_nccl(root, so):
+    header(root / "include" / "nccl.h", "enum { ncclSuccess }; " 'extern "C" int ncclGetVersion(int*);')
+    shared_library(root / "lib" / so, 'extern "C" int ncclGetVersion(int* v) { *v = 22000; return 0; }')
+
+
+def probed(**env):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("CUDA", "CUDNN", "NCCL", "CONDA", "NVCC", "LD_L"))}
+    done = subprocess.run([os.path.join(SCRIPTS, "probe")], capture_output=True, text=True, cwd=env.pop("cwd", ROOT),
+                          env={**kept, "GPU_COMPUTE_CAPABILITY": "90", "MPICC": "none", **{k: str(v) for k, v in env.items()}})
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return dict(line.split(" =", 1) for line in done.stdout.splitlines() if " =" in line)
+
+
+def starts(found, tmp_path, program, names):
+    """Builds a program as the Makefile does and starts it without LD_LIBRARY_PATH."""
+    libs = " ".join(found[n] for n in names).replace("-Xlinker ", "-Wl,").split()
+    flags = [f for n in names for f in found[n.replace("LIBS", "FLAGS")].split() if f.startswith("-I")]
+    (tmp_path / "start.cc").write_text(program)
+    done = subprocess.run(["g++", *flags, tmp_path / "start.cc", "-o", tmp_path / "start", *libs], capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    env = {k: v for k, v in os.environ.items() if k != "LD_LIBRARY_PATH"}
+    return subprocess.run([tmp_path / "start"], env=env).returncode == 0
+
+
+USES_BOTH = ("#include <cublasLt.h>\n#include <cudnn.h>\n"
+             "int main() { return cublasLtGetVersion() != 991000 || cudnnGetVersion() != 90200; }")
+
+
+def test_probe_finds_a_toolkit_by_CUDA_HOME_and_cudnn_by_CUDNN_HOME(tmp_path):
+    fake_cuda(tmp_path / "cuda")
+    fake_cublas(tmp_path / "cuda", "libcublasLt.so")
+    fake_cudnn(tmp_path / "cudnn", "libcudnn.so", "lib64")
+    fake_nccl(tmp_path / "nccl", "libnccl.so")
+    for name in ("CUDNN_HOME", "CUDNN_PATH"):
+        found = probed(CUDA_HOME=tmp_path / "cuda", NCCL_HOME=tmp_path / "nccl", MPICC="mpicc",
+                       **{name: tmp_path / "cudnn"})
+        assert found["PROBE_CUDA"].startswith(f" 99.1 by {tmp_path}/cuda/bin/nvcc, cuBLAS in {tmp_path}/cuda/lib, sm 90")
+        assert found["PROBE_CUDNN"] == f" found in {tmp_path}/cudnn/lib64"
+        assert found["PROBE_NCCL"] in (f" found in {tmp_path}/nccl/lib", " not used: without MPI the GPU programs train "
+                                       "in one process")
+        assert starts(found, tmp_path, USES_BOTH, ["CUBLAS_LIBS", "CUDNN_LIBS"])
+
+
+def test_probe_finds_pips_wheels(tmp_path):
+    """They have only .so.9 and the like, and lie in the site-packages of the Python that is found first."""
+    site = tmp_path / "site" / "nvidia"
+    fake_cuda(site / "cu99")
+    fake_cublas(site / "cu99", "libcublasLt.so.99")
+    fake_cudnn(site / "cudnn", "libcudnn.so.9")
+    found = probed(PYTHONPATH=tmp_path / "site", NVCC=site / "cu99" / "bin" / "nvcc", cwd=tmp_path)
+    assert found["PROBE_CUDNN"] == f" found in {site}/cudnn/lib"
+    assert found["CUDNN_LIBS"] == f" -L{site}/cudnn/lib -l:libcudnn.so.9 -Xlinker -rpath,{site}/cudnn/lib"
+    assert starts(found, tmp_path, USES_BOTH, ["CUBLAS_LIBS", "CUDNN_LIBS"])
+
+
+def test_probe_finds_condas_layout(tmp_path):
+    env = tmp_path / "env"
+    fake_cuda(env)
+    (env / "include" / "cuda_runtime.h").unlink()
+    target = env / "targets" / "x86_64-linux"
+    header(target / "include" / "cuda_runtime.h")
+    fake_cublas(target, "libcublasLt.so")
+    fake_cudnn(env, "libcudnn.so")
+    found = probed(CONDA_PREFIX=env, PATH=f"{env}/bin:{os.environ['PATH']}")
+    assert found["PROBE_CUDNN"] == f" found in {env}/lib" and f"cuBLAS in {target}/lib, sm" in found["PROBE_CUDA"]
+    assert starts(found, tmp_path, USES_BOTH, ["CUBLAS_LIBS", "CUDNN_LIBS"])
+
+
+def test_probe_says_why_a_library_will_not_do(tmp_path):
+    cuda = tmp_path / "cuda"
+    fake_cuda(cuda)
+    assert "no <cublasLt.h> with -lcublasLt" in probed(CUDA_HOME=cuda)["PROBE_CUDA"] or \
+        "libcublasLt.so of the system does not start, or is not for CUDA 99" in probed(CUDA_HOME=cuda)["PROBE_CUDA"]
+    fake_cublas(cuda, "libcublasLt.so")
+    for wrong in (dict(cudart=12040), dict(version=8900)):  # of another CUDA; too old
+        fake_cudnn(tmp_path / "cudnn", "libcudnn.so", **wrong)
+        found = probed(CUDA_HOME=cuda, CUDNN_HOME=tmp_path / "cudnn")
+        assert found["PROBE_CUDA"].startswith(" not built: ") and "pip install nvidia-cudnn-cu99" in found["PROBE_CUDA"]
+        assert "is not for CUDA 99" in found["PROBE_CUDA"] and "NVCC" not in found
+    fake_cuda(tmp_path / "old", "12.3")
+    assert 'old/bin/nvcc is of CUDA "12.3"; 12.4 or newer' in probed(CUDA_HOME=tmp_path / "old")["PROBE_CUDA"]
 
 
 @pytest.mark.parametrize("name", ["compare", "export_hf", "import_hf", "export_llmc", "export_gguf"])
