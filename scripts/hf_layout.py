@@ -48,8 +48,7 @@ NAMES = {
     },
 }
 # The output layer, which shares the embedding's weight and so may or may not be there.
-OUTPUT_HEADS = {"GPT2LMHeadModel": "lm_head.weight", "Starcoder2ForCausalLM": "lm_head.weight",
-                "GPTNeoXForCausalLM": "embed_out.weight"}
+OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 def per_layer(name):
