@@ -1379,6 +1379,25 @@ def test_probe_takes_a_compiler_of_several_words(compiler, works):
     assert ("$(error no working C++ compiler" in found.stdout) != works
 
 
+@pytest.mark.skipif(not os.path.exists(os.path.join(ROOT, "train_gpt_lighthouse_cpu")), reason="make cpu")
+def test_longest_context_is_the_last_that_fits():
+    """And more memory or an option for the trainer changes it."""
+    script = [sys.executable, os.path.join(SCRIPTS, "longest_context"), "--model", "d6", "--unit", "65536", "--memory"]
+
+    def table(*more):
+        done = subprocess.run([*script, *more], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        head, _, row = done.stdout.splitlines()
+        return dict(zip(head.split(" | ")[1:], [int(x.strip(" |").replace(",", "")) for x in row.split(" | ")[1:]]))
+
+    found = table("8", "16")
+    assert list(found) == ["8 GiB", "16 GiB |"] and 0 < 1.8 * found["8 GiB"] < found["16 GiB |"]
+    kept = table("8", "--", "--recompute", "0")
+    assert kept["8 GiB |"] < found["8 GiB"]
+    wrong = subprocess.run([*script, "8", "--", "--pool", "3"], capture_output=True, text=True)
+    assert wrong.returncode == 1 and wrong.stderr.startswith("longest_context: ") and "pool" in wrong.stderr
+
+
 # ---- probe: a CUDA of version 99, which no machine has, made of a few lines ---------------------------------------------
 
 def shared_library(path, source):
