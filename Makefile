@@ -31,6 +31,7 @@ found:
 	@echo "BLAS      $(PROBE_BLAS)"
 	@echo "MPI       $(PROBE_MPI)"
 	@echo "CUDA      $(PROBE_CUDA)"
+	@echo "cuDNN     $(PROBE_CUDNN)"
 	@echo "NCCL      $(PROBE_NCCL)"
 
 # Each program is one source file; the compiler itself lists the files that it includes.
@@ -48,8 +49,8 @@ build/%: dev/%.cpp build/config.mk
 
 # The trainers and bench_nccl take several processes where NCCL and MPI are both there; the tests and benches of the
 # kernels take one.
-GPU_COMPILE = $(NVCC) -std=c++17 -O3 -lineinfo $(GENCODE) -Xcompiler "-O3 $(OPENMP)" -MMD -MP -MF build/$(@F).d -MT $@
-GPU_LINK = -lcublasLt -lcudnn
+GPU_COMPILE = $(NVCC) -std=c++17 -O3 -lineinfo $(GENCODE) $(CUBLAS_FLAGS) $(CUDNN_FLAGS) -Xcompiler "-O3 $(OPENMP)" -MMD -MP -MF build/$(@F).d -MT $@
+GPU_LINK = $(CUBLAS_LIBS) $(CUDNN_LIBS)
 $(GPU_TRAINERS): %: %.cu build/config.mk
 	$(GPU_COMPILE) $(NCCL_FLAGS) $< -o $@ $(GPU_LINK) $(NCCL_LIBS)
 build/bench_gpu: dev/bench_gpu.cu build/config.mk
@@ -59,9 +60,9 @@ build/bench_nccl: dev/bench_nccl.cu build/config.mk
 build/test_gpu_model: dev/test_model.cu build/config.mk
 	$(GPU_COMPILE) $< -o $@ $(GPU_LINK)
 build/test_gpu_model_fp32: dev/test_model.cu build/config.mk
-	$(GPU_COMPILE) -DFLOATX_FP32 $< -o $@ -lcublasLt
+	$(GPU_COMPILE) -DFLOATX_FP32 $< -o $@ $(CUBLAS_LIBS)
 build/test_gpu_%_fp32: dev/test_gpu_%.cu build/config.mk
-	$(GPU_COMPILE) -DFLOATX_FP32 $< -o $@ -lcublasLt
+	$(GPU_COMPILE) -DFLOATX_FP32 $< -o $@ $(CUBLAS_LIBS)
 build/test_gpu_%: dev/test_gpu_%.cu build/config.mk
 	$(GPU_COMPILE) $< -o $@ $(GPU_LINK)
 -include $(wildcard build/*.d)
@@ -105,7 +106,7 @@ help:
 	@echo "make cpu           build only train_gpt_lighthouse_cpu and train_gpt_dense_cpu"
 	@echo "make quickstart    install what is missing, prepare text, train with Lighthouse and dense, compare, plot"
 	@echo "make test          build and run every test (installs what the tests need)"
-	@echo "make test-mpi      the tests of several processes: mpirun on the CPU backend, 1 to 4 ranks"
+	@echo "make test-mpi      the tests of several processes: mpirun on the CPU backend, 1 to 8 ranks"
 	@echo "make test-gpu      every kernel against its CPU twin and GPU runs against CPU runs, on a machine with a GPU"
 	@echo "make sanitize      the GPU tests under compute-sanitizer: memcheck, racecheck, initcheck, synccheck"
 	@echo "make test_golden   Lighthouse attention against the official release's vectors in dev/vectors"

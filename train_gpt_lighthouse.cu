@@ -94,6 +94,7 @@ struct Config {
     double temperature;
     // memory
     int64_t recompute, deterministic, dry_run, plan_ranks;
+    double plan_memory;
     // processes
     int64_t cp, hang_timeout, rank_logs;
 };
@@ -172,7 +173,7 @@ static const Option options[] = {
     {"tile", "", OPT_INT, AT(tile), "0", 0, 4096,
      "entries each tile expands per level; 0: 128, less for short sequences, topk where it is no multiple of 128"},
     {"switch-step", "", OPT_TEXT, AT(switch_step), "0.625", 0, 0,
-     "first dense step: a step, or with a point a share of the steps (1.0: never dense; 0: dense throughout)"},
+     "steps before the dense ones: a number, or with a point a share of all steps (0: dense throughout; 1.0: never)"},
 #endif
     {"val-every", "v", OPT_INT, AT(val_every), "250", 0, 1e12,
      "[evaluation] steps between validations; 0: at the end only"},
@@ -193,6 +194,8 @@ static const Option options[] = {
     {"dry-run", "", OPT_FLAG, AT(dry_run), "0", 0, 1, "print the configuration and the memory plan, and stop"},
     {"plan-ranks", "", OPT_INT, AT(plan_ranks), "0", 0, 1048576,
      "with --dry-run: plan for this many processes; 0: as many as were started"},
+    {"plan-memory", "", OPT_REAL, AT(plan_memory), "0", 0, 1e6,
+     "with --dry-run: plan in a GPU's types for one with this many GiB free; 0: for this device"},
     {"cp", "", OPT_INT, AT(cp), "1", 1, 1024,
      "[processes] context parallelism: processes that share each sequence, seq-len/cp consecutive tokens on each"},
     {"hang-timeout", "", OPT_INT, AT(hang_timeout), "600", 0, 1e6,
@@ -654,7 +657,10 @@ static void* take(Arena* a, size_t bytes) {
     a->used += (bytes + 255) / 256 * 256;
     return p;
 }
-#define TAKE(arena, type, count) ((type*)take(arena, (size_t)(count) * sizeof(type)))
+// Bytes of a floatX in the memory plan: with --plan-memory a GPU's, on the CPU too.
+static size_t floatx_bytes = sizeof(floatX);
+#define TAKE(arena, type, count) \
+    ((type*)take(arena, (size_t)(count) * (strcmp(#type, "floatX") ? sizeof(type) : floatx_bytes)))
 
 // ===================================================================================================================
 // 3. Processes: one per device, world = dp x cp of them. The cp ranks of a group hold consecutive slices of the same
@@ -1320,8 +1326,16 @@ using namespace cpu;
 // On a CPU the operations take every shape and need no memory beside their tensors.
 static void operations_open(int, int, int, bool) {}
 static void lighthouse_open(const LighthouseShape*) {}
-static size_t operations_bytes(int64_t, int, int) { return 0; }
-static size_t sdpa_prepare(int, int64_t, int, int, bool, bool) { return 0; }
+// With --plan-memory what a GPU's take, whose functions of these names are further down: the encoder's backward or the
+// choice of matrix products, and attention's sums of dQ and dO O. cuDNN itself has asked for nothing more on any card.
+static size_t operations_bytes(int64_t N, int C, int Vp) {
+    if (floatx_bytes == sizeof(floatX)) return 0;
+    int64_t pieces = std::min(ceil_div(N, 32), (int64_t)8192);
+    return (32 << 20) + std::max(17 * N + 8 * pieces * C, 4 * (int64_t)C * std::max(4 * C, Vp));
+}
+static size_t sdpa_prepare(int B, int64_t T, int H, int D, bool, bool backward) {
+    return floatx_bytes == sizeof(floatX) || !backward ? 0 : 4 * (int64_t)B * H * T * (D + 1);
+}
 static void operations_allocate(size_t, size_t) {}
 static void fp8_open() {}
 #else
@@ -4065,7 +4079,7 @@ static int layer_level(const Model* m, Run r, int l) {
 
 // Rows of the logits made at a time: about 512 MiB, never the whole sequence's.
 static int64_t head_rows(const Model* m, int64_t rows) {
-    int64_t chunk = (512ll << 20) / ((int64_t)m->dims.Vp * sizeof(floatX)) / 128 * 128;
+    int64_t chunk = (512ll << 20) / ((int64_t)m->dims.Vp * floatx_bytes) / 128 * 128;
     return std::min(rows, std::max<int64_t>(chunk, 128));
 }
 
@@ -4568,8 +4582,8 @@ static Plan memory_plan(const Model* m, const Config* c, int64_t sample_T, int r
     memset(&p, 0, sizeof p);
     p.recompute = recompute;
     int D = m->dims.C / m->dims.NH;
-    plan_add(&p, "parameters", m->padded * sizeof(floatX));
-    if (sizeof(floatX) != sizeof(float)) plan_add(&p, "fp32 masters", m->owned * sizeof(float));
+    plan_add(&p, "parameters", m->padded * floatx_bytes);
+    if (floatx_bytes != sizeof(float)) plan_add(&p, "fp32 masters", m->owned * sizeof(float));
     if (!evaluates_only(c)) {
         plan_add(&p, "gradients", m->padded * sizeof(float));
         plan_add(&p, "AdamW moments", 2 * m->owned * sizeof(float));
@@ -5632,6 +5646,31 @@ static void note_changed_options(const Config* c, const char* path) {
     }
 }
 
+// llm.c's options that have no counterpart: the values that may stay on its command lines, and what there is instead.
+static const struct { const char *letter, *accepted, *instead; } llmc_options[] = {
+    {"z", "0 1", "the optimizer's state is always sharded over all processes (ZeRO stage 1)"},
+    {"h", "0 1", "HellaSwag is evaluated on the exported model: scripts/export_hf, then lm_eval"},
+    {"w", "1", "fp32 master weights are always kept"},
+    {"f", "0 1", "products are in bf16, or FP8 with --fp8 1"},
+    {"ge", "0 1 2", "GELU is fused into a product where that is faster"},
+    {"a", "0", "to overfit a batch, train on a shard of one batch"},
+    {"pn", "1", "mpirun starts the processes"}, {"pr", "0", "mpirun starts the processes"},
+    {"pg", "", "mpirun starts the processes"}, {"pi", "", "mpirun starts the processes"},
+    {"ps", "", "mpirun starts the processes"}, {"pf", "", "mpirun starts the processes"},
+};
+
+// Whether -letter value is such an option; one that would change the run is refused.
+static bool is_llmc_option(const char* letter, const char* value) {
+    for (auto& o : llmc_options) {
+        if (strcmp(letter, o.letter)) continue;
+        bool accepted = *value && strlen(value) == strcspn(value, " ") && strstr(o.accepted, value);
+        if (!accepted) fatal("llm.c's -%s %s has no counterpart: %s", letter, value, o.instead);
+        if (strcmp(value, "0")) say("note: llm.c's -%s %s changes nothing: %s\n", letter, value, o.instead);
+        return true;
+    }
+    return false;
+}
+
 static void parse_options(Config* c, int argc, char** argv) {
     for (int i = 0; i < option_count; i++) set_option(c, &options[i], options[i].fallback);
     if (!lighthouse_built) {
@@ -5639,7 +5678,8 @@ static void parse_options(Config* c, int argc, char** argv) {
     }
     for (int i = 1; i < argc; i++) {
         const char* a = argv[i];
-        if (!strcmp(a, "--help") || !strcmp(a, "-h")) {
+        const char* next = i + 1 < argc ? argv[i + 1] : "";
+        if (!strcmp(a, "--help") || (!strcmp(a, "-h") && !isdigit((unsigned char)*next))) {
             if (procs.rank == 0) print_help(argv[0]);
             processes_end();
             exit(0);
@@ -5653,12 +5693,16 @@ static void parse_options(Config* c, int argc, char** argv) {
             const char* known = is_long ? options[j].name : options[j].letter;
             if (length && strlen(known) == length && !strncmp(known, name, length)) o = &options[j];
         }
+        if (!o && !is_long && is_llmc_option(name, next)) {
+            i++;
+            continue;
+        }
         if (!o) fatal("unknown option %s; %s --help lists the options", a, argv[0]);
         option_given[o - options] = true;
         if (o->type == OPT_FLAG && equals) fatal("--%s takes no value", o->name);
         if (o->type == OPT_FLAG) set_option(c, o, "1");
         else if (equals) set_option(c, o, equals + 1);
-        else if (i + 1 < argc && strncmp(argv[i + 1], "--", 2)) set_option(c, o, argv[++i]);
+        else if (i + 1 < argc && strncmp(next, "--", 2)) set_option(c, o, argv[++i]);
         else fatal("--%s needs a value. %s", o->name, option_help(o));
     }
     if (strcmp(c->lr_schedule, "cosine") && strcmp(c->lr_schedule, "linear") && strcmp(c->lr_schedule, "constant") &&
@@ -5786,6 +5830,11 @@ static double measure_device(Model* m, int64_t T) {
 
 static double gib(double bytes) { return bytes / (1024.0 * 1024 * 1024); }
 
+// What there is to plan for.
+static size_t memory_free(const Config* c) {
+    return c->plan_memory > 0 ? (size_t)(c->plan_memory * (1ll << 30)) : device_memory_free();
+}
+
 // Chooses the recompute levels if they are left to us and refuses what does not fit, with what would.
 static Plan choose_plan(Model* m, Config* c, int64_t sample_T) {
     const size_t spare = 128ll << 20;  // of a GPU, for kernels that are loaded at their first launch and for rounding
@@ -5793,8 +5842,8 @@ static Plan choose_plan(Model* m, Config* c, int64_t sample_T) {
     bool automatic = c->recompute < 0;
     if (automatic) c->recompute = 0;
     Plan p = memory_plan(m, c, sample_T, c->recompute * L, B);
-    size_t room = device_memory_free();  // only now: on a GPU that plan built cuDNN's, which take memory themselves
-    if (!strcmp(backend_name, "cpu")) room /= procs.local_world;
+    size_t room = memory_free(c);  // only now: on a GPU that plan built cuDNN's, which take memory themselves
+    if (!strcmp(backend_name, "cpu") && !c->plan_memory) room /= procs.local_world;
     else room -= std::min(room, spare);
     // In all processes' memories, which differ where GPUs do. All choose alike, so that their exchanges match.
     auto fits = [&](const Plan& plan) { return all_max((double)plan.total - (double)room) <= 0; };
@@ -5932,7 +5981,7 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
             m->windows > 1 ? text(", windows of %ld", m->window[i]) : "");
     say("operations  %.4g TFLOP a dense step\n", step_flops(m, DENSE_PHASE, 0, c->seq_len, step_tokens) * 1e-12);
     say("memory      %.2f GiB%s of %.2f GiB free, recompute level ", gib(plan->total),
-        procs.world > 1 ? " per process" : "", gib(device_memory_free()));
+        procs.world > 1 ? " per process" : "", gib(memory_free(c)));
     int level = (int)c->recompute, lower = level * d->L - plan->recompute;  // layers one level lower
     if (lower) say("%d in %d layer%s, %d in %d:", level - 1, lower, lower > 1 ? "s" : "", level, d->L - lower);
     else say("%d:", level);
@@ -6018,6 +6067,10 @@ static void setup_processes(const Config* c) {
         if (procs.world > 1) fatal("--plan-ranks is %ld; start one process to plan for others", c->plan_ranks);
         procs.world = (int)c->plan_ranks;
     }
+    if (c->plan_memory) {
+        if (!c->dry_run) fatal("--plan-memory is %.9g; it goes with --dry-run: a run takes what it needs", c->plan_memory);
+        floatx_bytes = 2;
+    }
     compare_options(c);
     processes_split(c->cp);
     if (!c->rank_logs || c->dry_run) return;
@@ -6063,6 +6116,10 @@ static void setup_tokenizer(Trainer* t) {
         const char* slash = strrchr(c->train_data, '/');
         free(path);
         path = text("%.*stokenizer.bin", slash ? (int)(slash + 1 - c->train_data) : 0, c->train_data);
+        if (access(path, R_OK) && !access("gpt2_tokenizer.bin", R_OK)) {  // where llm.c has it
+            free(path);
+            path = text("gpt2_tokenizer.bin");
+        }
     }
     if (!tokenizer_open(&t->tokenizer, path, t->model.dims.V))
         fatal("cannot read the tokenizer %s: %s. --tokenizer names it; --sample-every 0 does without", path,

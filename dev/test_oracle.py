@@ -88,27 +88,27 @@ def test_dense_model_with_learned_positions_is_gpt2():
     assert relative_error(logits, theirs) < TOLERANCE
 
 
-def test_dense_model_with_rope_is_gpt_neox():
+def test_dense_model_with_rope_is_starcoder2():
     transformers = pytest.importorskip("transformers")
     c, w, tokens, logits = dense_example("rope")
-    config = transformers.GPTNeoXConfig(
+    theta = (dict(rope_theta=c.rope_theta) if int(transformers.__version__.split(".")[0]) < 5 else
+             dict(rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}))
+    config = transformers.Starcoder2Config(
         vocab_size=c.vocab, max_position_embeddings=c.seq_len, hidden_size=c.channels, num_hidden_layers=c.layers,
-        num_attention_heads=c.heads, intermediate_size=4 * c.channels, hidden_act="gelu_pytorch_tanh", rotary_pct=1.0,
-        rotary_emb_base=c.rope_theta, use_parallel_residual=False, tie_word_embeddings=True,
-        attn_implementation="eager")
+        num_attention_heads=c.heads, num_key_value_heads=c.heads, intermediate_size=4 * c.channels,
+        tie_word_embeddings=True, attn_implementation="eager", **theta)
     wte = w["wte"][:c.vocab]
-    state = {"gpt_neox.embed_in.weight": wte, "embed_out.weight": wte,
-             "gpt_neox.final_layer_norm.weight": w["lnfw"], "gpt_neox.final_layer_norm.bias": w["lnfb"]}
-    names = {"input_layernorm": "ln1", "attention.query_key_value": "qkv", "attention.dense": "attproj",
-             "post_attention_layernorm": "ln2", "mlp.dense_h_to_4h": "fc", "mlp.dense_4h_to_h": "fcproj"}
+    state = {"model.embed_tokens.weight": wte, "lm_head.weight": wte, "model.norm.weight": w["lnfw"],
+             "model.norm.bias": w["lnfb"]}
+    names = {"input_layernorm": "ln1", "self_attn.o_proj": "attproj", "post_attention_layernorm": "ln2",
+             "mlp.c_fc": "fc", "mlp.c_proj": "fcproj"}
     for layer in range(c.layers):
-        for theirs, ours in names.items():
-            for kind in ("weight", "bias"):
-                x = w[ours + kind[0]][layer]
-                if ours == "qkv":  # theirs is (head, q k v, D), ours (q k v, head, D)
-                    x = x.reshape(3, c.heads, c.channels // c.heads, -1).transpose(0, 1).reshape(x.shape)
-                state[f"gpt_neox.layers.{layer}.{theirs}.{kind}"] = x
-    theirs = load_and_run(transformers.GPTNeoXForCausalLM(config), state, tokens)
+        for kind in ("weight", "bias"):
+            for theirs, ours in names.items():
+                state[f"model.layers.{layer}.{theirs}.{kind}"] = w[ours + kind[0]][layer]
+            for letter, x in zip("qkv", w["qkv" + kind[0]][layer].chunk(3)):
+                state[f"model.layers.{layer}.self_attn.{letter}_proj.{kind}"] = x
+    theirs = load_and_run(transformers.Starcoder2ForCausalLM(config), state, tokens)
     assert relative_error(logits, theirs) < TOLERANCE
 
 

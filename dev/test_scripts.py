@@ -4,6 +4,8 @@
 
 The Hugging Face tests run the models in transformers (with torch) and are skipped without it.
 """
+import dataclasses
+import hashlib
 import importlib.machinery
 import importlib.util
 import json
@@ -16,6 +18,7 @@ import struct
 import subprocess
 import sys
 import time
+import urllib.request
 
 import numpy as np
 import pytest
@@ -26,6 +29,7 @@ sys.path.insert(0, SCRIPTS)
 sys.dont_write_bytecode = True
 
 import model_file  # noqa: E402
+import tokenizer_files  # noqa: E402
 
 
 def load(name):
@@ -35,7 +39,8 @@ def load(name):
     return module
 
 
-export_hf, import_hf, export_llmc, compare = map(load, ("export_hf", "import_hf", "export_llmc", "compare"))
+export_hf, import_hf, export_llmc, export_gguf, compare = map(load, ("export_hf", "import_hf", "export_llmc",
+                                                                     "export_gguf", "compare"))
 
 
 def run(script, *args):
@@ -349,7 +354,7 @@ def test_exported_folder_computes_the_same(tmp_path, hf, kind):
     checkpoint(tmp_path / "ckpt.bin", config, tensors)
     run(export_hf, tmp_path / "model.bin", tmp_path / "hf")
     m = load_exactly(hf, tmp_path / "hf")
-    assert type(m).__name__ == {"learned": "GPT2LMHeadModel", "rope": "GPTNeoXForCausalLM"}[config.positions]
+    assert type(m).__name__ == {"learned": "GPT2LMHeadModel", "rope": "Starcoder2ForCausalLM"}[config.positions]
     tokens = tokens_for(config)
     wanted = forward(config, tensors, tokens)
     assert wanted.std() > 0.5  # the comparison says something
@@ -384,17 +389,23 @@ def test_exported_safetensors_are_the_librarys(tmp_path):
     assert theirs["transformer.wte.weight"].shape == (131, 32)
 
 
-def hf_model(hf, positions, **changes):
+def hf_model(hf, kind, **changes):
     import torch
     torch.manual_seed(5)
-    if positions == "learned":
+    if kind == "learned":
         settings = dict(vocab_size=131, n_positions=24, n_embd=32, n_layer=2, n_head=4)
         m = hf.GPT2LMHeadModel(hf.GPT2Config(**dict(settings, **changes)))
     else:
         settings = dict(vocab_size=131, max_position_embeddings=24, hidden_size=32, num_hidden_layers=2,
                         num_attention_heads=4, intermediate_size=128, hidden_act="gelu_pytorch_tanh",
-                        use_parallel_residual=False, rotary_pct=1.0, rotary_emb_base=2000, tie_word_embeddings=True)
-        m = hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**dict(settings, **changes)))
+                        tie_word_embeddings=True, bos_token_id=3, eos_token_id=3)
+        name, own, theta = (("Starcoder2", dict(num_key_value_heads=4), "rope_theta") if kind == "rope" else
+                            ("GPTNeoX", dict(use_parallel_residual=False, rotary_pct=1.0), "rotary_emb_base"))
+        if int(hf.__version__.split(".")[0]) < 5:
+            own[theta] = 2000
+        else:
+            own["rope_parameters"] = {"rope_type": "default", "rope_theta": 2000, "partial_rotary_factor": 1.0}
+        m = getattr(hf, name + "ForCausalLM")(getattr(hf, name + "Config")(**{**settings, **own, **changes}))
     with torch.no_grad():
         for p in m.parameters():
             p.add_(torch.randn_like(p) * 0.2)
@@ -406,23 +417,25 @@ def bits(path):
     return {n: (x.dtype, x.tobytes()) for n, x in import_hf.read_weights(str(path)).items()}
 
 
-@pytest.mark.parametrize("positions", ["learned", "rope"])
+@pytest.mark.parametrize("kind", ["learned", "rope", "neox"])
 @pytest.mark.parametrize("shards", [False, True])
-def test_imported_model_computes_the_same(tmp_path, hf, positions, shards):
-    m = hf_model(hf, positions)
+def test_imported_model_computes_the_same(tmp_path, hf, kind, shards):
+    m = hf_model(hf, kind)
     m.save_pretrained(tmp_path / "hf", **(dict(max_shard_size="30KB") if shards else {}))
     assert os.path.exists(tmp_path / "hf" / "model.safetensors.index.json") == shards
     run(import_hf, tmp_path / "hf", tmp_path / "model.bin")
     config, tensors = model_file.read_model(tmp_path / "model.bin")
-    assert (config.positions, config.max_seq_len, config.vocab_size, config.padded_vocab_size) == (positions, 24, 131,
-                                                                                                  256)
-    assert config.rope_theta == (2000 if positions == "rope" else 0) and config.version() in (3, 103)
+    assert config == config_of("learned" if kind == "learned" else "rope", rope_theta=0 if kind == "learned" else 2000,
+                               step=0, eot=None if kind == "learned" else 3)  # GPT-2's, 50256, is no id of 131
     assert not tensors["wte"][131:].any()
     tokens = tokens_for(config)
     wanted = hf_logits(m, tokens)
     assert wanted.std() > 0.5 and np.abs(forward(config, tensors, tokens) - wanted).max() < 1e-4
     run(export_hf, tmp_path / "model.bin", tmp_path / "again")
-    assert bits(tmp_path / "hf") == bits(tmp_path / "again")
+    if kind == "neox":  # it leaves as a Starcoder2
+        assert np.abs(hf_logits(load_exactly(hf, tmp_path / "again"), tokens) - wanted).max() < 1e-4
+    else:
+        assert bits(tmp_path / "hf") == bits(tmp_path / "again")
     run(import_hf, tmp_path / "again", tmp_path / "again.bin")
     assert (tmp_path / "again.bin").read_bytes() == (tmp_path / "model.bin").read_bytes()
 
@@ -430,7 +443,7 @@ def test_imported_model_computes_the_same(tmp_path, hf, positions, shards):
 @pytest.mark.parametrize("positions", ["learned", "rope"])
 def test_half_precision_round_trip(tmp_path, hf, positions):
     import torch
-    for dtype, exact in (("bfloat16", True), ("float16", False)):
+    for dtype, exact in (("bfloat16", True), ("float16", False), ("float64", False)):
         folder = tmp_path / dtype
         hf_model(hf, positions).to(getattr(torch, dtype)).save_pretrained(folder)
         run(import_hf, folder, tmp_path / "model.bin")
@@ -439,18 +452,40 @@ def test_half_precision_round_trip(tmp_path, hf, positions):
             assert bits(folder) == bits(tmp_path / "again")
         else:
             a, b = import_hf.read_weights(str(folder)), import_hf.read_weights(str(tmp_path / "again"))
-            assert all(np.array_equal(a[n], b[n]) and a[n].dtype == np.float16 for n in a)
+            assert all(np.array_equal(a[n].astype("<f4"), b[n]) and a[n].dtype == dtype for n in a)
 
 
 # The folders below are made without transformers: a config and our own safetensors, checked against theirs above.
 
-def folder_of(tmp_path, positions="learned", config_changes=(), drop=(), tensors=None, names=lambda n: n):
-    config = config_of(positions)
+def as_neox(folder):
+    """Turns an exported folder into the GPTNeoXForCausalLM that earlier versions wrote."""
+    found = model_file.read_safetensors(folder / "model.safetensors")
+    theirs = {}
+    for name, hf_names in import_hf.hf_layout.NAMES["GPTNeoXForCausalLM"].items():
+        for layer in range(2 if import_hf.hf_layout.per_layer(name) else 1):
+            parts = [found[n.format(layer)] for n in import_hf.hf_layout.names("Starcoder2ForCausalLM", name)]
+            x = np.concatenate([p.reshape(4, 1, 8, *p.shape[1:]) for p in parts], 1) if len(parts) > 1 else parts[0]
+            theirs[hf_names.format(layer)] = x.reshape(-1, *x.shape[3:]) if len(parts) > 1 else x
+    model_file.write_safetensors(folder / "model.safetensors", [(n, x.shape, x) for n, x in theirs.items()], "float32")
+    c = json.loads((folder / "config.json").read_text())
+    kept = ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads",
+            "intermediate_size", "hidden_act", "tie_word_embeddings")
+    (folder / "config.json").write_text(json.dumps({
+        **{k: c[k] for k in kept}, "architectures": ["GPTNeoXForCausalLM"], "layer_norm_eps": 1e-5, "rotary_pct": 1.0,
+        "use_parallel_residual": False, "attention_bias": True, "rotary_emb_base": c["rope_theta"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": c["rope_theta"], "partial_rotary_factor": 1.0}}))
+
+
+def folder_of(tmp_path, kind="learned", config_changes=(), drop=(), tensors=None, names=lambda n: n):
+    config = config_of("learned" if kind == "learned" else "rope")
     model_file.write_model(tmp_path / "source.bin", config, random_tensors(config).items())
     folder = tmp_path / "folder"
     run(export_hf, tmp_path / "source.bin", folder)
+    if kind == "neox":
+        as_neox(folder)
     found = {names(n): np.array(x) for n, x in model_file.read_safetensors(folder / "model.safetensors").items()}
     found.update(tensors(found) if tensors else {})
+    found = {n: x for n, x in found.items() if x is not None}
     model_file.write_safetensors(folder / "model.safetensors", [(n, x.shape, x) for n, x in found.items()], "float32")
     settings = json.loads((folder / "config.json").read_text())
     settings.update(config_changes)
@@ -460,9 +495,9 @@ def folder_of(tmp_path, positions="learned", config_changes=(), drop=(), tensors
     return folder
 
 
-@pytest.mark.parametrize("positions,changes,drop,message", [
-    ("learned", dict(architectures=["LlamaForCausalLM"]), (), "is LlamaForCausalLM, wanted GPT2LMHeadModel or GPTN"),
-    ("learned", {}, ("architectures",), "architecture is None"),
+@pytest.mark.parametrize("kind,changes,drop,message", [
+    ("learned", dict(architectures=["LlamaForCausalLM"]), (), r'\["LlamaForCausalLM"\], wanted one of GPT2LMHeadModel, Starc'),
+    ("learned", {}, ("architectures",), "architectures is null"),
     ("learned", dict(activation_function="gelu"), (), 'activation_function is "gelu", wanted .*GELU by tanh'),
     ("learned", dict(layer_norm_epsilon=1e-6), (), "layer_norm_epsilon is 1e-06, wanted 1e-05"),
     ("learned", dict(n_inner=100), (), "n_inner is 100, wanted null or 128"),
@@ -475,40 +510,109 @@ def folder_of(tmp_path, positions="learned", config_changes=(), drop=(), tensors
     ("learned", dict(n_layer="2"), (), 'n_layer is "2", wanted a positive integer'),
     ("learned", {}, ("vocab_size",), "vocab_size is null, wanted a positive integer"),
     ("learned", dict(quantization_config={"bits": 4}), (), "quantized"),
-    ("rope", dict(use_parallel_residual=True), (), "use_parallel_residual is true, wanted false"),
-    ("rope", {}, ("use_parallel_residual",), "use_parallel_residual is true"),
-    ("rope", {}, ("tie_word_embeddings",), "tie_word_embeddings is false"),
-    ("rope", {}, ("hidden_act",), 'hidden_act is "gelu"'),
-    ("rope", dict(hidden_act="relu"), (), 'hidden_act is "relu"'),
-    ("rope", dict(layer_norm_eps=1e-12), (), "layer_norm_eps is 1e-12"),
-    ("rope", dict(intermediate_size=64), (), "intermediate_size is 64, wanted 128"),
-    ("rope", dict(attention_bias=False), (), "attention_bias is false"),
-    ("rope", dict(rotary_pct=0.25), ("rope_parameters",), "rotary_pct is 0.25, wanted 1.0"),
-    ("rope", {}, ("rope_parameters", "rotary_pct"), "absent, which means 0.25"),
-    ("rope", dict(rotary_pct=0.5), (), "rotary_pct is 0.5, 1.0, wanted 1.0"),
-    ("rope", dict(rope_scaling={"type": "linear", "factor": 2.0}), ("rope_parameters",), r'scaled \("linear"\)'),
-    ("rope", dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), (), r'scaled \("yarn"\)'),
-    ("rope", dict(rotary_emb_base=123.0), (), "rope_theta 5000.0, rotary_emb_base says 123.0"),
-    ("rope", dict(rotary_emb_base=-1), ("rope_parameters",), "theta is -1, wanted a positive number"),
-    ("rope", dict(num_attention_heads=32), (), "the head size is 1, rotary positions want an even one"),
-    ("rope", dict(vocab_size=132), (), r"embed_in.weight is \(131, 32\), wanted \(132, 32\)"),
-    ("rope", dict(num_hidden_layers=3), (), "no tensor gpt_neox.layers.2.input_layernorm.weight"),
-    ("rope", dict(num_hidden_layers=1), (), "no place for tensor gpt_neox.layers.1.* and 11 more"),
+    ("neox", dict(use_parallel_residual=True), (), "use_parallel_residual is true, wanted false"),
+    ("neox", {}, ("use_parallel_residual",), "use_parallel_residual is true"),
+    ("neox", {}, ("tie_word_embeddings",), "tie_word_embeddings is false"),
+    ("neox", {}, ("hidden_act",), 'hidden_act is "gelu"'),
+    ("neox", dict(hidden_act="relu"), (), 'hidden_act is "relu"'),
+    ("neox", dict(layer_norm_eps=1e-12), (), "layer_norm_eps is 1e-12"),
+    ("neox", dict(intermediate_size=64), (), "intermediate_size is 64, wanted 128"),
+    ("neox", dict(attention_bias=False), (), "attention_bias is false"),
+    ("neox", dict(rotary_pct=0.25), ("rope_parameters",), "rotary_pct is 0.25, wanted 1.0"),
+    ("neox", {}, ("rope_parameters", "rotary_pct"), "absent, which means 0.25"),
+    ("neox", dict(rotary_pct=0.5), (), "rotary_pct is 1.0, 0.5, wanted 1.0"),
+    ("neox", dict(rope_scaling={"type": "linear", "factor": 2.0}), ("rope_parameters",), r'scaled \("linear"\)'),
+    ("neox", dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), (), r'scaled \("yarn"\)'),
+    ("neox", dict(rotary_emb_base=123.0), (), "rope_theta 5000.0, rotary_emb_base says 123.0"),
+    ("neox", dict(rotary_emb_base=-1), ("rope_parameters",), "theta is -1, wanted a positive number"),
+    ("neox", dict(num_attention_heads=32), (), "the head size is 1, rotary positions want an even one"),
+    ("neox", dict(vocab_size=132), (), r"embed_in.weight is \(131, 32\), wanted \(132, 32\)"),
+    ("neox", dict(num_hidden_layers=3), (), "no tensor gpt_neox.layers.2.input_layernorm.weight"),
+    ("neox", dict(num_hidden_layers=1), (), "no place for tensor gpt_neox.layers.1.* and 11 more"),
+    ("learned", dict(n_layer=True), (), 'n_layer is true, wanted a positive integer'),
+    ("rope", dict(num_key_value_heads=2), (), "num_key_value_heads is 2, wanted 4: .*every head"),
+    ("rope", {}, ("num_key_value_heads",), "num_key_value_heads is 2, wanted 4"),
+    ("rope", dict(sliding_window=4096), (), "sliding_window is 4096, wanted null: .*sees all"),
+    ("rope", dict(use_bias=False), (), "use_bias is false"),
+    ("rope", dict(head_dim=16), (), "head_dim is 16, wanted null or 8"),
+    ("rope", dict(norm_epsilon=1e-6), (), "norm_epsilon is 1e-06"),
+    ("rope", dict(hidden_act="silu"), (), 'hidden_act is "silu"'),
+    ("rope", dict(mlp_type="gated"), (), 'mlp_type is "gated"'),
+    ("rope", dict(norm_type="rms_norm"), (), 'norm_type is "rms_norm"'),
+    ("rope", {}, ("intermediate_size",), "intermediate_size is 12288, wanted 128"),
+    ("rope", dict(tie_word_embeddings=False), (), "tie_word_embeddings is false"),
+    ("rope", dict(rope_theta=7.0), (), "rope_theta 5000.0, rope_theta says 7.0"),
+    ("rope", dict(rope_theta="x"), ("rope_parameters",), 'rotary theta is "x"'),
+    ("rope", dict(partial_rotary_factor=0.5), (), "partial_rotary_factor is 0.5, wanted 1.0"),
+    ("rope", dict(rope_scaling={"rope_type": "llama3"}), ("rope_parameters",), r'scaled \("llama3"\)'),
+    ("rope", dict(rope_parameters="yarn"), (), 'the rotary positions are "yarn", wanted an object'),
+    ("rope", dict(num_hidden_layers=3), (), "no tensor model.layers.2.input_layernorm.weight"),
 ])
-def test_import_refuses_other_models(tmp_path, positions, changes, drop, message):
-    folder = folder_of(tmp_path, positions, changes, drop)
+def test_import_refuses_other_models(tmp_path, kind, changes, drop, message):
+    folder = folder_of(tmp_path, kind, changes, drop)
     text = refused(import_hf, folder, tmp_path / "out.bin")
     assert re.search(message, text) and str(folder) in text
     assert not (tmp_path / "out.bin").exists()
 
 
-@pytest.mark.parametrize("positions,theta", [("rope", 10000), ("rope", 123456.0)])
-def test_import_reads_both_spellings_of_theta(tmp_path, positions, theta):
+@pytest.mark.parametrize("kind,old_key,other", [("rope", "rope_theta", ()), ("neox", "rotary_emb_base", ("rotary_pct",))])
+@pytest.mark.parametrize("theta", [10000, 123456.0])
+def test_import_reads_both_spellings_of_theta(tmp_path, kind, old_key, other, theta):
     new = dict(rope_parameters={"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 1.0})
-    old = dict(rotary_emb_base=theta)
-    for changes, drop in ((new, ("rotary_pct", "rotary_emb_base")), (old, ("rope_parameters",))):
-        run(import_hf, folder_of(tmp_path, positions, changes, drop), tmp_path / "out.bin")
+    for changes, drop in ((new, (old_key, *other)), ({old_key: theta}, ("rope_parameters",))):
+        run(import_hf, folder_of(tmp_path, kind, changes, drop), tmp_path / "out.bin")
         assert model_file.read_model(tmp_path / "out.bin")[0].rope_theta == theta
+
+
+@pytest.mark.parametrize("kind,wte,head", [("learned", "transformer.wte.weight", "lm_head.weight"),
+                                           ("rope", "model.embed_tokens.weight", "lm_head.weight"),
+                                           ("neox", "gpt_neox.embed_in.weight", "embed_out.weight")])
+@pytest.mark.parametrize("wrapped", [lambda n: n, lambda n: "_orig_mod." + n, lambda n: "module." + n,
+                                     lambda n: "module._orig_mod." + n, lambda n: n.replace("s.1.", "s.1._orig_mod."),
+                                     lambda n: "_orig_mod.module.module." + n])
+def test_import_takes_tied_weights_under_either_name_and_wrapped_names(tmp_path, kind, wte, head, wrapped):
+    for tied in (lambda f: {}, lambda f: {wrapped(head): f[wrapped(wte)]},
+                 lambda f: {wrapped(head): f[wrapped(wte)], wrapped(wte): None}):
+        run(import_hf, folder_of(tmp_path, kind, tensors=tied, names=wrapped), tmp_path / "out.bin")
+        assert same(model_file.read_model(tmp_path / "out.bin")[1], model_file.read_model(tmp_path / "source.bin")[1])
+
+
+def test_import_refuses_what_two_names_hold_once_unwrapped(tmp_path):
+    folder = folder_of(tmp_path, tensors=lambda f: {"module.transformer.ln_f.bias": f["transformer.ln_f.bias"] + 1})
+    text = refused(import_hf, folder, tmp_path / "out.bin")
+    assert "two tensors are called transformer.ln_f.bias once what wraps their names is taken off" in text
+
+
+@pytest.mark.parametrize("kind,name,place", [("learned", "transformer.h.1.mlp.c_fc.weight", (3, 5)),
+                                             ("learned", "transformer.wte.weight", (130, 31)),
+                                             ("rope", "model.layers.1.self_attn.v_proj.bias", (7,)),
+                                             ("rope", "model.norm.weight", (0,))])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_import_names_weights_that_are_no_numbers(tmp_path, kind, name, place, value):
+    def spoil(found):
+        x = found[name].copy()
+        x[place] = value
+        return {name: x}
+
+    text = refused(import_hf, folder_of(tmp_path, kind, tensors=spoil), tmp_path / "out.bin")
+    assert f"tensor {name} has 1 value that is no finite float32, the first at {place}: {value}" in text
+    assert not (tmp_path / "out.bin").exists()
+
+
+def test_import_refuses_doubles_beyond_float32(tmp_path):
+    folder = folder_of(tmp_path)
+    found = {n: np.array(x) for n, x in model_file.read_safetensors(folder / "model.safetensors").items()}
+    entry, body = {}, b""
+    for n, x in found.items():
+        raw = x.astype("<f8")
+        if n == "transformer.wpe.weight":
+            raw[1, 2:4] = 1e300
+        entry[n] = {"dtype": "F64", "shape": list(x.shape), "data_offsets": [len(body), len(body) + raw.nbytes]}
+        body += raw.tobytes()
+    head = json.dumps(entry).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + body)
+    text = refused(import_hf, folder, tmp_path / "out.bin")
+    assert "transformer.wpe.weight has 2 values that are no finite float32, the first at (1, 2): inf" in text
 
 
 def test_import_accepts_what_older_versions_wrote(tmp_path):
@@ -518,8 +622,7 @@ def test_import_accepts_what_older_versions_wrote(tmp_path):
                        names=lambda n: n.replace("transformer.", "", 1))
     run(import_hf, folder, tmp_path / "out.bin")
     assert same(model_file.read_model(tmp_path / "out.bin")[1], model_file.read_model(tmp_path / "source.bin")[1])
-    folder = folder_of(tmp_path, "rope", tensors=lambda found: {
-        "embed_out.weight": found["gpt_neox.embed_in.weight"],
+    folder = folder_of(tmp_path, "neox", tensors=lambda found: {
         "gpt_neox.layers.0.attention.rotary_emb.inv_freq": np.ones(4, "<f4")})
     run(import_hf, folder, tmp_path / "out.bin")
     assert same(model_file.read_model(tmp_path / "out.bin")[1], model_file.read_model(tmp_path / "source.bin")[1])
@@ -532,7 +635,7 @@ def test_import_refuses_broken_folders(tmp_path):
 
     check(tmp_path / "none", "no such folder")
     folder = folder_of(tmp_path, tensors=lambda found: {"lm_head.weight": found["transformer.wte.weight"] + 1})
-    check(folder, "lm_head.weight differs from the token embedding")
+    check(folder, "lm_head.weight differs from transformer.wte.weight")
     folder = folder_of(tmp_path, tensors=lambda found: {"transformer.h.0.extra": np.zeros(3, "<f4")})
     check(folder, "no place for tensor transformer.h.0.extra")
     weights = folder / "model.safetensors"
@@ -542,7 +645,7 @@ def test_import_refuses_broken_folders(tmp_path):
     weights.write_bytes(raw[:100])
     check(folder, "not a safetensors file, or cut off")
     weights.write_bytes(raw.replace(b'"F32"', b'"I32"'))
-    check(folder, "transformer.wte.weight is not of type F32, F16 or BF16")
+    check(folder, "transformer.wte.weight is of type I32, wanted F64, F32, F16, BF16")
     weights.write_bytes(raw.replace(b'{', b'[', 1))
     check(folder, "not JSON")
     weights.unlink()
@@ -572,6 +675,127 @@ def tokenizer_file(path, tokens, eot, magic=20240328):
 BYTES = [bytes([b]) for b in range(256)] + [b"<|endoftext|>"]
 
 
+def data_folder(folder, kind="bytes", tokens=257, eot=256, **options):
+    """A data folder as data/prepare.py leaves it, and a run beside it whose log names it."""
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps({"tokenizer": kind, "vocab_size": tokens, "eot": eot,
+                                                      "options": options}))
+    if kind == "bytes":
+        tokenizer_file(folder / "tokenizer.bin", BYTES, 256)
+
+
+def run_folder(folder, data, vocab=257, padded=384, **kind):
+    folder.mkdir()
+    events = [{"event": "config", "options": {"train-data": "elsewhere/train_*.bin"}}, {"event": "step", "step": 1},
+              {"event": "config", "options": {"train-data": f"{data}/train_*.bin"}}]  # the later one: after a resume
+    (folder / "log.jsonl").write_text("".join(json.dumps(e, separators=(",", ":")) + "\n" for e in events))
+    model(folder / "model.bin", vocab_size=vocab, padded_vocab_size=padded, **kind)
+
+
+def exported_ids(folder):
+    return [json.loads((folder / name).read_text()).get("eos_token_id") for name in ("config.json",
+                                                                                    "generation_config.json")]
+
+
+@pytest.mark.parametrize("kind", ["absolute", "here", "above the run"])
+def test_export_takes_the_tokenizer_of_the_runs_data(tmp_path, monkeypatch, capsys, kind):
+    data_folder(tmp_path / "data")
+    (tmp_path / "runs").mkdir()
+    run_folder(tmp_path / "runs" / "a", tmp_path / "data" if kind == "absolute" else "data")
+    monkeypatch.chdir(tmp_path if kind == "here" else "/")
+    run(export_hf, tmp_path / "runs" / "a" / "model.bin", tmp_path / "hf")
+    assert exported_ids(tmp_path / "hf") == [256, 256]
+    assert json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["pad_token"] == "<|endoftext|>"
+    assert "end of text 256, tokenizer " in capsys.readouterr().out
+
+
+def own_tokenizer(path, tokens, eot):
+    vocab = {f"t{i}": i for i in range(tokens) if i != eot}
+    path.write_text(json.dumps({"model": {"type": "BPE", "vocab": {**vocab, "<end>": eot}, "merges": []},
+                                "added_tokens": [{"id": eot, "content": "<end>"}]}))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_export_knows_the_end_of_text_from_the_manifest_not_from_the_size(tmp_path, capsys):
+    """A tokenizer of one's own with GPT-2's number of ids whose end of text is 0."""
+    digest = own_tokenizer(tmp_path / "tokenizer.json", 50257, 0)
+    data_folder(tmp_path / "data", "tokenizer.json", 50257, 0, tokenizer_sha256=digest)
+    run_folder(tmp_path / "run", tmp_path / "data", 50257, 50304, channels=8, num_heads=1)
+    run(export_hf, tmp_path / "run" / "model.bin", tmp_path / "hf")
+    assert exported_ids(tmp_path / "hf") == [0, 0] and not (tmp_path / "hf" / "tokenizer.json").exists()
+    assert "--tokenizer FILE.json adds" in capsys.readouterr().out
+    run(export_hf, tmp_path / "run" / "model.bin", tmp_path / "hf", "--tokenizer", tmp_path / "tokenizer.json")
+    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+    assert json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["eos_token"] == "<end>"
+    shutil.copy(tmp_path / "tokenizer.json", tmp_path / "data")  # there it is taken by itself
+    run(export_hf, tmp_path / "run" / "model.bin", tmp_path / "by_itself")
+    for name in os.listdir(tmp_path / "hf"):
+        assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "by_itself" / name).read_bytes(), name
+    own_tokenizer(tmp_path / "other.json", 50257, 1)
+    assert "other.json is not the tokenizer that" in refused(export_hf, tmp_path / "run" / "model.bin", tmp_path / "x",
+                                                             "--tokenizer", tmp_path / "other.json")
+    own_tokenizer(tmp_path / "data" / "tokenizer.json", 50258, 0)
+    assert "is not the tokenizer that" in refused(export_hf, tmp_path / "run" / "model.bin", tmp_path / "x")
+
+
+@pytest.mark.parametrize("tokens", [50257, 257, 131])
+def test_export_guesses_no_end_of_text(tmp_path, capsys, tokens):
+    model(tmp_path / "model.bin", vocab_size=tokens, padded_vocab_size=-(-tokens // 128) * 128, channels=8, num_heads=1)
+    run(export_hf, tmp_path / "model.bin", tmp_path / "hf")
+    assert exported_ids(tmp_path / "hf") == [None, None] and "end of text unknown" in capsys.readouterr().out
+
+
+def test_imported_end_of_text_leaves_again(tmp_path):
+    for changes, generation, eot in ((dict(eos_token_id=7), None, 7), (dict(eos_token_id=[7]), {"eos_token_id": 9}, 7),
+                                     (dict(eos_token_id=0), {}, 0), (dict(eos_token_id=None), {"eos_token_id": 9}, 9),
+                                     (dict(eos_token_id=[7, 8]), None, None), (dict(eos_token_id=131), None, None),
+                                     (dict(eos_token_id="x"), None, None), (dict(eos_token_id=None), None, None)):
+        folder = folder_of(tmp_path, "rope", changes)
+        if generation is not None:
+            (folder / "generation_config.json").write_text(json.dumps(generation))
+        run(import_hf, folder, tmp_path / "model.bin")
+        assert model_file.read_model(tmp_path / "model.bin")[0].eot == eot
+        run(export_hf, tmp_path / "model.bin", tmp_path / "again")
+        assert exported_ids(tmp_path / "again") == [eot, eot]
+    raw = bytearray((tmp_path / "model.bin").read_bytes())
+    struct.pack_into("<i", raw, 40, 132)
+    (tmp_path / "bad.bin").write_bytes(raw)
+    assert "the end-of-text id is 131, wanted -1 (unknown) to 130" in refused(export_hf, tmp_path / "bad.bin", "x")
+
+
+def test_export_does_not_mix_two_models_in_a_folder(tmp_path):
+    data_folder(tmp_path / "data")
+    run_folder(tmp_path / "run", tmp_path / "data")
+    run(export_hf, tmp_path / "run" / "model.bin", tmp_path / "hf")
+    model(tmp_path / "other.bin", eot=5)
+    message = refused(export_hf, tmp_path / "other.bin", tmp_path / "hf")
+    assert "holds tokenizer.json, which this export would not replace" in message
+    assert exported_ids(tmp_path / "hf") == [256, 256]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "hf" / name).unlink()
+    run(export_hf, tmp_path / "other.bin", tmp_path / "hf")
+    assert exported_ids(tmp_path / "hf") == [5, 5]  # the old generation_config.json says 256
+    for name in ("model.safetensors.index.json", "model-00001-of-00002.safetensors", "pytorch_model.bin", "vocab.json"):
+        (tmp_path / "hf" / name).write_text("")
+        assert f"holds {name}, which" in refused(export_hf, tmp_path / "other.bin", tmp_path / "hf")
+        (tmp_path / "hf" / name).unlink()
+    (tmp_path / "hf" / "README.md").write_text("of the user")
+    run(export_hf, tmp_path / "other.bin", tmp_path / "hf")
+
+
+@pytest.mark.parametrize("change,message", [
+    (dict(eot=257), "the end of text is 257 of 257 ids"), (dict(eot="x"), "the end of text is x of 257 ids"),
+    (dict(tokens=300), "256 of 300 ids, the model has a vocabulary of 257")])
+def test_export_refuses_a_manifest_that_cannot_be_the_models(tmp_path, change, message):
+    data_folder(tmp_path / "data", **change)
+    run_folder(tmp_path / "run", tmp_path / "data")
+    assert message in refused(export_hf, tmp_path / "run" / "model.bin", tmp_path / "hf")
+    (tmp_path / "data" / "manifest.json").write_text("{}")
+    assert "it does not say eot" in refused(export_hf, tmp_path / "run" / "model.bin", tmp_path / "hf")
+    (tmp_path / "data" / "manifest.json").write_text("{")
+    assert "this is not JSON" in refused(export_hf, tmp_path / "run" / "model.bin", tmp_path / "hf")
+
+
 @pytest.mark.parametrize("positions", ["learned", "rope"])
 def test_byte_tokenizer(tmp_path, hf, positions):
     model(tmp_path / "model.bin", positions=positions, vocab_size=257, padded_vocab_size=384)
@@ -581,16 +805,18 @@ def test_byte_tokenizer(tmp_path, hf, positions):
     tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "hf")
     text = "Hello,  world\n\tfür 日本 🙂 don't \x00\x7f 12345"
     assert tokenizer.encode(text) == list(text.encode()) and tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.encode("a<|endoftext|>b") == [97, 256, 98] and tokenizer.eos_token_id == 256
+    assert tokenizer.encode("a<|endoftext|>b") == [97, 256, 98]
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == tokenizer.pad_token_id == 256
     m = load_exactly(hf, tmp_path / "hf").eval()
-    assert m.generation_config.eos_token_id == 256
+    assert m.generation_config.eos_token_id == m.generation_config.pad_token_id == 256
+    assert tokenizer(["a", "bcd"], padding=True)["input_ids"] == [[97, 256, 256], [98, 99, 100]]
     encoded = tokenizer("Hello, world", return_tensors="pt")
-    assert set(encoded) == {"input_ids", "attention_mask"}  # token_type_ids GPT-2 would add up, GPT-NeoX refuse
+    assert set(encoded) == {"input_ids", "attention_mask"}  # token_type_ids GPT-2 would add up
     assert m(**encoded).logits.equal(m(input_ids=encoded["input_ids"]).logits)
 
 
-def test_gpt2_tokenizer(tmp_path, hf):
-    """The written tokenizer.json gives tiktoken's ids."""
+def test_gpt2_tokenizer(tmp_path, hf, llama):
+    """The written tokenizer.json gives tiktoken's ids, and so does llama.cpp with the GGUF file."""
     pytest.importorskip("tiktoken")
     sys.path.insert(0, os.path.join(ROOT, "data"))
     import prepare
@@ -608,15 +834,17 @@ def test_gpt2_tokenizer(tmp_path, hf):
     ids = gpt2.encoding.encode_ordinary(text)
     assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == text and len(ids) > 10_000
     assert tokenizer.encode("<|endoftext|>") == [50256] == [tokenizer.eos_token_id]
+    run(export_gguf, tmp_path / "model.bin", tmp_path / "model.gguf", "--tokenizer", tmp_path)
+    assert llama(tmp_path / "model.gguf")[1](text) == ids
 
 
 def test_merges_come_from_the_order_of_the_tokens():
     a, b, c = b"a", b"b", b"c"
-    assert export_hf.merges_of([a, b, c, b"ab", b"abc", b"abab", b"cc"]) == [
+    assert tokenizer_files.merges_of([a, b, c, b"ab", b"abc", b"abab", b"cc"]) == [
         (a, b), (b"ab", c), (b"ab", b"ab"), (c, c)]
-    assert export_hf.merges_of([a, b, c, b"bc", b"abc", b"ab"]) == [(b, c), (a, b"bc"), (a, b)]
-    assert export_hf.merges_of([a, b, c, b"abc"]) is None       # no two tokens make it
-    assert export_hf.merges_of([a, b"ab", b]) is None           # made of a token that comes after it
+    assert tokenizer_files.merges_of([a, b, c, b"bc", b"abc", b"ab"]) == [(b, c), (a, b"bc"), (a, b)]
+    assert tokenizer_files.merges_of([a, b, c, b"abc"]) is None       # no two tokens make it
+    assert tokenizer_files.merges_of([a, b"ab", b]) is None           # made of a token that comes after it
 
 
 @pytest.mark.parametrize("tokens,eot,magic,message", [
@@ -640,6 +868,135 @@ def test_tokenizer_file_cut_off(tmp_path):
         (tmp_path / "t.bin").write_bytes(change)
         with pytest.raises(model_file.FileError, match=message):
             model_file.read_tokenizer(tmp_path / "t.bin")
+
+
+# ---- GGUF ---------------------------------------------------------------------------------------------------------
+
+def gguf_run(tmp_path, positions, *options):
+    data_folder(tmp_path / "data")
+    run_folder(tmp_path / "run", tmp_path / "data", positions=positions, channels=64, num_heads=2, max_seq_len=300)
+    run(export_gguf, tmp_path / "run" / "model.bin", tmp_path / "model.gguf", *options)
+    return model_file.read_model(tmp_path / "run" / "model.bin")
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gguf_holds_the_model(tmp_path, positions, dtype):
+    """By PyPI's own reader."""
+    gguf = pytest.importorskip("gguf")
+    config, tensors = gguf_run(tmp_path, positions, "--dtype", dtype)
+    assert sorted(os.listdir(tmp_path)) == ["data", "model.gguf", "run"]
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    found = {t.name: t for t in reader.tensors}
+
+    def value(name):
+        return reader.fields[name].contents()
+
+    arch = {"learned": "gpt2", "rope": "starcoder2"}[positions]
+    assert value("general.architecture") == arch and value(f"{arch}.context_length") == 300
+    assert [value("tokenizer.ggml." + k) for k in ("eos_token_id", "bos_token_id", "padding_token_id")] == [256] * 3
+    assert value("tokenizer.ggml.tokens")[ord("a")] == "a" and len(value("tokenizer.ggml.tokens")) == 257
+    assert value("tokenizer.ggml.token_type") == [1] * 256 + [3]
+    if positions == "rope":
+        assert value("starcoder2.rope.freq_base") == 5000
+
+    def matrix(name):
+        assert found[name].tensor_type.name == {"float32": "F32", "bfloat16": "BF16"}[dtype]
+        return found[name].data.view("<f4" if dtype == "float32" else "<u2")
+
+    def wanted(x):
+        return model_file.to_dtype(x, dtype)
+
+    assert np.array_equal(matrix("token_embd.weight"), wanted(tensors["wte"][:257]))
+    assert np.array_equal(matrix("blk.1.ffn_down.weight"), wanted(tensors["fcprojw"][1]))
+    assert np.array_equal(found["blk.1.attn_norm.bias"].data, tensors["ln1b"][1])
+    for i, letter in enumerate("qkv"):
+        rows = slice(64 * i, 64 * (i + 1))
+        if positions == "rope":
+            assert np.array_equal(matrix(f"blk.0.attn_{letter}.weight"), wanted(tensors["qkvw"][0][rows]))
+            assert np.array_equal(found[f"blk.0.attn_{letter}.bias"].data, tensors["qkvb"][0][rows])
+        else:
+            assert np.array_equal(matrix("blk.0.attn_qkv.weight")[rows], wanted(tensors["qkvw"][0][rows]))
+
+
+@pytest.fixture
+def llama():
+    """llama.cpp with a GGUF file, by PyPI's xllamacpp: (logits of ids, ids of a text)."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    servers = []
+
+    def start(path):
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(path), 300, 1, False
+        params.cpuparams.n_threads = 1
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        servers.append(xllamacpp.Server(params))
+        server = servers[-1]
+
+        def log_probabilities(ids):
+            """Of the token that follows; None where the likeliest is no character, since llama.cpp then keeps them."""
+            answer = server.handle_completions({"prompt": [int(i) for i in ids], "n_predict": 1, "n_probs": 257,
+                                                "temperature": 0, "cache_prompt": False})
+            found = answer["choices"][0]["logprobs"]
+            return found and {e["id"]: e["logprob"] for e in found["content"][0]["top_logprobs"]}
+
+        def tokenize(text):
+            request = urllib.request.Request(server.listening_address + "/tokenize", method="POST",
+                                             data=json.dumps({"content": text, "parse_special": False}).encode(),
+                                             headers={"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=30) as f:
+                return json.load(f)["tokens"]
+        return log_probabilities, tokenize
+    yield start
+    servers.clear()
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+def test_llama_cpp_computes_the_same(tmp_path, llama, positions):
+    config, tensors = gguf_run(tmp_path, positions)
+    log_probabilities, tokenize = llama(tmp_path / "model.gguf")
+    compared = 0
+    for seed in range(12):
+        ids = np.random.default_rng(seed).integers(0, 257, 40 + 20 * seed)
+        found = log_probabilities(ids)
+        if not found:
+            continue
+        wanted = forward(config, tensors, ids)[-1]
+        wanted -= wanted.max() + np.log(np.exp(wanted - wanted.max()).sum())
+        assert len(found) == 257 and wanted.std() > 1
+        assert max(abs(found[i] - wanted[i]) for i in range(257)) < 0.02  # its GELU is a table of halves
+        if positions == "rope":  # and theta is heard of: with another the distance is a hundred times that
+            other = forward(dataclasses.replace(config, rope_theta=10000.0), tensors, ids)[-1]
+            other -= other.max() + np.log(np.exp(other - other.max()).sum())
+            assert max(abs(found[i] - other[i]) for i in range(257)) > 0.2
+        compared += 1
+    assert compared >= 3
+    text = "Hello,  world\n\tfür 日本 🙂 don't \x7f 12345"
+    assert tokenize(text) == list(text.encode())
+
+
+@pytest.mark.parametrize("change,message", [
+    (dict(normalizer={"type": "NFC"}), 'normalizer is {"type": "NFC"}, wanted null'),
+    (dict(pre_tokenizer={"type": "Whitespace"}), 'pre_tokenizer is "Whitespace", wanted "ByteLevel"'),
+    (dict(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}), "add_prefix_space is true, wanted false"),
+    (dict(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}), "use_regex is false"),
+])
+def test_gguf_refuses_tokenizers_that_llama_cpp_has_no_name_for(tmp_path, change, message):
+    gguf = pytest.importorskip("gguf")
+    value = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}, "normalizer": None,
+             "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+             "added_tokens": [{"id": 3, "content": "<end>", "special": True}]}
+    model(tmp_path / "model.bin", vocab_size=6, padded_vocab_size=128, eot=3)
+    (tmp_path / "t.json").write_text(json.dumps({**value, **change}))
+    assert message in refused(export_gguf, tmp_path / "model.bin", tmp_path / "x.gguf", "--tokenizer",
+                              tmp_path / "t.json")
+    assert sorted(os.listdir(tmp_path)) == ["model.bin", "t.json"]
+    (tmp_path / "t.json").write_text(json.dumps(value))
+    run(export_gguf, tmp_path / "model.bin", tmp_path / "x.gguf", "--tokenizer", tmp_path / "t.json")
+    fields = gguf.GGUFReader(tmp_path / "x.gguf").fields
+    assert fields["tokenizer.ggml.tokens"].contents() == ["a", "b", "ab", "<end>", "[unused4]", "[unused5]"]
+    assert fields["tokenizer.ggml.token_type"].contents() == [1, 1, 1, 3, 5, 5]
+    assert fields["tokenizer.ggml.merges"].contents() == ["a b"]
 
 
 # ---- compare ------------------------------------------------------------------------------------------------------
@@ -831,6 +1188,15 @@ def test_compare_resumed_log(tmp_path, capsys):
     assert (lh["program"], lh["steps"], lh["tokens"], lh["final_val_step"]) == ("dense", 2, 200, 0)
 
 
+def test_compare_brief_is_four_lines(tmp_path, capsys):
+    runs = [write_log(tmp_path / "lh", lighthouse_events()), write_log(tmp_path / "dense", dense_events())]
+    run(compare, *runs, "--brief")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[2:6]] == ["lighthouse phase: tokens/s", "dense phase: tokens/s",
+                                                            "training time", "validation loss, final"]
+    assert not [line for line in lines[6:] if not line.startswith("warning: ")]
+
+
 def test_compare_broken_logs(tmp_path, capsys):
     events = dense_events()
     a = write_log(tmp_path / "dense", events + [json.dumps(step_event(9, 1.0, 9.0, 1.0, "dense"))[:40]])
@@ -1013,7 +1379,144 @@ def test_probe_takes_a_compiler_of_several_words(compiler, works):
     assert ("$(error no working C++ compiler" in found.stdout) != works
 
 
-@pytest.mark.parametrize("name", ["compare", "export_hf", "import_hf", "export_llmc"])
+@pytest.mark.skipif(not os.path.exists(os.path.join(ROOT, "train_gpt_lighthouse_cpu")), reason="make cpu")
+def test_longest_context_is_the_last_that_fits():
+    """And more memory or an option for the trainer changes it."""
+    script = [sys.executable, os.path.join(SCRIPTS, "longest_context"), "--model", "d6", "--unit", "65536", "--memory"]
+
+    def table(*more):
+        done = subprocess.run([*script, *more], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        head, _, row = done.stdout.splitlines()
+        return dict(zip(head.split(" | ")[1:], [int(x.strip(" |").replace(",", "")) for x in row.split(" | ")[1:]]))
+
+    found = table("8", "16")
+    assert list(found) == ["8 GiB", "16 GiB |"] and 0 < 1.8 * found["8 GiB"] < found["16 GiB |"]
+    kept = table("8", "--", "--recompute", "0")
+    assert kept["8 GiB |"] < found["8 GiB"]
+    wrong = subprocess.run([*script, "8", "--", "--pool", "3"], capture_output=True, text=True)
+    assert wrong.returncode == 1 and wrong.stderr.startswith("longest_context: ") and "pool" in wrong.stderr
+
+
+# ---- probe: a CUDA of version 99, which no machine has, made of a few lines ---------------------------------------------
+
+def shared_library(path, source):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", path, f"-Wl,-soname,{path.name}"],
+                          input=source, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def header(path, text=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def fake_cuda(root, version="99.1"):
+    (root / "bin").mkdir(parents=True)
+    nvcc = root / "bin" / "nvcc"
+    nvcc.write_text(f'#!/bin/sh\n[ $1 = --version ] && echo "release {version}, V{version}.1" || echo compute_90\n')
+    nvcc.chmod(0o755)
+    header(root / "include" / "cuda_runtime.h")
+
+
+def fake_cublas(root, so, version=991000):
+    header(root / "include" / "cublasLt.h", 'extern "C" unsigned long cublasLtGetVersion();')
+    shared_library(root / "lib" / so, f'extern "C" unsigned long cublasLtGetVersion() {{ return {version}; }}')
+
+
+def fake_cudnn(root, so, lib="lib", cudart=99010, version=90200):
+    header(root / "include" / "cudnn.h",
+           'extern "C" unsigned long cudnnGetVersion(); extern "C" unsigned long cudnnGetCudartVersion();')
+    shared_library(root / lib / so, f'extern "C" unsigned long cudnnGetVersion() {{ return {version}; }}\n'
+                   f'extern "C" unsigned long cudnnGetCudartVersion() {{ return {cudart}; }}')
+
+
+def fake_nccl(root, so):
+    header(root / "include" / "nccl.h", "enum { ncclSuccess }; " 'extern "C" int ncclGetVersion(int*);')
+    shared_library(root / "lib" / so, 'extern "C" int ncclGetVersion(int* v) { *v = 22000; return 0; }')
+
+
+def probed(**env):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("CUDA", "CUDNN", "NCCL", "CONDA", "NVCC", "LD_L"))}
+    done = subprocess.run([os.path.join(SCRIPTS, "probe")], capture_output=True, text=True, cwd=env.pop("cwd", ROOT),
+                          env={**kept, "GPU_COMPUTE_CAPABILITY": "90", "MPICC": "none", **{k: str(v) for k, v in env.items()}})
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return dict(line.split(" =", 1) for line in done.stdout.splitlines() if " =" in line)
+
+
+def starts(found, tmp_path, program, names):
+    """Builds a program as the Makefile does and starts it without LD_LIBRARY_PATH."""
+    libs = " ".join(found[n] for n in names).replace("-Xlinker ", "-Wl,").split()
+    flags = [f for n in names for f in found[n.replace("LIBS", "FLAGS")].split() if f.startswith("-I")]
+    (tmp_path / "start.cc").write_text(program)
+    done = subprocess.run(["g++", *flags, tmp_path / "start.cc", "-o", tmp_path / "start", *libs], capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    env = {k: v for k, v in os.environ.items() if k != "LD_LIBRARY_PATH"}
+    return subprocess.run([tmp_path / "start"], env=env).returncode == 0
+
+
+USES_BOTH = ("#include <cublasLt.h>\n#include <cudnn.h>\n"
+             "int main() { return cublasLtGetVersion() != 991000 || cudnnGetVersion() != 90200; }")
+
+
+def test_probe_finds_a_toolkit_by_CUDA_HOME_and_cudnn_by_CUDNN_HOME(tmp_path):
+    fake_cuda(tmp_path / "cuda")
+    fake_cublas(tmp_path / "cuda", "libcublasLt.so")
+    fake_cudnn(tmp_path / "cudnn", "libcudnn.so", "lib64")
+    fake_nccl(tmp_path / "nccl", "libnccl.so")
+    for name in ("CUDNN_HOME", "CUDNN_PATH"):
+        found = probed(CUDA_HOME=tmp_path / "cuda", NCCL_HOME=tmp_path / "nccl", MPICC="mpicc",
+                       **{name: tmp_path / "cudnn"})
+        assert found["PROBE_CUDA"].startswith(f" 99.1 by {tmp_path}/cuda/bin/nvcc, cuBLAS in {tmp_path}/cuda/lib, sm 90")
+        assert found["PROBE_CUDNN"] == f" found in {tmp_path}/cudnn/lib64"
+        assert found["PROBE_NCCL"] in (f" found in {tmp_path}/nccl/lib", " not used: without MPI the GPU programs train "
+                                       "in one process")
+        assert starts(found, tmp_path, USES_BOTH, ["CUBLAS_LIBS", "CUDNN_LIBS"])
+
+
+def test_probe_finds_pips_wheels(tmp_path):
+    """They have only .so.9 and the like, and lie in the site-packages of the Python that is found first."""
+    site = tmp_path / "site" / "nvidia"
+    fake_cuda(site / "cu99")
+    fake_cublas(site / "cu99", "libcublasLt.so.99")
+    fake_cudnn(site / "cudnn", "libcudnn.so.9")
+    found = probed(PYTHONPATH=tmp_path / "site", NVCC=site / "cu99" / "bin" / "nvcc", cwd=tmp_path)
+    assert found["PROBE_CUDNN"] == f" found in {site}/cudnn/lib"
+    assert found["CUDNN_LIBS"] == f" -L{site}/cudnn/lib -l:libcudnn.so.9 -Xlinker -rpath,{site}/cudnn/lib"
+    assert starts(found, tmp_path, USES_BOTH, ["CUBLAS_LIBS", "CUDNN_LIBS"])
+
+
+def test_probe_finds_condas_layout(tmp_path):
+    env = tmp_path / "env"
+    fake_cuda(env)
+    (env / "include" / "cuda_runtime.h").unlink()
+    target = env / "targets" / "x86_64-linux"
+    header(target / "include" / "cuda_runtime.h")
+    fake_cublas(target, "libcublasLt.so")
+    fake_cudnn(env, "libcudnn.so")
+    found = probed(CONDA_PREFIX=env, PATH=f"{env}/bin:{os.environ['PATH']}")
+    assert found["PROBE_CUDNN"] == f" found in {env}/lib" and f"cuBLAS in {target}/lib, sm" in found["PROBE_CUDA"]
+    assert starts(found, tmp_path, USES_BOTH, ["CUBLAS_LIBS", "CUDNN_LIBS"])
+
+
+def test_probe_says_why_a_library_will_not_do(tmp_path):
+    cuda = tmp_path / "cuda"
+    fake_cuda(cuda)
+    assert "no <cublasLt.h> with -lcublasLt" in probed(CUDA_HOME=cuda)["PROBE_CUDA"] or \
+        "libcublasLt.so of the system does not start, or is not for CUDA 99" in probed(CUDA_HOME=cuda)["PROBE_CUDA"]
+    fake_cublas(cuda, "libcublasLt.so")
+    for wrong in (dict(cudart=12040), dict(version=8900)):  # of another CUDA; too old
+        fake_cudnn(tmp_path / "cudnn", "libcudnn.so", **wrong)
+        found = probed(CUDA_HOME=cuda, CUDNN_HOME=tmp_path / "cudnn")
+        assert found["PROBE_CUDA"].startswith(" not built: ") and "pip install nvidia-cudnn-cu99" in found["PROBE_CUDA"]
+        assert "is not for CUDA 99" in found["PROBE_CUDA"] and "NVCC" not in found
+    fake_cuda(tmp_path / "old", "12.3")
+    assert 'old/bin/nvcc is of CUDA "12.3"; 12.4 or newer' in probed(CUDA_HOME=tmp_path / "old")["PROBE_CUDA"]
+
+
+@pytest.mark.parametrize("name", ["compare", "export_hf", "import_hf", "export_llmc", "export_gguf"])
 def test_scripts_start_as_commands(tmp_path, name):
     help_text = subprocess.run([os.path.join(SCRIPTS, name), "--help"], capture_output=True, text=True, cwd=tmp_path,
                                env=dict(os.environ, PATH=os.path.dirname(sys.executable) + ":" + os.environ["PATH"]))

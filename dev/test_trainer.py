@@ -948,6 +948,52 @@ def test_every_way_to_write_an_option_is_the_same(lab, table):
         assert str(configurations[0][name.replace("_", "-")]) == str(value), name
 
 
+def test_llmc_command_lines_stay_as_they_are(lab):
+    """The options of llm.c's published 124M command, at a size for a test: what has no counterpart is named and changes nothing."""
+    data = ["-i", lab.data.small, "-j", lab.data.val, "-o", lab.folder / "llmc"]
+    its = "-e d6 -b 2 -t 64 -d 256 -r 1 -z 1 -c 0.1 -l 0.0006 -q 0.0 -u 7 -n 5 -v 2 -s 0 -h 1 -w 1 -ge 1 -f 1 -a 0 -x 8".split()
+    result = execute([lab.programs["dense"], *data, *its, "--dry-run"])
+    assert result.code == 0, result.err
+    for letter, value, words in (("z", 1, "ZeRO stage 1"), ("h", 1, "lm_eval"), ("w", 1, "always kept"), ("ge", 1, "fused"),
+                                 ("f", 1, "bf16")):
+        assert re.search(f"^note: llm.c's -{letter} {value} changes nothing: .*{words}", result.out, re.M), letter
+    assert "-a 0" not in result.out
+    for letter, value, words in (("z", "2", "ZeRO stage 1"), ("h", "2", "lm_eval"), ("h", "12", "lm_eval"), ("w", "0", "always kept"),
+                                 ("a", "1", "a shard of one batch"), ("pn", "8", "mpirun"), ("pi", "mpi", "mpirun"),
+                                 ("ge", "0 1", "fused"), ("z", "", "ZeRO")):
+        lab.fails(execute([lab.programs["dense"], f"-{letter}", value]),
+                  f"llm.c's -{letter} {value} has no counterpart", words)
+
+
+@pytest.mark.parametrize("program", ["lighthouse", "dense"])
+def test_plan_memory_plans_for_a_gpu_that_is_not_here(lab, program):
+    """In bf16 with fp32 masters and attention's sums; the recompute level is what fits; a run itself does not take it."""
+    options = dict(depth=12, channels=512, heads=8, seq_len=16 * T, steps=1, train_data=lab.data.large, val_data="",
+                   program=program)
+
+    def plan(memory):
+        return execute(lab.command("planned", plan_memory=memory, **options) + ["--dry-run"])
+
+    def parts(out):
+        line = re.search("^memory .*: (parameters .*)$", out, re.M).group(1)
+        return {name: float(size) for name, size in re.findall(r"([a-zA-Z0-9 ]+?) ([0-9.]+)(?:, |$)", line)}
+
+    large, here = plan(100).out, execute(lab.command("planned", **options) + ["--dry-run"]).out
+    assert re.search("^memory .* of 100.00 GiB free, recompute level 0:", large, re.M)
+    one, other = parts(large), parts(here)
+    assert abs(2 * one["parameters"] - other["parameters"]) < 0.011 and "fp32 masters" not in other
+    assert one["fp32 masters"] == other["parameters"] and one["AdamW moments"] == other["AdamW moments"]
+    rows = options["seq_len"] * 512
+    assert abs(one["attention workspace"] - 4 * (rows + rows / 64) / 2**30) < 0.006 and "attention workspace" not in other
+    total = float(re.search("^memory +([0-9.]+) GiB", large, re.M).group(1))
+    less = plan(total + 0.125 - 0.01).out  # of the memory given 0.125 are kept free
+    level = re.search("^memory .* recompute level ([0-9])", less, re.M).group(1)
+    assert int(level) <= 1 and not re.search("^memory .* recompute level 0:", less, re.M)
+    lab.fails(plan(0.25), "0.12 GiB are free for it")
+    lab.fails(lab.run("planned", plan_memory=24), "--plan-memory is 24", "--dry-run")
+    assert not os.path.exists(lab.folder / "planned")
+
+
 def test_the_last_of_repeated_options_counts(lab):
     """An option given twice has its last value, so that a script's options can be overridden at its end."""
     result = execute(lab.command("out") + ["--steps=3", "-x", "5", "--dry-run"])

@@ -28,7 +28,7 @@ OTHER_MAGICS = {20240520: "a token shard", 20240801: "a wide token shard", TOKEN
 VERSIONS = {3: ("learned", "float32"), 5: ("learned", "bfloat16"), 103: ("rope", "float32"), 105: ("rope", "bfloat16")}
 STORAGE = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2")}
 # The type names of a safetensors header; a bf16 tensor is read as its bits.
-SAFETENSORS_TYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+SAFETENSORS_TYPES = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
 class FileError(Exception):
@@ -47,6 +47,7 @@ class ModelConfig:
     dtype: str = "float32"   # of the file: "float32" or "bfloat16"
     rope_theta: float = 0.0  # RoPE only
     step: int = 0            # updates done, 0 if unknown
+    eot: int | None = None   # the id of the end of text, where the file's maker knew it: import_hf does, the trainer not
 
     @property
     def head_size(self):
@@ -91,7 +92,8 @@ def to_bfloat16(x):
 def to_float32(x):
     if x.dtype == STORAGE["bfloat16"]:
         return (x.astype("<u4") << 16).view("<f4")
-    return np.asarray(x, "<f4")
+    with np.errstate(over="ignore"):  # of a double that is too large; whoever reads foreign weights looks for infinities
+        return np.asarray(x, "<f4")
 
 
 def to_dtype(x, dtype):
@@ -111,6 +113,16 @@ def new_file(path):
             os.remove(partial)
 
 
+def load_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except OSError as e:
+        raise FileError(f"{path}: {e.strerror}")
+    except ValueError as e:
+        raise FileError(f"{path}: this is not JSON: {e}")
+
+
 # ---- model files and checkpoints ----------------------------------------------------------------------------------
 
 def pack_header(config):
@@ -120,6 +132,7 @@ def pack_header(config):
     if config.positions == "rope":
         header[8] = np.array(config.rope_theta, "<f4").view("<i4")
     header[9] = config.step
+    header[10] = 0 if config.eot is None else config.eot + 1
     return header.tobytes()
 
 
@@ -149,7 +162,10 @@ def unpack_header(raw, name):
             raise FileError(f"{name}: the RoPE theta is {theta}, wanted a positive number")
         if (C // H) % 2:
             raise FileError(f"{name}: the head size is {C // H}, RoPE wants an even one")
-    return ModelConfig(positions, max_T, V, Vp, L, H, C, dtype, theta, int(header[9]))
+    if not 0 <= header[10] <= V:
+        raise FileError(f"{name}: the end-of-text id is {header[10] - 1}, wanted -1 (unknown) to {V - 1}")
+    return ModelConfig(positions, max_T, V, Vp, L, H, C, dtype, theta, int(header[9]),
+                       int(header[10]) - 1 if header[10] else None)
 
 
 def read_model(path):
@@ -278,7 +294,7 @@ def write_safetensors(path, tensors, dtype):
 
 
 def read_safetensors(path):
-    """{name: mapped array}, or None for a tensor of a type other than F32, F16 and BF16."""
+    """{name: mapped array}, or the name of its type for a tensor of another than SAFETENSORS_TYPES."""
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as f:
@@ -302,7 +318,7 @@ def read_safetensors(path):
             raise FileError(f"{path}: the safetensors header says of tensor {name}: {entry}")
         storage = SAFETENSORS_TYPES.get(kind)
         if storage is None:
-            tensors[name] = None  # a mask stored as U8, say, which nobody needs
+            tensors[name] = kind  # a mask stored as U8, say, which nobody needs
             continue
         if end - begin != math.prod(shape) * storage.itemsize or begin < 0 or 8 + length + end > size:
             raise FileError(f"{path}: tensor {name} {tuple(shape)} of type {kind} lies at bytes {begin} to "
