@@ -49,7 +49,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch._dynamo
 import torch.nn.functional as F
 
 VOCAB, PADDED_VOCAB = 257, 384  # bytes and end of text; padded as the trainer pads
@@ -848,7 +847,7 @@ def choose_compilation(o, device):
     """Turns torch.compile on if a layer, compiled, runs and gives the same loss and gradients."""
     if device.type != "cuda" or o.no_compile:
         return
-    dynamo = torch._dynamo.config
+    from torch._dynamo import config as dynamo  # PyTorch 1 has none
     for limit in ("recompile_limit", "cache_size_limit", "accumulated_recompile_limit", "accumulated_cache_size_limit"):
         if hasattr(dynamo, limit):
             setattr(dynamo, limit, 256)
