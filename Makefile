@@ -5,7 +5,7 @@ CXX = g++
 CXXFLAGS = -std=c++17 -O3 -Wall -Wextra -Wno-missing-field-initializers -Wno-unused-function
 CPU_TRAINERS = train_gpt_lighthouse_cpu train_gpt_dense_cpu
 GPU_TRAINERS = train_gpt_lighthouse train_gpt_dense
-CPU_TESTS = build/test_ops build/test_units build/test_model build/test_golden
+CPU_TESTS = build/test_ops build/test_causality build/test_units build/test_model build/test_golden
 GOLDEN = $(wildcard dev/vectors/*.bin)
 PYTHON = .venv/bin/python
 
