@@ -277,10 +277,14 @@ class Slurm:
         return self.ask("squeue", "-h", "-j", job, "-o", "%T")
 
     def end(self):
-        for daemon in self.daemons:
-            daemon.terminate()
-            daemon.wait(30)
-        self.log.close()
+        self.ask("scancel", "-u", "root")  # else a job would outlive the daemons
+        try:
+            self.until(lambda: self.ask("squeue", "-h") == "", "no job is left")
+        finally:
+            for daemon in self.daemons:
+                daemon.terminate()
+                daemon.wait(30)
+            self.log.close()
 
 
 @pytest.fixture(scope="module")
