@@ -135,7 +135,7 @@ static const Option options[] = {
     {"channels", "", OPT_INT, AT(channels), "0", 0, 65536, "channels; 0: as the descriptor says"},
     {"heads", "", OPT_INT, AT(heads), "0", 0, 1024, "heads; 0: as the descriptor says"},
     {"vocab-size", "", OPT_INT, AT(vocab_size), "0", 0, 16777216,
-     "token ids; 0: 257 if the data holds bytes, 50257 if it fits GPT-2's ids"},
+     "token ids; 0: as many as the tokenizer.bin beside the data has; without one 257 or 50257, as the ids fit"},
     {"positions", "", OPT_TEXT, AT(positions), "rope", 0, 0, "rope, or learned as in GPT-2"},
     {"rope-theta", "", OPT_REAL, AT(rope_theta), "500000", 1, 1e12, "base of the rotary frequencies"},
     {"fp8", "", OPT_INT, AT(fp8), "0", 0, 1,
@@ -1145,11 +1145,13 @@ struct Shard {
 struct Loader {
     Shard* shards;
     int count;
-    int64_t T, windows;    // windows: over all shards
+    int64_t T, windows, tokens;  // over all shards
     bool shuffle;
     uint64_t seed;
     int64_t largest_id;
     int64_t vocab;         // token ids are below that
+    int tokenizer_ids;     // of the tokenizer.bin beside the shards; 0: there is none
+    uint64_t tokenizer;    // its checksum
 };
 
 static int shard_token(const Shard* s, int64_t i) {
@@ -1194,23 +1196,70 @@ static void shard_share(const Shard* s, int64_t* begin, int64_t* end) {
     *end = s->tokens * (rank + 1) / of;
 }
 
+static int folder_length(const char* path) {
+    const char* slash = strrchr(path, '/');
+    return slash ? (int)(slash + 1 - path) : 0;
+}
+
+// The path of another file in a file's folder; to be freed.
+static char* file_beside(const char* path, const char* name) {
+    return text("%.*s%s", folder_length(path), path, name);
+}
+
+// Finds the files that a pattern names. The path of a file is no pattern, nor is that of the folder that they are in.
+static void find_shards(const char* pattern, glob_t* found) {
+    char *folder = file_beside(pattern, "."), *escaped = (char*)host_alloc(2 * strlen(pattern) + 1), *to = escaped;
+    int literal = !access(pattern, F_OK) ? (int)strlen(pattern) : !access(folder, F_OK) ? folder_length(pattern) : 0;
+    for (const char* from = pattern; *from; *to++ = *from++)
+        if (from < pattern + literal && strchr("*?[\\", *from)) *to++ = '\\';
+    *to = 0;
+    if (glob(escaped, literal ? 0 : GLOB_TILDE, NULL, found) || found->gl_pathc == 0)
+        fatal("no file matches %s: data/prepare.py makes token shards, or name yours with --train-data and --val-data",
+              pattern);
+    free(folder); free(escaped);
+}
+
+// What lies beside a shard tells whether its data set is finished, and its tokenizer, which must be that of all shards.
+static void look_beside(Loader* d, const char* path) {
+    char *progress = file_beside(path, "progress.json"), *manifest = file_beside(path, "manifest.json");
+    if (!access(progress, F_OK) && access(manifest, F_OK))
+        fatal("%.*s is part of a data set: %s says that its preparation was interrupted; the same command of "
+              "data/prepare.py goes on with it", folder_length(path), path, progress);
+    char* name = file_beside(path, "tokenizer.bin");
+    if (!access(name, R_OK)) {
+        int fd = open_to_read(name);
+        int64_t size = file_size(fd, name);
+        int* file = (int*)host_alloc(std::max<int64_t>(size, 16));
+        read_at(fd, file, size, 0, name);
+        close(fd);
+        uint64_t sum = checksum(file, size);
+        if (d->tokenizer_ids && sum != d->tokenizer)
+            fatal("%s is not that of the other shards: data of different tokenizers cannot be mixed", name);
+        if (size >= 16 && file[0] == 20240328) d->tokenizer_ids = file[2];
+        d->tokenizer = sum;
+        free(file);
+    }
+    free(progress); free(manifest); free(name);
+}
+
 // Opens every shard that matches the pattern, in the order of their names. loader_limit then sets the vocabulary.
 static void loader_open(Loader* d, const char* pattern, int64_t T, bool shuffle, uint64_t seed) {
     memset(d, 0, sizeof *d);
     glob_t found;
-    if (glob(pattern, GLOB_TILDE, NULL, &found) || found.gl_pathc == 0)
-        fatal("no file matches %s: data/prepare.py makes token shards, or name yours with --train-data and --val-data",
-              pattern);
+    find_shards(pattern, &found);
     d->count = (int)found.gl_pathc;
     d->shards = (Shard*)host_alloc(d->count * sizeof(Shard));
     d->T = T; d->shuffle = shuffle; d->seed = seed; d->vocab = INT64_MAX;
-    int64_t tokens = 0, largest = -1;
+    int64_t largest = -1;
     for (int i = 0; i < d->count; i++) {
         Shard* s = &d->shards[i];
         shard_open(s, text("%s", found.gl_pathv[i]));
+        int folder = folder_length(s->path);
+        if (i == 0 || folder != folder_length(s[-1].path) || strncmp(s->path, s[-1].path, folder))
+            look_beside(d, s->path);
         s->windows = s->tokens > 0 ? (s->tokens - 1) / T : 0;
         d->windows += s->windows;
-        tokens += s->tokens;
+        d->tokens += s->tokens;
         int64_t begin, end;
         shard_share(s, &begin, &end);
         #pragma omp parallel for reduction(max : largest)
@@ -1223,7 +1272,21 @@ static void loader_open(Loader* d, const char* pattern, int64_t T, bool shuffle,
     d->largest_id = (int64_t)all_max((double)largest);
     if (d->windows == 0)
         fatal("%s: %d shard(s) of together %ld tokens hold no window of seq-len + 1 = %ld tokens: lower --seq-len or "
-              "prepare more data", pattern, d->count, tokens, T + 1);
+              "prepare more data", pattern, d->count, d->tokens, T + 1);
+}
+
+// Tokens in no window: what is left at the end of each shard.
+static int64_t tokens_unused(const Loader* d) {
+    int64_t used = 0;
+    for (int i = 0; i < d->count; i++) used += d->shards[i].windows ? d->shards[i].windows * d->T + 1 : 0;
+    return d->tokens - used;
+}
+
+// The vocabulary of a model may be padded, but not by as much as separates it from another tokenizer's.
+static void check_tokenizer(const char* model, int64_t vocab, const char* path, int ids) {
+    if (ids <= vocab && vocab - ids < 1024) return;
+    fatal("%s has a vocabulary of %ld ids, but %s has %d tokens: they do not belong together. data/prepare.py "
+          "--tokenizer makes shards for a model", model, vocab, path, ids);
 }
 
 // A token whose id must be in the vocabulary.
@@ -5725,7 +5788,7 @@ static void parse_options(Config* c, int argc, char** argv) {
 }
 
 // The model's sizes from a file's header, or from the descriptor, the explicit sizes and the data's largest token id.
-static Dims choose_dims(const Config* c, int64_t largest_id) {
+static Dims choose_dims(const Config* c, const Loader* train) {
     const Descriptor* known = find_descriptor(c->model);
     Dims d;
     if (!known) {
@@ -5750,9 +5813,9 @@ static Dims choose_dims(const Config* c, int64_t largest_id) {
     d.C = c->channels ? (int)c->channels : known->channels;
     d.NH = c->heads ? (int)c->heads : known->heads;
     d.V = (int)c->vocab_size;
-    if (d.V == 0) d.V = largest_id < 257 ? 257 : 50257;
-    if (c->vocab_size == 0 && largest_id >= d.V)
-        fatal("the data holds token ids up to %ld, more than GPT-2's 50257: give --vocab-size", largest_id);
+    if (d.V == 0) d.V = train->tokenizer_ids > 0 ? train->tokenizer_ids : train->largest_id < 257 ? 257 : 50257;
+    if (c->vocab_size == 0 && !train->tokenizer_ids && train->largest_id >= d.V)
+        fatal("the data holds token ids up to %ld, more than GPT-2's 50257: give --vocab-size", train->largest_id);
     d.Vp = (d.V + 127) / 128 * 128;
     d.maxT = c->seq_len;
     d.rope = !strcmp(c->positions, "rope");
@@ -5941,9 +6004,13 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
         c->model, d->L, d->C, d->NH, d->C / d->NH, d->V, d->Vp, d->rope ? "rotary" : "learned", m->parameters);
     bool trains = !evaluates_only(c);
     say("data        ");
-    if (trains) say("%s: %d shard(s), %ld windows of %ld tokens; ", c->train_data, t->train.count, t->train.windows,
-                    c->seq_len);
+    if (trains) say("%s: %d shard(s), %ld windows of %ld tokens, %ld of %ld tokens in none; ", c->train_data,
+                    t->train.count, t->train.windows, c->seq_len, tokens_unused(&t->train), t->train.tokens);
     say("%s%s\n", t->has_val ? "validation on " : "no validation", c->val_data);
+    if (trains && tokens_unused(&t->train) > 0.05 * t->train.tokens)
+        say("note: %.0f%% of the training tokens are never seen: a window ends with its shard. Longer shards "
+            "(--shard-tokens of data/prepare.py) or a shorter --seq-len use more\n",
+            100.0 * tokens_unused(&t->train) / t->train.tokens);
     say("batch       %ld tokens a step: %ld micro-step(s) of %ld x %ld on %d %s\n", c->total_batch_size,
         t->accumulation, c->batch_size, c->seq_len, procs.dp, procs.cp > 1 ? "group(s)" : "process(es)");
     double tokens = (double)t->steps * c->total_batch_size;
@@ -6111,19 +6178,16 @@ static uint64_t file_fingerprint(const char* path) {
 
 static void setup_tokenizer(Trainer* t) {
     const Config* c = &t->config;
-    char* path = text("%s", c->tokenizer);
-    if (!*path) {  // beside the training data
-        const char* slash = strrchr(c->train_data, '/');
+    char* path = *c->tokenizer ? text("%s", c->tokenizer)
+               : file_beside(t->train.count ? t->train.shards[0].path : c->train_data, "tokenizer.bin");
+    if (!*c->tokenizer && access(path, R_OK) && !access("gpt2_tokenizer.bin", R_OK)) {  // where llm.c has it
         free(path);
-        path = text("%.*stokenizer.bin", slash ? (int)(slash + 1 - c->train_data) : 0, c->train_data);
-        if (access(path, R_OK) && !access("gpt2_tokenizer.bin", R_OK)) {  // where llm.c has it
-            free(path);
-            path = text("gpt2_tokenizer.bin");
-        }
+        path = text("gpt2_tokenizer.bin");
     }
     if (!tokenizer_open(&t->tokenizer, path, t->model.dims.V))
         fatal("cannot read the tokenizer %s: %s. --tokenizer names it; --sample-every 0 does without", path,
               strerror(errno));
+    if (!find_descriptor(c->model)) check_tokenizer(c->model, t->model.dims.V, path, t->tokenizer.count);
     free(path);
     int room = (int)strlen(c->prompt) + 1, *ids = (int*)host_alloc(room * sizeof(int));
     int encoded = tokenizer_encode(&t->tokenizer, c->prompt, ids, room);
@@ -6237,7 +6301,7 @@ static void setup(Trainer* t, int argc, char** argv) {
     bool trains = !evaluates_only(c);
     if (trains) loader_open(&t->train, c->train_data, c->seq_len, c->shuffle, c->seed);
     if (trains) compare_data("train-data", c->train_data, &t->train);
-    Dims dims = choose_dims(c, t->train.largest_id);
+    Dims dims = choose_dims(c, &t->train);
     bool from_file = !find_descriptor(c->model);
     if (from_file && procs.connected) compare_input("model", c->model, file_fingerprint(c->model));
     if (trains) loader_limit(&t->train, dims.V);
@@ -6246,7 +6310,13 @@ static void setup(Trainer* t, int argc, char** argv) {
         loader_open(&t->val, c->val_data, c->seq_len, false, 0);
         loader_limit(&t->val, dims.V);
         compare_data("val-data", c->val_data, &t->val);
+        if (t->train.tokenizer_ids && t->val.tokenizer_ids && t->train.tokenizer != t->val.tokenizer)
+            fatal("--val-data %s is of another tokenizer than --train-data %s: the tokenizer.bin beside them differ",
+                  c->val_data, c->train_data);
     }
+    for (const Loader* d : {&t->train, &t->val})
+        if (from_file && d->tokenizer_ids)
+            check_tokenizer(c->model, dims.V, file_beside(d->shards[0].path, "tokenizer.bin"), d->tokenizer_ids);
     model_layout(m, dims);
     setup_run(t);
     if (c->sample_every) setup_tokenizer(t);

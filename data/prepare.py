@@ -18,21 +18,28 @@ The plain run (pystdlib, bytes) needs nothing but Python; every other import is 
 import argparse
 import array
 import base64
+import codecs
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import errno
 import fcntl
 import fnmatch
 import hashlib
+import importlib
 import io
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -49,6 +56,8 @@ SPOOL = 16 << 20           # a document of unknown size is held in memory up to 
 COMMIT_SECONDS = 10.0      # at most this much work is lost when a run is killed
 HEADER_BYTES = 1024
 EOT_TEXT = b"<|endoftext|>"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+install_packages = False    # --install
 
 # ----------------------------------------------------------------------------
 # 1. small things
@@ -60,6 +69,44 @@ class Failure(Exception):
     def __init__(self, message, status=1):
         super().__init__(message)
         self.status = status
+
+
+def message_of(e):
+    """An exception in one line; some have no text of their own."""
+    lines = str(e).strip().splitlines()
+    if not lines:
+        return type(e).__name__
+    return lines[0][:300] if type(e) is ValueError else "%s: %s" % (type(e).__name__, lines[0][:300])
+
+
+class LeftOut(collections.Counter):
+    """How much was not taken as it is, by reason, and the first names of each."""
+
+    def __init__(self, counts=(), names=()):
+        super().__init__(dict(counts))
+        self.names = dict(names)
+
+    def add(self, reason, name, n=1):
+        self[reason] += n
+        names = self.names.setdefault(reason, [])
+        if len(names) < 10 and name not in names:
+            names.append(name)
+
+    def lines(self):
+        for reason, n in sorted(self.items()):
+            names = self.names.get(reason, [])
+            shown = ", ".join(map(str, names[:3])) + (", ..." if len(names) > 3 else "")
+            yield "left out: %d %s%s" % (n, reason, " (%s)" % shown if shown else "")
+
+    def take(self, other):
+        """All of another, whose comparisons become one reason with their number in it."""
+        for reason, n in other.items():
+            names = other.names.get(reason, [])
+            if reason == CHANGED:
+                reason = "of %d %s" % (other[COMPARED], CHANGED)
+            if reason != COMPARED:
+                self[reason] += n
+                self.names.setdefault(reason, []).extend(names[:10])
 
 
 def usage(message):
@@ -78,8 +125,17 @@ def need(module, package, why):
     try:
         return __import__(module, fromlist=["_"])
     except ImportError as e:
-        raise Failure("%s needs the Python package '%s' (%s); install it: %s -m pip install %s"
-                      % (why, package, e, sys.executable or "python3", package))
+        command = [sys.executable or "python3", "-m", "pip", "install", package]
+        if not install_packages:
+            raise Failure("%s needs the Python package '%s' (%s); install it: %s, or give --install"
+                          % (why, package, e, shlex.join(command)))
+    print("installing %s" % package, file=sys.stderr)
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise Failure("%s needs the Python package '%s', and '%s' failed: %s"
+                      % (why, package, shlex.join(command), (done.stderr.strip().splitlines() or ["no message"])[-1]))
+    importlib.invalidate_caches()
+    return __import__(module, fromlist=["_"])
 
 
 def human(n):
@@ -171,11 +227,13 @@ class Meter:
 
 
 # ----------------------------------------------------------------------------
-# 2. tokenizers: each has name, vocab_size, eot, cut (how pieces are cut), encode(bytes) -> (tokens as bytes, whether
-#    the text was not UTF-8), token_bytes() for tokenizer.bin. A worker process builds its own from spec().
+# 2. tokenizers: each has name, vocab_size, eot, cut (how pieces are cut), encode(bytes) -> (tokens as bytes, notes),
+#    token_bytes() for tokenizer.bin. A note is (what was not taken as it is, how much, an example). A worker process
+#    builds its own from spec().
 
 GPT2_RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+MAX_VOCABULARY = 1 << 24    # the trainer's
 EOT_NAMES = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]", "[SEP]"]
 
 # Runs in a process of its own, because tiktoken's download has no time limit.
@@ -195,6 +253,14 @@ def little_endian(values, wide):
     return a.tobytes()
 
 
+NOT_UTF8 = "pieces with bytes that are not UTF-8, replaced by U+FFFD"
+TOO_SHORT = "documents shorter than --min-document-tokens"
+COMPARED = "samples compared"
+CHANGED = "samples that the tokenizer does not give back as they were"
+# tiktoken panics where white space runs on for very long: GPT-2's pattern looks ahead behind it.
+LONG_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1000,}")
+
+
 def to_text(data):
     try:
         return data.decode("utf-8"), False
@@ -211,7 +277,7 @@ class BytesTokenizer:
     def encode(self, data):
         out = bytearray(2 * len(data))     # every byte is one token: its low half, little-endian
         out[::2] = data
-        return bytes(out), False
+        return bytes(out), []
 
     def token_bytes(self):
         return [bytes([i]) for i in range(256)] + [EOT_TEXT]
@@ -236,7 +302,14 @@ class Gpt2Tokenizer:
     def encode(self, data):
         text, damaged = to_text(data)
         # encode_ordinary: where a text spells "<|endoftext|>", that is text, not the end of the document
-        return little_endian(self.encoding.encode_ordinary(text), False), damaged
+        ids, at = [], 0
+        for run in LONG_SPACE.finditer(text):
+            end = run.end() - (run.end() < len(text))    # its last character may belong to the word behind it
+            ids += self.encoding.encode_ordinary(text[at:run.start()])
+            ids += self.encoding._encode_single_piece(text[run.start():end])
+            at = end
+        ids += self.encoding.encode_ordinary(text[at:])
+        return little_endian(ids, False), [(NOT_UTF8, 1, "")] if damaged else []
 
     def token_bytes(self):
         return [self.encoding.decode_single_token_bytes(i) for i in range(self.vocab_size)]
@@ -251,13 +324,20 @@ class JsonTokenizer:
         self.name = "tokenizer.json"
         try:
             self.tok = tokenizers.Tokenizer.from_file(path)
-        except Exception as e:    # the package raises a bare Exception for a file it cannot read
-            raise Failure("%s is not a tokenizer.json that the tokenizers package reads: %s" % (path, e))
+        except BaseException as e:    # a bare Exception for a file it cannot read, or a panic, which is none
+            if not failed_inside(e):
+                raise
+            raise Failure("%s is not a tokenizer.json that the tokenizers package reads: %s" % (path, message_of(e)))
         self.tok.no_truncation()
         self.tok.no_padding()
         self.tok.encode_special_tokens = True    # special tokens spelled in a text are text
         vocab = self.tok.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocab.values()) + 1
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        if not 1 <= self.vocab_size <= MAX_VOCABULARY:
+            raise Failure("%s has %s; ids may go up to %d" % (path, "ids up to %d" % (self.vocab_size - 1) if vocab else
+                                                             "no vocabulary", MAX_VOCABULARY - 1))
+        model = json.loads(self.tok.to_str())["model"]
+        self.unknown = model["unk_id"] if model.get("unk_id") is not None else vocab.get(model.get("unk_token"))
         names = [eot_token] if eot_token is not None else [n for n in EOT_NAMES if n in vocab]
         if not names:
             raise Failure("%s has none of the usual end-of-text tokens (%s): name its own with --eot-token"
@@ -268,20 +348,40 @@ class JsonTokenizer:
         # A cut after a line end changes nothing for byte-level tokenizers, but does for those that put a space
         # before every text. So try it; where it matters, documents stay whole.
         lines = ["int a = 12;\n", "x' re-run...\n", "\u00e9t\u00e9 3\n", "zz\n", "Last one"]
-        whole = self.tok.encode("".join(lines), add_special_tokens=False).ids
-        parts = [i for line in lines for i in self.tok.encode(line, add_special_tokens=False).ids]
+        try:
+            whole, parts = self.ids("".join(lines)), [i for line in lines for i in self.ids(line)]
+        except BaseException as e:    # it may be made for other texts
+            if not failed_inside(e):
+                raise
+            whole, parts = [0], []
         self.cut = "line" if whole == parts else "never"
 
     def spec(self):
         return ("json", self.path, self.eot_token)
 
+    def ids(self, text):
+        return self.tok.encode(text, add_special_tokens=False).ids
+
     def encode(self, data):
         text, damaged = to_text(data)
-        return little_endian(self.tok.encode(text, add_special_tokens=False).ids, self.vocab_size > 65535), damaged
+        ids = self.ids(text)
+        notes = [(NOT_UTF8, 1, ""), ("unknown tokens, for text that the tokenizer has no token for",
+                                     ids.count(self.unknown) if self.unknown is not None else 0, ""),
+                 ("end-of-text tokens inside documents, whose text spells them", ids.count(self.eot), "")]
+        return little_endian(ids, self.vocab_size > 65535), [n for n in notes[not damaged:] if n[1]]
+
+    def compare(self, data):
+        """Notes on a sample: whether its tokens give the same text again."""
+        text = data.decode("utf-8", "ignore")
+        back = self.tok.decode(self.ids(text), skip_special_tokens=False)
+        if back == text:
+            return [(COMPARED, 1, "")]
+        at = next((i for i, (a, b) in enumerate(zip(text, back)) if a != b), min(len(text), len(back)))
+        shown = [ascii(t[max(0, at - 8):at + 16]) for t in (text, back)]
+        return [(COMPARED, 1, ""), (CHANGED, 1, "%s becomes %s" % tuple(shown))]
 
     def token_bytes(self):
-        with open(self.path, encoding="utf-8") as f:
-            described = json.load(f)
+        described = json.loads(self.tok.to_str())
         added = {t["id"]: t["content"] for t in described.get("added_tokens") or []}
         spelling = json.dumps([described.get("decoder"), described.get("pre_tokenizer")], ensure_ascii=False)
         # GPT-2's byte-level alphabet: the printable Latin-1 characters stand for themselves, the other bytes for
@@ -304,6 +404,30 @@ class JsonTokenizer:
             else:
                 out.append((token.replace("\u2581", " ") if "\u2581" in spelling else token).encode("utf-8"))
         return out
+
+
+def failed_inside(e):
+    """Whether a call into a library failed by itself. A panic of one written in Rust is no Exception."""
+    return isinstance(e, Exception) or type(e).__name__ == "PanicException"
+
+
+def taken(tokenizer, data):
+    """A piece's tokens and notes. A text that makes the tokenizer fail is cut in two, until what it cannot take is
+    small; only that is left out."""
+    try:
+        return tokenizer.encode(data)
+    except BaseException as e:
+        if not failed_inside(e) or isinstance(e, MemoryError):
+            raise
+        reason = message_of(e)
+    if tokenizer.cut == "never" or len(data) <= 64:
+        return b"", [("bytes of text that the tokenizer could not take", len(data), reason)]
+    middle = len(data) // 2
+    while data[middle] & 0xc0 == 0x80 and middle > len(data) // 2 - 4:    # not inside a character
+        middle -= 1
+    parts = [taken(tokenizer, part) for part in (data[:middle], data[middle:])]
+    notes = parts[0][1] + parts[1][1]
+    return parts[0][0] + parts[1][0], notes + [("cuts in text that the tokenizer could not take whole", 1, reason)]
 
 
 def tokenizer_from_spec(spec):
@@ -379,26 +503,143 @@ def tokenizer_file(tokenizer, say):
 # ----------------------------------------------------------------------------
 # 3. sources: generators of (name, size, chunks). They count what they leave out in `left_out`, and move `meter`.
 
-def opened(path, f=None):
-    """A readable stream of the file's text, decompressed by its suffix; f: already open under that name."""
-    raw = f if f is not None else open(path, "rb")
-    if path.endswith(".gz"):
-        import gzip
-        return gzip.GzipFile(fileobj=raw)
-    if path.endswith(".xz"):
-        import lzma
-        return lzma.LZMAFile(raw)
-    if path.endswith(".bz2"):
-        import bz2
-        return bz2.BZ2File(raw)
-    if path.endswith(".zst"):
-        zstandard = need("zstandard", "zstandard", "reading " + os.path.basename(path))
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), PIECE)
-    return raw
+COMPRESSIONS = {".gz": "gzip", ".xz": "xz", ".bz2": "bzip2", ".zst": "zstd", ".zstd": "zstd"}
+MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+         (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+
+
+class NotText(Failure):
+    """What is no text: an error where it was named, left out and counted where it lay in a folder."""
 
 
 def plain_name(path):
-    return re.sub(r"\.(gz|xz|bz2|zst)$", "", path)
+    base, suffix = os.path.splitext(path)
+    return base if suffix.lower() in COMPRESSIONS else path
+
+
+class Blocks(io.RawIOBase):
+    """An iterator of bytes, as a file."""
+
+    def __init__(self, blocks):
+        self.blocks, self.block = blocks, memoryview(b"")
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self.block:
+            block = next(self.blocks, None)
+            if block is None:
+                return 0
+            self.block = memoryview(block)
+        n = min(len(buffer), len(self.block))
+        buffer[:n] = self.block[:n]
+        self.block = self.block[n:]
+        return n
+
+
+def blocks_of(f, size=PIECE):
+    return iter(lambda: f.read(size), b"")
+
+
+def compression_of(head):
+    if head.startswith(b"\x1f\x8b"):
+        return "gzip"
+    if head.startswith(b"\xfd7zXZ\0"):
+        return "xz"
+    if re.match(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", head):
+        return "bzip2"
+    if re.match(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", head):    # a frame, or one to be skipped
+        return "zstd"
+    return None
+
+
+def decompressor(kind, path):
+    if kind == "gzip":
+        return zlib.decompressobj(31)
+    if kind == "xz":
+        import lzma
+        return lzma.LZMADecompressor(lzma.FORMAT_XZ)
+    if kind == "bzip2":
+        import bz2
+        return bz2.BZ2Decompressor()
+    zstandard = need("zstandard", "zstandard", "reading " + os.path.basename(path))
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+
+
+def decompressed(f, kind, path):
+    """The blocks of all streams of a compressed file. Python's own readers take a file that is cut, or a later stream
+    that is damaged, for its end: here each stream must have its end, and nothing else may follow it."""
+    stream, done, block = decompressor(kind, path), 0, f.read(1 << 14)    # small: a block may grow a thousandfold
+    try:
+        while block:
+            if stream.eof:
+                block = block.lstrip(b"\0") if kind in ("gzip", "xz") else block    # padding
+                if not block:
+                    block = f.read(1 << 14)
+                    continue
+                block += f.read(64) if len(block) < 16 else b""
+                if compression_of(block) != kind:
+                    raise ValueError("behind its %s data is something else" % kind)
+                stream = decompressor(kind, path)
+            text = stream.decompress(block)
+            block = stream.unused_data if stream.eof else b""
+            block = block or f.read(1 << 14)
+            if text:
+                done += len(text)
+                yield text
+        if not stream.eof:
+            raise ValueError("it is cut: its %s data has no end" % kind)
+    except Failure:
+        raise
+    except Exception as e:    # every decompressor raises its own
+        raise Failure("%s cannot be decompressed behind %d bytes of text: %s" % (path, done, message_of(e)))
+
+
+def opened(path, f):
+    """The bytes in a file that is open under that name, decompressed as its first bytes tell."""
+    head = f.peek(16)[:16]
+    kind, named = compression_of(head), COMPRESSIONS.get(os.path.splitext(path)[1].lower())
+    if named and not kind:
+        raise Failure("%s cannot be decompressed: it is not %s data, as its name says: rename it, or get it again"
+                      % (path, named))
+    return io.BufferedReader(Blocks(decompressed(f, kind, path)), PIECE) if kind else f
+
+
+def text_opened(path, f):
+    """The same without a byte-order mark, and in UTF-8 where that tells of UTF-16 or UTF-32; and whether it differs
+    from what lies on the disk."""
+    stream = opened(path, f)
+    head = stream.read(4)
+    mark, encoding = next((m for m in MARKS if head.startswith(m[0])), (b"", None))
+
+    def blocks():
+        decoder = codecs.getincrementaldecoder(encoding)() if encoding in ("utf-16", "utf-32") else None
+        if not decoder:
+            yield head[len(mark):]
+            yield from blocks_of(stream)
+            return
+        try:
+            for block in itertools.chain([head], blocks_of(stream)):
+                yield decoder.decode(block).encode("utf-8")
+            decoder.decode(b"", True)
+        except UnicodeError as e:
+            raise NotText("%s is not %s text, of which it has the byte-order mark: %s" % (path, encoding, e))
+    return io.BufferedReader(Blocks(blocks()), PIECE), stream is not f or encoding is not None
+
+
+@contextlib.contextmanager
+def reading(path):
+    """The file, open; what goes wrong while it is read is said of it."""
+    try:
+        with open(path, "rb") as f:
+            yield f
+    except Failure:
+        raise
+    except OSError as e:
+        if e.errno in NO_ROOM:    # for a temporary file
+            raise
+        raise Failure("%s cannot be read: %s" % (path, e.strerror or message_of(e)))
 
 
 def listing_of(paths, root):
@@ -415,7 +656,7 @@ def excluded(relative, patterns):
     return any(fnmatch.fnmatchcase(relative, p) for p in patterns)
 
 
-def pystdlib_files(exclude):
+def pystdlib_files(exclude, left_out):
     root = sysconfig.get_path("stdlib")
     found = []
     for folder, subs, names in os.walk(root):
@@ -427,11 +668,16 @@ def pystdlib_files(exclude):
     if not found:
         raise Failure("no .py files in %s, where this Python's library should be; use a full installation of Python, "
                       "or --source files" % root)
-    found = [r for r in found if not excluded(r, exclude)]
-    if not found:
-        raise usage("--exclude %s leaves no file of %s: name fewer" % (" ".join(exclude), root))
     found.sort(key=lambda r: r.split(os.sep))
-    return root, found
+    files = []
+    for relative in found:
+        if excluded(relative, exclude):
+            left_out.add("excluded files", relative)
+        else:
+            files.append(relative)
+    if not files:
+        raise usage("--exclude %s leaves no file of %s: name fewer" % (" ".join(exclude), root))
+    return root, files
 
 
 def pystdlib_documents(root, files, meter, left_out):
@@ -443,11 +689,11 @@ def pystdlib_documents(root, files, meter, left_out):
     for package, members in packages.items():
         document = bytearray()
         for relative in members:
-            with open(os.path.join(root, relative), "rb") as f:
+            with reading(os.path.join(root, relative)) as f:
                 data = f.read()
             meter.position += len(data)
             if b"\0" in data or to_text(data)[1]:    # the library's tests hold files that are broken on purpose
-                left_out["files that are not UTF-8 text"] += 1
+                left_out.add("files that are not UTF-8 text", relative)
                 continue
             document += b"# " + relative.encode("utf-8", "replace") + b"\n" + data
             if not document.endswith(b"\n"):
@@ -485,34 +731,31 @@ def linux_archive(cache, say):
                   "give an archive: --linux-archive FILE (linux-source-*.deb, linux-*.tar.xz)")
 
 
-class Section(io.RawIOBase):
-    """The next `size` bytes of a file, as a file."""
+class TarMember(tarfile.TarInfo):
+    """tarfile takes a damaged header, or the want of any, for the end of the archive."""
 
-    def __init__(self, f, size):
-        self.f, self.left = f, size
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        data = self.f.read(min(len(buffer), self.left))
-        buffer[:len(data)] = data
-        self.left -= len(data)
-        return len(data)
+    @classmethod
+    def fromtarfile(cls, archive):
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.HeaderError as e:
+            archive.ended_by = e
+            raise
 
 
-def tar_members(f):
-    with tarfile.open(fileobj=f, mode="r|", bufsize=1 << 20) as t:
+def tar_members(f, path):
+    with tarfile.open(fileobj=f, mode="r|", bufsize=1 << 20, tarinfo=TarMember) as t:
         for m in t:
-            if m.isfile():
-                yield m, t
+            yield m, t
             t.members = []    # tarfile remembers every member, and there are 80,000
+        if not isinstance(t.ended_by, tarfile.EOFHeaderError):
+            raise Failure("%s cannot be read as an archive (%s): get it again" % (path, message_of(t.ended_by)))
 
 
 def linux_members(path, f):
     """The members of the kernel's tar, wherever it is: a .tar.*, or the same inside a .deb."""
     if not path.endswith(".deb"):
-        yield from tar_members(opened(path, f))
+        yield from tar_members(opened(path, f), path)
         return
     if f.read(8) != b"!<arch>\n":
         raise Failure("%s is not a .deb: it does not begin with '!<arch>'" % path)
@@ -524,9 +767,10 @@ def linux_members(path, f):
         if name.startswith("data.tar"):
             break
         f.seek(size + size % 2, 1)
-    for m, outer in tar_members(opened(name, io.BufferedReader(Section(f, size), 1 << 20))):
-        if re.search(r"/linux[^/]*\.tar(\.(xz|gz|bz2|zst))?$", m.name):
-            yield from tar_members(opened(m.name, outer.extractfile(m)))
+    section = (f.read(min(PIECE, size - at)) for at in range(0, size, PIECE))
+    for m, outer in tar_members(opened(name, io.BufferedReader(Blocks(section), PIECE)), path):
+        if m.isfile() and re.search(r"/linux[^/]*\.tar(\.(xz|gz|bz2|zst))?$", m.name):
+            yield from tar_members(opened(m.name, outer.extractfile(m)), path)
             return
     raise Failure("%s holds no kernel archive (usr/src/linux-*.tar.xz): is it a linux-source package?" % path)
 
@@ -552,11 +796,16 @@ def linux_documents(path, exclude, spool_dir, meter, left_out):
                 relative = m.name[2:] if m.name.startswith("./") else m.name
                 relative = relative.split("/", 1)[-1]    # without linux-source-6.1/
                 base = os.path.basename(relative)
+                if not m.isfile():
+                    if not m.isdir():
+                        left_out.add("links", relative)
+                    continue
                 if not (base.endswith((".c", ".h", ".S", ".rst", ".txt"))
                         or base.startswith(("Kconfig", "Makefile", "Kbuild"))):
+                    left_out.add("files that are no source text", relative)
                     continue
                 if excluded(relative, exclude):
-                    left_out["excluded files"] += 1
+                    left_out.add("excluded files", relative)
                     continue
                 if os.path.dirname(relative) != directory:
                     if spool is not None:
@@ -571,199 +820,447 @@ def linux_documents(path, exclude, spool_dir, meter, left_out):
                     end = block[-1:]
                 if end != b"\n":
                     spool.write(b"\n")
-        except (tarfile.TarError, EOFError, OSError, zlib.error, ValueError) as e:
-            if getattr(e, "errno", None) == errno.ENOSPC:    # of the spool
+        except Failure as e:
+            raise Failure("%s cannot be read as an archive (%s): get it again" % (path, e)) \
+                if "cannot be decompressed" in str(e) else e
+        except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as e:
+            if getattr(e, "errno", None) in NO_ROOM:    # of the spool
                 raise not_written("a temporary file in " + spool_dir, e)
-            raise Failure("%s cannot be read as an archive (%s): get it again" % (path, e))
-        except Exception as e:    # lzma and zstandard raise classes of their own
-            if type(e).__name__ in ("LZMAError", "ZstdError"):
-                raise Failure("%s cannot be read as an archive (%s): get it again" % (path, e))
-            raise
+            raise Failure("%s cannot be read as an archive (%s): get it again" % (path, message_of(e)))
     if spool is not None:
         yield finished(directory, spool)
 
 
-def input_files(inputs, exclude, out):
-    """Every file of the inputs, in order: a folder's by path; hidden ones are left out, and what is written here."""
-    found, seen, out = [], 0, os.path.realpath(out)
-    for given in inputs:
-        if os.path.isfile(given):
-            found.append(given)
-        elif os.path.isdir(given):
-            if os.path.realpath(given) == out:
-                raise usage("--out %s is --input itself, and shards would be read as text: choose another folder" % out)
-            here = []
-            for folder, subs, names in os.walk(given):
-                subs[:] = [s for s in subs if not s.startswith(".")
-                           and os.path.realpath(os.path.join(folder, s)) != out]
-                here += [os.path.join(folder, n) for n in names if not n.startswith(".")]
-            here = [p for p in here if os.path.isfile(p)]
-            seen += len(here)
-            here = [p for p in here if not excluded(os.path.relpath(p, given), exclude)]
-            found += sorted(here, key=lambda p: os.path.relpath(p, given).split(os.sep))
-        else:
-            raise usage("--input %s: there is no such file or folder" % given)
-    if not found and seen:
-        raise usage("--exclude %s leaves no file of --input %s: name fewer" % (" ".join(exclude), " ".join(inputs)))
-    if not found:
-        raise usage("--input %s: no files in it" % " ".join(inputs))
-    return found
-
-
-def record_text(record, field, where):
-    """The text of one record, as bytes; None or an empty text gives b""."""
-    if not isinstance(record, dict) or field not in record:
-        has = ", ".join(sorted(map(str, record))) if isinstance(record, dict) else type(record).__name__
-        raise Failure("%s has no field '%s' (it has: %s): name the one with the text, --text-field NAME"
-                      % (where, field, has))
-    text = record[field]
-    if text is None:
-        return b""
-    if not isinstance(text, str):
-        raise Failure("%s: field '%s' is a %s, not text: name the one with the text, --text-field NAME"
-                      % (where, field, type(text).__name__))
-    return text.encode("utf-8", "surrogatepass")
-
-
-def jsonl_documents(path, field, base, meter):
-    with open(path, "rb") as raw:
-        lines = opened(path, raw)
-        number = 0
-        while True:
+def files_below(given, exclude, out, left_out):
+    """The files of a folder, in the order of their paths, and how many there were before --exclude. Links are followed.
+    Hidden ones are left out, and silently what is written here."""
+    found, seen, folders, entered = [], 0, [("", given)], set()
+    while folders:
+        relative, folder = folders.pop()
+        real = os.path.realpath(folder)
+        if real == out:
+            continue
+        if real in entered:
+            left_out.add("folders that were taken already, under another name", folder)
+            continue
+        entered.add(real)
+        try:
+            names = sorted(os.listdir(folder), reverse=True)
+        except PermissionError:
+            left_out.add("folders that may not be read", folder)
+            continue
+        for name in names:
+            path, below = os.path.join(folder, name), os.path.join(relative, name)
             try:
-                line = lines.readline()
-            except Exception as e:    # every decompressor raises its own
-                raise Failure("%s cannot be decompressed after line %d: %s" % (path, number, e))
-            if not line:
-                return
-            number += 1
-            meter.position = base + raw.tell()
-            if not line.strip():
+                mode = os.stat(path).st_mode
+            except PermissionError:
+                left_out.add("files that may not be read", path)
                 continue
-            where = "%s, line %d," % (path, number)
+            except OSError as e:
+                if e.errno not in (errno.ENOENT, errno.ELOOP):
+                    raise
+                left_out.add("links to nothing", path)
+                continue
+            if name.startswith("."):
+                left_out.add("hidden files and folders", path)
+            elif stat.S_ISDIR(mode):
+                if excluded(below + os.sep, exclude):
+                    left_out.add("excluded folders", path)
+                else:
+                    folders.append((below, path))
+            elif not stat.S_ISREG(mode):
+                left_out.add("pipes, sockets and devices", path)
+            elif not os.access(path, os.R_OK):
+                left_out.add("files that may not be read", path)
+            else:
+                seen += 1
+                if excluded(below, exclude):
+                    left_out.add("excluded files", path)
+                else:
+                    found.append(path)
+    return sorted(found, key=lambda p: os.path.relpath(p, given).split(os.sep)), seen
+
+
+def input_files(groups, exclude, out, left_out):
+    """The files of every group of --input: the files that it names, and those of its folders; each file once."""
+    out, taken, seen, result = os.path.realpath(out), set(), 0, []
+    for given in (g for group in groups for g in group):
+        if os.path.isdir(given) and os.path.realpath(given) == out:
+            raise usage("--out %s is --input itself, and shards would be read as text: choose another folder" % out)
+        if os.path.exists(given) and not os.path.isdir(given) and not os.path.isfile(given):
+            raise usage("--input %s is neither a file nor a folder" % given)
+        if not os.path.exists(given):
+            raise usage("--input %s: there is no such file or folder" % given)
+    for group in groups:
+        files = []
+        for given in group:
+            here = [given]
+            if os.path.isdir(given):
+                here, count = files_below(given, exclude, out, left_out)
+                seen += count
+            for path in here:
+                if os.path.realpath(path) in taken:
+                    left_out.add("files that were taken already, under another name", path)
+                else:
+                    taken.add(os.path.realpath(path))
+                    files.append(path)
+        result.append(files)
+    if not taken and seen:
+        raise usage("--exclude %s leaves no file of --input %s: name fewer"
+                    % (" ".join(exclude), " ".join(g for group in groups for g in group)))
+    if not taken:
+        raise usage("--input %s: no files in it%s" % (" ".join(g for group in groups for g in group),
+                                                      "".join("; " + line for line in left_out.lines())))
+    return result
+
+
+class Records:
+    """What a record must be, and which of its fields is the text."""
+
+    def __init__(self, field, keep, left_out):
+        self.field, self.keep, self.left_out = field, keep, left_out
+
+    def find(self, record, name, where):
+        """The field of that name; where there is none, "a.b" is field b of field a."""
+        at = record
+        for part in [name] if isinstance(record, dict) and name in record else name.split("."):
+            if not isinstance(at, dict) or part not in at:
+                has = ", ".join(sorted(map(str, record))) if isinstance(record, dict) else type(record).__name__
+                raise Failure("%s has no field '%s' (it has: %s): name the one with the text, --text-field NAME, or "
+                              "--as-text 'PATTERN' for files that are to be taken as they are" % (where, name, has))
+            at = at[part]
+        return at
+
+    def document(self, record, where, name):
+        """The document of a record as (name, size, chunks), or None if --keep leaves it out; no text gives b""."""
+        for field, relation, value in self.keep:
+            if not RELATIONS[relation](self.find(record, field, where), value):
+                self.left_out.add("records that --keep leaves out", name)
+                return None
+        text = self.find(record, self.field, where)
+        if text is None:
+            text = ""
+        if not isinstance(text, (str, RawText)):
+            raise Failure("%s: field '%s' is a %s, not text: name the one with the text, --text-field NAME"
+                          % (where, self.field, type(text).__name__))
+        data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else bytes(text)
+        return name, len(data), [data]
+
+
+    def holds(self, block):
+        """Whether a text begins with a line that is a record with the text in it."""
+        line = block.partition(b"\n")[0]
+        try:
+            record = json.loads(line) if line.lstrip()[:1] == b"{" else None
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(record, dict) and isinstance(record.get(self.field), str)
+
+
+class RawText(bytes):
+    """Text whose UTF-8 nobody has looked at."""
+
+    def __str__(self):
+        return self.decode("utf-8", "replace")
+
+
+def related(compare):
+    def holds(have, want):
+        try:
+            return have is not None and compare(float(have), float(want))
+        except (TypeError, ValueError):
+            return False
+    return holds
+
+
+RELATIONS = {"=": lambda have, want: str(have) == want or related(lambda a, b: a == b)(have, want),
+             "!=": lambda have, want: not RELATIONS["="](have, want), "<": related(lambda a, b: a < b),
+             ">": related(lambda a, b: a > b), "<=": related(lambda a, b: a <= b), ">=": related(lambda a, b: a >= b)}
+
+
+def parse_keep(text):
+    m = re.fullmatch(r"([^=!<>]+)(<=|>=|!=|=|<|>)(.*)", text)
+    if not m or (m.group(2)[0] in "<>" and not re.fullmatch(r"-?[0-9.]+(e-?[0-9]+)?", m.group(3))):
+        raise argparse.ArgumentTypeError("'%s' is not a condition such as language=en or score>=3" % text)
+    return m.groups()
+
+
+replaced = [0]    # bytes that were not UTF-8, in records
+
+
+def replace_and_count(e):
+    replaced[0] += e.end - e.start
+    return "\ufffd", e.end
+
+
+codecs.register_error("replace-and-count", replace_and_count)
+
+
+def json_lines(path, f):
+    """(where, name, record) of every line."""
+    number = 0
+    for line in io.TextIOWrapper(text_opened(path, f)[0], "utf-8", "replace-and-count", newline="\n"):
+        number += 1
+        if line.strip():
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as e:
-                raise Failure("%s is not JSON: %s" % (where, e))
-            data = record_text(record, field, where)
-            yield "%s:%d" % (path, number), len(data), [data]
+                raise Failure("%s, line %d, is not JSON: %s" % (path, number, e))
+            yield "%s, line %d," % (path, number), "%s:%d" % (path, number), record
 
 
-def parquet_documents(path, field, base, meter):
+def json_values(path, f):
+    """The same of a .json file: of one array, or of values that follow each other."""
+    text = io.TextIOWrapper(text_opened(path, f)[0], "utf-8", "replace-and-count", newline="")
+    buf, at, number, array, ended = "", 0, 0, False, False
+    decode, space = json.JSONDecoder().raw_decode, re.compile(r"[ \t\n\r]*")
+
+    def read(size):
+        nonlocal buf, at, ended
+        more = text.read(size)
+        buf, at, ended = buf[at:] + more, 0, not more
+
+    def next_character():
+        nonlocal at
+        while True:
+            at = space.match(buf, at).end()
+            if at < len(buf) or ended:
+                return buf[at:at + 1]
+            read(PIECE)
+
+    try:
+        array = next_character() == "["
+        at += array
+        while True:
+            c = next_character()
+            if array and number and c == ",":
+                at += 1
+                c = next_character()
+            elif array and number and c and c != "]":
+                raise ValueError("a comma or ] is due, not '%s'" % c)
+            elif array and c == "]":
+                at += 1
+                if next_character():
+                    raise ValueError("there is more behind the end of its array")
+                return
+            if not c and array:
+                raise ValueError("its array has no end")
+            if not c:
+                return
+            while True:    # a value that does not fit into the buffer cannot be told from one that is damaged
+                try:
+                    record, end = decode(buf, at)
+                    if end < len(buf) or ended:
+                        break
+                except ValueError:
+                    if ended:
+                        raise
+                read(max(PIECE, len(buf) - at))
+            at = end
+            number += 1
+            yield "%s, record %d," % (path, number), "%s:%d" % (path, number), record
+    except (ValueError, RecursionError) as e:
+        raise Failure("%s is not JSON behind its record %d: %s" % (path, number, e))
+
+
+def csv_rows(path, f, separator):
+    """The same of a table whose first row holds the names."""
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.reader(io.TextIOWrapper(text_opened(path, f)[0], "utf-8", "replace-and-count", newline=""),
+                      delimiter=separator, strict=True)
+    try:
+        names = next(rows, [])
+        if len(set(names)) != len(names):
+            raise ValueError("two columns have the same name")
+        for row in rows:
+            if row and len(row) != len(names):
+                raise ValueError("the row has %d values, the first row %d names" % (len(row), len(names)))
+            if row:
+                yield "%s, line %d," % (path, rows.line_num), "%s:%d" % (path, rows.line_num), dict(zip(names, row))
+    except (ValueError, csv.Error) as e:
+        raise Failure("%s, line %d, is not a row of such a table: %s" % (path, rows.line_num, e))
+
+
+def parquet_rows(path, columns):
+    """The same of a parquet file, of which only some columns are read."""
     pq = need("pyarrow.parquet", "pyarrow", "reading " + os.path.basename(path))
+    row = 0
     try:
-        table = pq.ParquetFile(path)
-    except Exception as e:
-        raise Failure("%s is not a parquet file that pyarrow reads: %s" % (path, e))
-    names = table.schema_arrow.names
-    if field not in names:
-        raise Failure("%s has no column '%s' (it has: %s): name the one with the text, --text-field NAME"
-                      % (path, field, ", ".join(names)))
-    row, rows, size = 0, max(table.metadata.num_rows, 1), os.path.getsize(path)
-    for batch in table.iter_batches(batch_size=64, columns=[field]):
-        for value in batch.column(0):
-            data = record_text({field: value.as_py()}, field, "%s, row %d" % (path, row))
-            row += 1
-            meter.position = base + size * row // rows
-            yield "%s:%d" % (path, row - 1), len(data), [data]
-    table.close()
-
-
-def text_documents(path, must, spool_dir, base, meter, left_out):
-    """A text file is one document. must: it was named, so it is an error if it is not text."""
-    try:
-        with opened(path) as f:
-            head = f.read(1 << 16)
+        table = pq.ParquetFile(path, page_checksum_verification=True)
+        names = [n for n in table.schema_arrow.names if n in columns or n in [c.split(".")[0] for c in columns]]
+        if not names:
+            raise Failure("%s has no column '%s' (it has: %s): name the one with the text, --text-field NAME"
+                          % (path, columns[0], ", ".join(table.schema_arrow.names)))
+        for batch in table.iter_batches(batch_size=64, columns=names):
+            # as_buffer: text as it is, UTF-8 or not
+            values = [[RawText(v.as_buffer()) if v.is_valid and str(v.type).endswith("string") else v.as_py()
+                       for v in batch.column(n)] for n in names]
+            for record in zip(*values):
+                row += 1
+                yield "%s, row %d," % (path, row - 1), "%s:%d" % (path, row - 1), dict(zip(names, record))
+        if row != table.metadata.num_rows:
+            raise ValueError("it says that it has %d rows" % table.metadata.num_rows)
+        table.close()
     except Failure:
         raise
     except Exception as e:
-        raise Failure("%s cannot be read: %s" % (path, e))
-    if b"\0" in head:
-        if must:
-            raise Failure("%s is not text: it holds zero bytes; text files, .jsonl and .parquet are read" % path)
-        left_out["files that are not text"] += 1
-        return
-    size = os.path.getsize(path)
-    if plain_name(path) == path:
-        def chunks():
-            done = 0
-            with open(path, "rb") as f:
-                for block in iter(lambda: f.read(min(PIECE, size - done)), b""):
-                    done += len(block)
-                    meter.position = base + done
-                    yield block
-            if done != size or os.path.getsize(path) != size:
-                raise Failure("%s changed its size while it was read: start again when it is still" % path)
-        yield path, size, chunks()
-        return
-    spool = tempfile.SpooledTemporaryFile(SPOOL, dir=spool_dir)
+        raise Failure("%s %s: %s" % (path, "cannot be read behind row %d" % row if row else
+                                     "is not a parquet file that pyarrow reads", message_of(e)))
+
+
+def kind_by_name(path):
+    suffix = os.path.splitext(plain_name(path))[1].lower()
+    return {".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".jsonl": "json lines",
+            ".ndjson": "json lines"}.get(suffix, "text")
+
+
+def record_documents(path, kind, records, base, meter):
+    """The documents of one file of records."""
+    before = replaced[0]
+    with reading(path) as f:
+        rows = parquet_rows(path, [records.field] + [k[0] for k in records.keep]) if kind == "parquet" else \
+            json_lines(path, f) if kind == "json lines" else json_values(path, f) if kind == "json" else \
+            csv_rows(path, f, "," if kind == "csv" else "\t")
+        for where, name, record in rows:
+            meter.position = base + f.tell()
+            document = records.document(record, where, name)
+            if document:
+                yield document
+            if replaced[0] != before:
+                records.left_out.add("bytes that are not UTF-8 in records, replaced by U+FFFD", name,
+                                     replaced[0] - before)
+                before = replaced[0]
+
+
+def text_document(path, records, spool_dir, base, meter):
+    """The one document of a text file; None if it holds records, one a line, under another name."""
+    size, spool = 0, None
     try:
-        with open(path, "rb") as raw:
-            for block in iter(lambda s=opened(path, raw): s.read(PIECE), b""):
-                spool.write(block)
-                meter.position = base + raw.tell()
-    except Exception as e:
-        if getattr(e, "errno", None) == errno.ENOSPC:    # of the spool
-            raise not_written("a temporary file in " + spool_dir, e)
-        raise Failure("%s cannot be decompressed: %s" % (path, e))
-    size = spool.tell()
+        with reading(path) as f:    # all of it is looked at before any is taken: a split goes by sizes
+            stream, differs = text_opened(path, f)
+            spool = tempfile.SpooledTemporaryFile(SPOOL, dir=spool_dir) if differs else None
+            for block in blocks_of(stream):
+                if b"\0" in block:
+                    raise NotText("%s is not text: it holds zero bytes; text, .jsonl, .json, .csv, .tsv and .parquet "
+                                  "are read, compressed or not" % path)
+                if size == 0 and records and records.holds(block):
+                    return None
+                if spool:
+                    spool.write(block)
+                size += len(block)
+                meter.position = base + f.tell()
+    except OSError as e:
+        raise not_written("a temporary file in " + spool_dir, e)
+
+    def chunks():
+        done = 0
+        with reading(path) as f:
+            for block in iter(lambda: f.read(min(PIECE, size - done)), b""):
+                done += len(block)
+                yield block
+        if done != size or os.path.getsize(path) != size:
+            raise Failure("%s changed its size while it was read: start again when it is still" % path)
+    if spool is None:
+        return path, size, chunks()
     spool.seek(0)
-    yield path, size, iter(lambda: spool.read(PIECE), b"")
+    return path, size, blocks_of(spool)
 
 
-def files_documents(files, named, field, spool_dir, meter, left_out):
-    base = 0
-    meter.total = sum(os.path.getsize(p) for p in files)
-    for path in files:
-        if plain_name(path).endswith((".jsonl", ".ndjson")):
-            yield from jsonl_documents(path, field, base, meter)
-        elif path.endswith(".parquet"):
-            yield from parquet_documents(path, field, base, meter)
-        else:
-            yield from text_documents(path, path in named, spool_dir, base, meter, left_out)
-        base += os.path.getsize(path)
-        meter.position = base
+def file_documents(path, must, as_text, records, spool_dir, base, meter):
+    """The documents of one file. must: it was named, so it is an error if it is not text."""
+    kind = kind_by_name(path)
+    with reading(path) as f:
+        kind = "text" if as_text else "parquet" if f.peek(4)[:4] == b"PAR1" else kind
+    if kind == "text":
+        try:
+            document = text_document(path, None if as_text else records, spool_dir, base, meter)
+        except NotText:
+            if must:
+                raise
+            records.left_out.add("files that are not text", path)
+            return
+        if document:
+            yield document
+            return
+        kind = "json lines"
+    yield from record_documents(path, kind, records, base, meter)
 
 
-def hf_documents(name, config, split, field, meter):
+def files_documents(groups, a, meter, left_out):
+    """The documents of every group of --input, as often as its weight says: (name, size, chunks, again), where again is
+    the number of the document that this one repeats, or None."""
+    named = {p for group, _ in a.input for p in group}
+    meter.total = sum(os.path.getsize(p) * math.ceil(w) for files, (_, w) in zip(groups, a.input) for p in files)
+    base = given = 0
+    for files, (_, weight) in zip(groups, a.input):
+        first = given
+        for turn in range(math.ceil(weight)):
+            number, share = 0, min(1.0, weight - turn)
+            records = Records(a.text_field, a.keep, left_out if turn == 0 else LeftOut())
+            for path in files:
+                as_text = any(fnmatch.fnmatchcase(path, p) for p in a.as_text)
+                for name, size, chunks in file_documents(path, path in named, as_text, records, a.out, base, meter):
+                    number += size > 0
+                    if size == 0 and turn:
+                        continue
+                    if size and hashed(a.seed + 1, number) >= share:
+                        records.left_out.add("documents that --weight leaves out", name)
+                        continue
+                    given += size > 0 and turn == 0
+                    yield name, size, chunks, first + number - 1 if turn else None
+                base += os.path.getsize(path)
+                meter.position = base
+
+
+def hf_documents(name, config, split, records):
     datasets = need("datasets", "datasets", "--source hf")
     datasets.disable_progress_bars()
     try:
         stream = iter(datasets.load_dataset(name, config, split=split, streaming=True))
     except Exception as e:
-        raise Failure("--hf-name %s (config %s, split %s) cannot be opened: %s: %s"
-                      % (name, config or "default", split, type(e).__name__, str(e).strip().splitlines()[0]))
+        raise Failure("--hf-name %s (config %s, split %s) cannot be opened: %s"
+                      % (name, config or "default", split, message_of(e)))
     number = 0
     while True:
         try:
             record = next(stream, None)
         except Exception as e:
-            raise Failure("%s stopped after %d records: %s: %s. The same command goes on from there"
-                          % (name, number, type(e).__name__, e))
+            raise Failure("%s stopped after %d records: %s. The same command goes on from there"
+                          % (name, number, message_of(e)))
         if record is None:
             return
-        data = record_text(record, field, "%s, record %d," % (name, number))
-        yield "%s:%d" % (name, number), len(data), [data]
+        document = records.document(record, "%s, record %d," % (name, number), "%s:%d" % (name, number))
         number += 1
+        if document:
+            yield document
 
 
 # ----------------------------------------------------------------------------
 # 4. documents to pieces
 
-def assigned(documents, fraction, seed, max_bytes, left_out):
+def hashed(seed, number):
+    """A number from 0 to 1 that they decide."""
+    return int.from_bytes(hashlib.sha256(b"%d:%d" % (seed, number)).digest()[:8], "little") / 2.0**64
+
+
+def assigned(documents, fraction, seed, max_bytes, left_out, largest=None):
     """Give each document its split, and stop before max_bytes would be passed.
 
     While val's share of the bytes is below the fraction, it takes the documents that the hash of their number picks:
     long and short ones alike, since the share is looked at before the document is. Only a giant, which would lift
     the share above one and a half times the fraction, is left to train. If val got none, it gets the last document.
+    A document that repeats another follows it into train; what is in val is not repeated.
     """
-    total, val, number, held = 0, 0, 0, None
-    for name, size, chunks in documents:
+    total, val, chosen, held = 0, 0, bytearray(), None
+    for name, size, chunks, *again in documents:
+        again = again[0] if again else None
         if size == 0:
-            left_out["empty documents"] += 1
+            left_out.add("empty documents", name)
+            continue
+        if again is not None and chosen[again]:
             continue
         if max_bytes and total + size > max_bytes:
-            if number == 0:
+            if total == 0:
                 raise usage("--max-bytes %d is less than the first document, %s, of %d bytes"
                             % (max_bytes, name, size))
             break
@@ -771,13 +1268,16 @@ def assigned(documents, fraction, seed, max_bytes, left_out):
             yield held
         below = val < fraction * total
         total += size
-        pick = int.from_bytes(hashlib.sha256(b"%d:%d" % (seed, number)).digest()[:8], "little") / 2.0**64
-        to_val = below and pick < 8 * fraction and val + size <= 1.5 * fraction * total
+        to_val = again is None and below and hashed(seed, len(chosen)) < 8 * fraction \
+            and val + size <= 1.5 * fraction * total
         val += size if to_val else 0
-        held = ("val" if to_val else "train", size, chunks)
-        number += 1
+        if again is None:
+            chosen.append(to_val)
+        if largest is not None and size > largest.get("bytes", 0):
+            largest.update(name=name, bytes=size)
+        held = ("val" if to_val else "train", name, size, chunks)
     if held is not None:
-        if val == 0 and number > 1 and fraction > 0:
+        if val == 0 and len(chosen) > 1 and fraction > 0 and again is None:
             held = ("val",) + held[1:]
         yield held
 
@@ -821,13 +1321,18 @@ def cut_pieces(chunks, cut):
         yield bytes(buf)
 
 
+Piece = collections.namedtuple("Piece", "split name first last data")    # first, last: of its document
+
+
 def pieces_of(documents, cut):
-    """(split, begins a document, bytes), in order."""
-    for split, size, chunks in documents:
-        first = True
+    for split, name, size, chunks in documents:
+        first, before = True, None
         for data in cut_pieces(chunks, cut):
-            yield split, first, data
-            first = False
+            if before is not None:
+                yield Piece(split, name, first, False, before)
+                first = False
+            before = data
+        yield Piece(split, name, first, True, before)
 
 
 # Worker processes: each builds the tokenizer once; a task is a list of pieces.
@@ -851,10 +1356,13 @@ def start_worker(spec):
 def encode_task(pieces, tokenizer=None):
     tokenizer = tokenizer or worker_tokenizer
     eot = little_endian([tokenizer.eot], tokenizer.vocab_size > 65535)
-    out = []
+    out, compared = [], 0
     for first, data in pieces:
-        tokens, damaged = tokenizer.encode(data)
-        out.append(((eot if first else b"") + tokens, damaged))
+        tokens, notes = taken(tokenizer, data)
+        if compared < 16384 and hasattr(tokenizer, "compare") and tokens:    # of 1 MiB, which a task is
+            notes = notes + tokenizer.compare(data[:4096])
+            compared += len(data[:4096])
+        out.append(((eot if first else b"") + tokens, notes))
     return out
 
 
@@ -864,7 +1372,7 @@ def encoded(pieces, tokenizer, workers):
         task, size = [], 0
         for piece in pieces:
             task.append(piece)
-            size += len(piece[2])
+            size += len(piece.data)
             if size >= PIECE or len(task) >= 4096:
                 yield task
                 task, size = [], 0
@@ -873,14 +1381,14 @@ def encoded(pieces, tokenizer, workers):
 
     if workers == 1 or tokenizer.name == "bytes":    # bytes: sending a piece costs more than the work on it
         for task in tasks():
-            yield task, encode_task([p[1:] for p in task], tokenizer)
+            yield task, encode_task([(p.first, p.data) for p in task], tokenizer)
         return
     pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"),
                                                   initializer=start_worker, initargs=(tokenizer.spec(),))
     under_way = collections.deque()
     try:
         for task in tasks():
-            under_way.append((task, pool.submit(encode_task, [p[1:] for p in task])))
+            under_way.append((task, pool.submit(encode_task, [(p.first, p.data) for p in task])))
             if len(under_way) >= 2 * workers + 2:
                 task, future = under_way.popleft()
                 yield task, future.result()
@@ -991,6 +1499,15 @@ def parse_arguments(argv):
         def error(self, message):
             raise usage(message)
 
+    class Weight(argparse.Action):    # of the --input before it
+        def __call__(self, parser, a, value, option=None):
+            groups, weights = a.input or [], a.weight or []
+            if len(weights) == len(groups):
+                raise usage("--weight %g stands behind the --input that it belongs to" % value)
+            if not 0 < value <= 1000:
+                raise usage("--weight %g is not above 0 and at most 1000" % value)
+            a.weight = weights + [1.0] * (len(groups) - len(weights) - 1) + [value]
+
     p = Parser(prog="prepare.py", description="Text to token shards for train_gpt_lighthouse; see data/README.md.")
     p.add_argument("--source", choices=["pystdlib", "linux", "files", "hf"], default="pystdlib",
                    help="pystdlib: this machine's Python library; linux: Debian's kernel source; files: --input; "
@@ -998,10 +1515,20 @@ def parse_arguments(argv):
     p.add_argument("--tokenizer", default="bytes", metavar="bytes|gpt2|FILE",
                    help="bytes (257 ids), gpt2, or the path of a tokenizer.json (default bytes)")
     p.add_argument("--out", metavar="DIR", help="folder for the shards (default data/<source>_<tokenizer>)")
-    p.add_argument("--input", nargs="+", metavar="PATH",
-                   help="files: folders, text files, .jsonl (.gz, .zst), .parquet")
+    p.add_argument("--input", nargs="+", action="append", metavar="PATH",
+                   help="files: folders, text files, .jsonl, .json, .csv, .tsv, .parquet, compressed or not; several "
+                        "times for groups with weights")
+    p.add_argument("--weight", type=float, action=Weight, metavar="W",
+                   help="files: how often the documents of the --input before it are taken; 0.5: half of them, 2: twice "
+                        "(default 1)")
+    p.add_argument("--as-text", nargs="+", default=[], metavar="GLOB",
+                   help="files: take files whose path matches as plain text, whatever their names say ('*.json')")
     p.add_argument("--text-field", metavar="NAME",
-                   help="the field or column that holds the text, in .jsonl, .parquet and hf (default text)")
+                   help="the field or column that holds the text of a record; a.b: field b of field a (default text)")
+    p.add_argument("--keep", nargs="+", type=parse_keep, default=[], metavar="CONDITION",
+                   help="take only records for which all hold: language=en, score>=3, meta.kind!=test")
+    p.add_argument("--min-document-tokens", type=parse_count, default=0, metavar="N",
+                   help="leave out documents of fewer tokens (default 0)")
     p.add_argument("--linux-archive", metavar="FILE",
                    help="linux: a linux-source-*.deb or linux-*.tar.xz at hand, instead of a download")
     p.add_argument("--hf-name", metavar="NAME", help="hf: the data set, on the hub or a local folder")
@@ -1019,11 +1546,15 @@ def parse_arguments(argv):
     p.add_argument("--eot-token", metavar="TEXT", help="tokenizer.json: its end-of-text token (default: found by name)")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N",
                    help="tokenizing processes (default: one per core)")
+    p.add_argument("--install", action="store_true", help="install Python packages that are missing, with pip")
     p.add_argument("--force", action="store_true", help="replace a data set that --out holds already")
     a = p.parse_args(argv)
+    global install_packages
+    install_packages = a.install
 
     owners = {"input": ["files"], "text_field": ["files", "hf"], "linux_archive": ["linux"], "hf_name": ["hf"],
-              "hf_config": ["hf"], "hf_split": ["hf"], "exclude": ["pystdlib", "linux", "files"]}
+              "hf_config": ["hf"], "hf_split": ["hf"], "exclude": ["pystdlib", "linux", "files"], "keep": ["files", "hf"],
+              "as_text": ["files"], "weight": ["files"]}
     for name, sources in owners.items():
         if getattr(a, name) and a.source not in sources:
             raise usage("--%s belongs to --source %s, not to --source %s"
@@ -1048,6 +1579,7 @@ def parse_arguments(argv):
     if a.linux_archive and not os.path.isfile(a.linux_archive):
         raise usage("--linux-archive %s: there is no such file" % a.linux_archive)
     a.text_field, a.hf_split = a.text_field or "text", a.hf_split or "train"
+    a.input = list(itertools.zip_longest(a.input or [], a.weight or [], fillvalue=1.0))
     label = a.tokenizer if a.tokenizer in ("bytes", "gpt2") else \
         os.path.basename(os.path.dirname(os.path.abspath(a.tokenizer))) or "tokenizer"
     a.out = os.path.abspath(a.out or os.path.join(DATA_DIR, "%s_%s" % (a.source, label)))
@@ -1057,7 +1589,7 @@ def parse_arguments(argv):
 def open_source(a, cache, meter, left_out):
     """What identifies the text, for the manifest, and its documents (a generator: nothing is read yet)."""
     if a.source == "pystdlib":
-        root, files = pystdlib_files(a.exclude)
+        root, files = pystdlib_files(a.exclude, left_out)
         about = {"python": platform.python_version(), "files": len(files),
                  "listing_sha256": listing_of([os.path.join(root, r) for r in files], root)}
         return about, pystdlib_documents(root, files, meter, left_out)
@@ -1066,26 +1598,56 @@ def open_source(a, cache, meter, left_out):
         about = {"archive": os.path.basename(path), "archive_sha256": sha256_of(path)}
         return about, linux_documents(path, a.exclude, a.out, meter, left_out)
     if a.source == "files":
-        files = input_files(a.input, a.exclude, a.out)
-        about = {"input": [os.path.basename(os.path.abspath(p)) for p in a.input], "text_field": a.text_field,
+        inputs = [p for group, _ in a.input for p in group]
+        groups = input_files([group for group, _ in a.input], a.exclude, a.out, left_out)
+        files = [p for group in groups for p in group]
+        about = {"input": [os.path.basename(os.path.abspath(p)) for p in inputs], "text_field": a.text_field,
                  "files": len(files),
-                 "listing_sha256": listing_of(files, os.path.commonpath([os.path.abspath(p) for p in a.input]))}
-        return about, files_documents(files, set(a.input), a.text_field, a.out, meter, left_out)
+                 "listing_sha256": listing_of(files, os.path.commonpath([os.path.abspath(p) for p in inputs]))}
+        if a.weight:
+            about["weights"] = [[len(group), weight] for group, weight in a.input]
+        for line in left_out.lines():
+            meter.say(line)
+        return about, files_documents(groups, a, meter, left_out)
     about = {"hf_name": a.hf_name, "hf_config": a.hf_config, "hf_split": a.hf_split, "text_field": a.text_field}
-    return about, hf_documents(a.hf_name, a.hf_config, a.hf_split, a.text_field, meter)
+    return about, hf_documents(a.hf_name, a.hf_config, a.hf_split, Records(a.text_field, a.keep, left_out))
 
 
 OURS = r"(train|val)_[0-9]{6}\.bin(\.tmp)?|(manifest\.json|progress\.json|tokenizer\.bin)(\.tmp)?"
 
 
-def read_json(path):
+SPLIT = {"documents": int, "tokens": int, "bytes": int}
+SHARD = {"name": str, "tokens": int, "sha256": str}
+STATE = {"shards": [SHARD], "open_tokens": int}
+MANIFEST = {"options": dict, "dtype": str, "tokenizer": str, "vocab_size": int, "left_out": dict, "shards": [SHARD],
+            "counts": {"train": SPLIT, "val": SPLIT}}
+PROGRESS = {"options": dict, "pieces": int, "crc": int, "noted": dict, "noted_names": dict,
+            "counts": {"train": SPLIT, "val": SPLIT}, "splits": {"train": STATE, "val": STATE}}
+
+
+def fits(value, shape):
+    """Whether what was read from JSON has that shape; of a dict more keys are allowed."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(k in value and fits(value[k], s) for k, s in shape.items())
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(v, shape[0]) for v in value)
+    return isinstance(value, shape) and (shape is not int or value >= 0)
+
+
+def read_json(path, shape):
     try:
         with open(path, encoding="utf-8") as f:
-            return json.load(f)
+            value = json.load(f)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise Failure("%s cannot be read (%s): --force makes the data set anew" % (path, e))
+    shards = [s for k in ("train", "val") for s in value["splits"][k]["shards"]] if shape is PROGRESS and \
+        fits(value, shape) else value["shards"] if fits(value, shape) else None
+    if shards is None or not all(re.fullmatch(r"(train|val)_[0-9]{6}\.bin", s["name"]) for s in shards) \
+            or value.get("dtype", "uint16") not in ("uint16", "uint32"):
+        raise Failure("%s is not what prepare.py writes: --force makes the data set anew" % path)
+    return value
 
 
 def earlier_run(out, options, force):
@@ -1095,11 +1657,11 @@ def earlier_run(out, options, force):
         for name in ours:
             os.remove(os.path.join(out, name))
         return "nothing", None
-    for kind, name in (("done", "manifest.json"), ("partial", "progress.json")):
-        had = read_json(os.path.join(out, name))
+    for kind, name, shape in (("done", "manifest.json", MANIFEST), ("partial", "progress.json", PROGRESS)):
+        had = read_json(os.path.join(out, name), shape)
         if had is None:
             continue
-        old = had.get("options") or {}
+        old = had["options"]
         changed = ["%s was %s, now %s" % (k, json.dumps(old.get(k)), json.dumps(options.get(k)))
                    for k in sorted(set(old) | set(options)) if old.get(k) != options.get(k)]
         if changed:
@@ -1122,8 +1684,11 @@ def run(argv):
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise Failure("another prepare.py is writing to %s" % a.out)
+        except OSError as e:    # some network file systems lock no folders
+            print("%s cannot be locked (%s): see to it that no other prepare.py writes there" % (a.out, e.strerror),
+                  file=sys.stderr)
         prepare(a)
     finally:
         os.close(lock)
@@ -1132,7 +1697,7 @@ def run(argv):
 def prepare(a):
     meter = Meter()
     meter.limit = a.max_bytes or 0
-    left_out = collections.Counter()
+    left_out, noted = LeftOut(), LeftOut()    # by the source; by the tokenizer
     cache = os.path.join(DATA_DIR, ".cache")
     about, documents = open_source(a, cache, meter, left_out)
     options = dict(about, source=a.source, tokenizer=a.tokenizer if a.tokenizer in ("bytes", "gpt2") else
@@ -1140,6 +1705,9 @@ def prepare(a):
                    max_bytes=a.max_bytes, exclude=a.exclude)
     if options["tokenizer"] == "tokenizer.json":
         options.update(tokenizer_sha256=sha256_of(a.tokenizer), eot_token=a.eot_token)
+    for name in ("keep", "as_text", "min_document_tokens"):
+        if getattr(a, name):
+            options[name] = json.loads(json.dumps(getattr(a, name)))    # tuples are lists there
     kind, had = earlier_run(a.out, options, a.force)
     if kind == "done":
         for shard in had["shards"]:
@@ -1154,78 +1722,118 @@ def prepare(a):
     if tokenizer.cut == "never":
         meter.say("this tokenizer's result depends on where a text begins, so each document is tokenized whole; "
                   "memory grows with the longest one")
+    if a.min_document_tokens and a.tokenizer in ("bytes", "gpt2"):    # a token of theirs has a byte or more
+        documents = long_enough(documents, a.min_document_tokens, left_out)
     wide = tokenizer.vocab_size > 65535
     shards = {s: Shards(a.out, s, wide, a.shard_tokens) for s in ("train", "val")}
     counts = {s: {"documents": 0, "tokens": 0, "bytes": 0} for s in ("train", "val")}
-    start, crc, damaged = 0, 0, 0    # pieces done by an earlier run, checksum of their text, pieces not UTF-8
+    start, crc, largest = 0, 0, {}    # pieces done by an earlier run, checksum of their text
     if kind == "partial":
         for s in shards:
             shards[s].restore(had["splits"][s])
-        start, damaged = had["pieces"], had["damaged"]
+        start, counts, noted = had["pieces"], had["counts"], LeftOut(had["noted"], had["noted_names"])
         meter.say("continuing an interrupted run: %s tokens are there" % human(sum(s.tokens() for s in
                                                                                  shards.values())))
     meter.say("%s -> %s, tokenizer %s, vocabulary %d" % (a.source, a.out, a.tokenizer, tokenizer.vocab_size))
     write_whole(os.path.join(a.out, "tokenizer.bin"), tokenizer_file(tokenizer, meter.say))
     progress = os.path.join(a.out, "progress.json")
 
-    def count(split, first, data):
-        nonlocal crc
-        crc = zlib.crc32(data, crc)
-        counts[split]["documents"] += first
-        counts[split]["bytes"] += len(data)
-        meter.text += len(data)
-
     def commit(pieces):
         """Everything so far is on the disk, and a later run may go on from here."""
         for s in shards.values():
             s.sync()
         write_whole(progress, json.dumps({
-            "options": options, "pieces": pieces, "crc": crc, "damaged": damaged,
-            "splits": {s: shards[s].state() for s in shards}}, indent=1).encode())
+            "options": options, "pieces": pieces, "crc": crc, "counts": counts, "noted": noted,
+            "noted_names": noted.names, "splits": {s: shards[s].state() for s in shards}}, indent=1).encode())
 
-    pieces = pieces_of(assigned(documents, a.val_fraction, a.seed, a.max_bytes, left_out), tokenizer.cut)
+    pieces = pieces_of(assigned(documents, a.val_fraction, a.seed, a.max_bytes, left_out, largest), tokenizer.cut)
     for done in range(start):    # read again, but not tokenized again
         piece = next(pieces, None)
         if piece is not None:
-            count(*piece)
+            crc = zlib.crc32(piece.data, crc)
+            meter.text += len(piece.data)
             meter.show()
         if piece is None or (done == start - 1 and crc != had["crc"]):
             raise Failure("the source no longer gives the text that %s was begun with: --force starts anew" % a.out)
     meter.skipped = meter.text
-    done, committed = start, time.time()
+    done, committed, finished = start, time.time(), sum(len(s.done) for s in shards.values())
     commit(done)
+    waiting, size = None, 0    # the tokens of a document that may be too short, and the bytes of its text
+    shortest = (1 + a.min_document_tokens) * (4 if wide else 2)
     for task, results in encoded(pieces, tokenizer, a.workers):
-        finished = sum(len(s.done) for s in shards.values())
-        for piece, (tokens, bad) in zip(task, results):
-            count(*piece)
-            shards[piece[0]].add(tokens)
-            damaged += bad
+        for piece, (tokens, notes) in zip(task, results):
+            crc = zlib.crc32(piece.data, crc)
+            meter.text += len(piece.data)
+            if piece.first:
+                waiting, size = bytearray(), 0
+            size += len(piece.data)
+            for reason, n, example in notes:
+                noted.add(reason, "%s: %s" % (piece.name, example) if example else piece.name, n)
+                if reason.startswith("bytes of text"):
+                    size -= n
+            if waiting is not None:
+                waiting += tokens
+                if len(waiting) >= shortest:
+                    counts[piece.split]["documents"] += 1
+                    tokens, waiting = waiting, None
+            if waiting is None:
+                shards[piece.split].add(tokens)
+                counts[piece.split]["bytes"] += size
+                size = 0
+            elif piece.last:
+                noted.add(TOO_SHORT, piece.name)
+                waiting = None
         done += len(task)
         meter.tokens = sum(s.tokens() for s in shards.values())
         meter.show()
-        if time.time() - committed >= COMMIT_SECONDS or finished != sum(len(s.done) for s in shards.values()):
+        due = time.time() - committed >= COMMIT_SECONDS or finished != sum(len(s.done) for s in shards.values())
+        if due and waiting is None:
             commit(done)
-            committed = time.time()
+            committed, finished = time.time(), sum(len(s.done) for s in shards.values())
     if done == 0 and left_out["excluded files"]:
         raise Failure("--exclude %s leaves no file of --source %s: nothing was written" % (" ".join(a.exclude),
                                                                                            a.source))
-    if done == 0:
-        raise Failure("--source %s gave no text: nothing was written" % a.source)
     for s in shards:
         shards[s].finish()
         counts[s]["tokens"] = shards[s].tokens()
     meter.show(final=True)
-    if damaged and tokenizer.name != "bytes":
-        left_out["pieces with bytes that are not UTF-8, replaced by U+FFFD"] = damaged
+    left_out.take(noted)
+    if sum(c["bytes"] for c in counts.values()) <= 0:
+        raise Failure("--source %s gave no text: nothing was written%s"
+                      % (a.source, "".join("; " + line for line in left_out.lines())))
     manifest = {
         "source": a.source, "tokenizer": options["tokenizer"], "vocab_size": tokenizer.vocab_size,
         "eot": tokenizer.eot, "dtype": "uint32" if wide else "uint16", "counts": counts,
-        "left_out": dict(sorted(left_out.items())), "options": options,
-        "shards": shards["train"].done + shards["val"].done,
+        "left_out": dict(sorted(left_out.items())), "left_out_names": dict(sorted(left_out.names.items())),
+        "largest_document": largest, "options": options, "shards": shards["train"].done + shards["val"].done,
     }
     write_whole(os.path.join(a.out, "manifest.json"), (json.dumps(manifest, indent=1, sort_keys=False) + "\n").encode())
     os.remove(progress)
     report(a.out, manifest, "is complete, after %.1f s" % (time.time() - meter.start))
+
+
+def long_enough(documents, tokens, left_out):
+    for document in documents:
+        if 0 < document[1] < tokens:
+            left_out.add(TOO_SHORT, document[0])
+        else:
+            yield document
+
+
+def share_of_validation(manifest):
+    """Why validation has not about the share that it should have, or None."""
+    val, fraction = manifest["counts"]["val"], manifest["options"].get("val_fraction", 0)
+    total = val["bytes"] + manifest["counts"]["train"]["bytes"]
+    if val["documents"] == 0:
+        return "there is no validation split: %s" % (
+            "--val-fraction is 0" if fraction == 0 else "it takes whole documents, and there is only one"
+            if manifest["counts"]["train"]["documents"] == 1 else "its documents were left out")
+    share = val["bytes"] / total
+    if 0.67 * fraction <= share <= 1.5 * fraction:
+        return None
+    largest = manifest.get("largest_document", {})
+    return "validation has %.2g%% of the text, not %.2g%%: it takes whole documents, and the largest, %s, has %.2g%%" \
+        % (100 * share, 100 * fraction, largest.get("name"), 100 * largest.get("bytes", 0) / total)
 
 
 def report(out, manifest, verdict):
@@ -1239,14 +1847,15 @@ def report(out, manifest, verdict):
         print("%-5s  %13s tokens  %13s bytes of text  %9s documents  %d shard%s"
               % (split, format(c["tokens"], ","), format(c["bytes"], ","), format(c["documents"], ","), n,
                  "" if n == 1 else "s"))
-    for what, n in manifest["left_out"].items():
-        print("%d %s" % (n, what if "replaced" in what else what + " left out"))
-    if manifest["counts"]["val"]["documents"] == 0:
-        print("there is no validation split: %s" % ("--val-fraction is 0" if manifest["options"]["val_fraction"] == 0
-                                                    else "it takes whole documents, and there is only one"))
+    for line in LeftOut(manifest["left_out"], manifest.get("left_out_names", {})).lines():
+        print(line)
+    why = share_of_validation(manifest)
+    if why:
+        print(why)
     shown = os.path.relpath(out)
-    print("train with: --train-data '%s/train_*.bin' --val-data '%s'%s"
-          % (shown, shown + "/val_*.bin" if manifest["counts"]["val"]["documents"] else "",
+    print("train with: --train-data %s --val-data %s%s"
+          % (shlex.quote(shown + "/train_*.bin"),
+             shlex.quote(shown + "/val_*.bin" if manifest["counts"]["val"]["documents"] else ""),
              " --vocab-size %d" % manifest["vocab_size"] if manifest["tokenizer"] == "tokenizer.json" else ""))
 
 
@@ -1255,6 +1864,9 @@ def main(argv=None):
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupted)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")    # names of files may be anything
     try:
         run(sys.argv[1:] if argv is None else argv)
         return 0

@@ -5,7 +5,7 @@ run goes on to the same bytes, and that each bad input gets one clear message.
 
 It needs tiktoken, tokenizers, pyarrow, zstandard and datasets. GPT-2's ranks are fetched once into data/.cache.
 """
-import collections
+import codecs
 import errno
 import gzip
 import hashlib
@@ -14,12 +14,16 @@ import json
 import os
 import random
 import re
+import shlex
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -171,6 +175,14 @@ def test_the_line_to_train_with(tmp_path, capsys):
         assert capsys.readouterr().out.splitlines()[-1] == want
 
 
+def test_the_line_to_train_with_is_for_a_shell(tmp_path, capsys):
+    write(tmp_path / "in.txt", "text")
+    prepared(tmp_path / "it's [v1]", "--source", "files", "--input", tmp_path / "in.txt")
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert shlex.split(line)[2:] == ["--train-data", os.path.relpath(str(tmp_path / "it's [v1]")) + "/train_*.bin",
+                                     "--val-data", ""]
+
+
 # ---------------------------------------------------------------------------- tokenizers
 
 def test_gpt2(tmp_path, ranks):
@@ -251,6 +263,78 @@ def test_tokenizer_json(tmp_path):
     assert ours.cut == "never" and ours.token_bytes() == [b"[UNK]", b"</s>", b" int", b"\n"]
 
 
+def test_long_white_space(tmp_path, ranks):
+    """tiktoken panics on it; the tokens are those that it would give."""
+    tok, rng = prepare.Gpt2Tokenizer(ranks), random.Random(0)
+    for _ in range(50):
+        text = "".join(rng.choice(["a", " ", "\n", "\t", "\u3000", "\x85", "7", "...", "\x1c"])
+                       * rng.choice([1, 2, 900, 1500]) for _ in range(8))
+        assert tok.encode(text.encode())[0] == struct.pack("<%dH" % len(tok.encoding.encode_ordinary(text)),
+                                                           *tok.encoding.encode_ordinary(text))
+    write(tmp_path / "in.jsonl", json.dumps({"text": "a" + " \n" * 500000 + " b"}) + '\n{"text": "last"}\n')
+    for workers in (1, 2):
+        _, split = prepared(tmp_path / ("out%d" % workers), "--source", "files", "--input", tmp_path / "in.jsonl",
+                            "--tokenizer", "gpt2", "--workers", workers, "--val-fraction", "0")
+        table = tok.token_bytes()
+        assert b"".join(table[t] for t in split["train"][0]) == b"a" + b" \n" * 500000 + b" b"
+        assert len(split["train"]) == 2
+
+
+class Panic(BaseException):
+    """As pyo3 raises it."""
+
+
+Panic.__name__ = "PanicException"
+
+
+def test_tokenizer_that_fails(tmp_path, ranks, monkeypatch, capsys):
+    """One record does not end the preparation: its text is cut until what fails is small, and only that is left out."""
+    class Fragile(prepare.Gpt2Tokenizer):
+        def encode(self, data):
+            if len(data) > 1000 and b"long" in data or b"\xe2\x98\xa0" in data:
+                raise Panic("it broke")
+            return super().encode(data)
+
+    monkeypatch.setattr(prepare, "Gpt2Tokenizer", Fragile)
+    bad = "x" * 3000 + "\u2620" + "y" * 3000
+    write(tmp_path / "in.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in ("one", "so long " * 200, bad, "four")))
+    manifest, split = prepared(tmp_path / "out", "--source", "files", "--input", tmp_path / "in.jsonl", "--tokenizer",
+                               "gpt2", "--workers", "1", "--val-fraction", "0")
+    table = Fragile(ranks).token_bytes()
+    got = [b"".join(table[t] for t in d) for d in split["train"]]
+    lost = manifest["left_out"]["bytes of text that the tokenizer could not take"]
+    assert got[0] == b"one" and got[1] == b"so long " * 200 and got[3] == b"four"
+    assert set(got[2]) == set(b"xy") and len(got[2]) == len(bad.encode()) - lost and 3 <= lost <= 64
+    assert manifest["counts"]["train"]["bytes"] == sum(map(len, got))
+    name = manifest["left_out_names"]["bytes of text that the tokenizer could not take"]
+    assert name == ["%s:3: PanicException: it broke" % (tmp_path / "in.jsonl")]
+    write(tmp_path / "all.txt", "\u2620")
+    fails(capsys, ["--source", "files", "--input", tmp_path / "all.txt", "--tokenizer", "gpt2", "--out",
+                   tmp_path / "none", "--workers", "1"], 1, "gave no text.*could not take .*it broke")
+
+
+def test_what_a_tokenizer_changes(tmp_path, capsys):
+    """A sample is decoded and compared, and unknown tokens are counted."""
+    from tokenizers import normalizers
+    path = word_tokenizer(tmp_path / "words" / "tokenizer.json", ["[UNK]", "</s>", "the", "cat"],
+                          normalizer=normalizers.Lowercase())
+    write(tmp_path / "in" / "a.txt", "the cat")
+    write(tmp_path / "in" / "b.txt", "The\r\ncat sat \u00e9")
+    write(tmp_path / "in" / "c.txt", "the </s> cat")
+    manifest, _ = prepared(tmp_path / "out", "--source", "files", "--input", tmp_path / "in", "--tokenizer", path,
+                           "--val-fraction", "0")
+    assert manifest["left_out"] == {"of 3 samples that the tokenizer does not give back as they were": 2,
+                                    "unknown tokens, for text that the tokenizer has no token for": 5}
+    out = capsys.readouterr().out
+    assert r"(%s: 'The\r\ncat sat \xe9' becomes 'the cat [UNK] [U'" % (tmp_path / "in" / "b.txt") in out
+    tokens = word_tokenizer(tmp_path / "narrow" / "tokenizer.json", ["</s>", "the"])    # no [UNK]: it refuses words
+    write(tmp_path / "in" / "d.txt", "the")
+    manifest, split = prepared(tmp_path / "two", "--source", "files", "--input", tmp_path / "in", "--tokenizer", tokens,
+                               "--val-fraction", "0")
+    assert manifest["left_out"]["bytes of text that the tokenizer could not take"] == 7 + 15 + 12
+    assert split["train"][-1] == [1] and manifest["counts"]["train"]["bytes"] == 3
+
+
 # ---------------------------------------------------------------------------- sources
 
 def test_pystdlib(tmp_path):
@@ -319,7 +403,8 @@ def test_linux(tmp_path):
     manifest, split = prepared(tmp_path / "some", "--source", "linux", "--linux-archive", tmp_path / "xz.deb",
                                "--val-fraction", "0", "--exclude", "b/*")
     assert texts(split, "train") == [KERNEL_DOCUMENTS[0], KERNEL_DOCUMENTS[4]]
-    assert manifest["left_out"] == {"excluded files": 4}
+    assert manifest["left_out"] == {"excluded files": 4, "files that are no source text": 2}
+    assert manifest["left_out_names"]["files that are no source text"] == [".config", "b/fw.bin"]
 
 
 def test_linux_spools_long_directories(tmp_path, monkeypatch):
@@ -350,13 +435,160 @@ def test_files(tmp_path):
     want = jsonl + jsonl + jsonl + [b"row 0", b"row 1", b"plain\n", b"packed"]
     manifest, split = prepared(tmp_path / "out", "--source", "files", "--input", d, "--val-fraction", "0")
     assert texts(split, "train") == want
-    assert manifest["left_out"] == {"empty documents": 7, "files that are not text": 1}
+    assert manifest["left_out"] == {"empty documents": 7, "files that are not text": 1, "hidden files and folders": 1}
     assert manifest["counts"]["train"] == {"documents": 13, "tokens": 13 + sum(map(len, want)),
                                            "bytes": sum(map(len, want))}
     # single files, in the order given, and another field
     write(tmp_path / "x.jsonl", '{"body": "x\\ud800"}\n{"body": "y"}\n')
     _, split = prepared(tmp_path / "out2", "--source", "files", "--input", tmp_path / "x.jsonl", "--text-field", "body")
     assert texts(split, "train") + texts(split, "val") == [b"x\xed\xa0\x80", b"y"]
+
+
+def packed(kind, data):
+    """One whole stream of compressed data."""
+    import bz2
+    import lzma
+    import zstandard
+    return {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress,
+            "zst": zstandard.ZstdCompressor(write_checksum=True).compress}[kind](data)
+
+
+@pytest.mark.parametrize("kind", ["gz", "xz", "bz2", "zst"])
+def test_compressed_to_the_end(tmp_path, capsys, kind):
+    """Every stream is read, and each must be whole: Python's readers take a damaged second one for the end."""
+    parts = [b"".join(b"%d line %d\n" % (n, i * i) for i in range(2000)) for n in (1, 2)]
+    one, two = (packed(kind, p) for p in parts)
+    padding = {"gz": b"\0" * 300, "xz": b"\0" * 8}.get(kind, b"")
+    skipped = b"\x5a\x2a\x4d\x18" + struct.pack("<I", 5) + b"hello" if kind == "zst" else b""
+    good = {"one": (one, parts[:1]), "two": (one + two, parts), "more": (skipped + one + skipped + two + padding, parts)}
+    for name, (data, want) in good.items():
+        for path in (tmp_path / name / ("t.txt." + kind), tmp_path / name / "t.txt"):    # the content tells, not the name
+            write(path, data)
+            _, split = prepared(tmp_path / ("out_%s_%s" % (name, path.name)), "--source", "files", "--input", path)
+            assert texts(split, "train") == [b"".join(want)]
+    damaged = bytearray(one + two)
+    damaged[len(one) + 1] ^= 0x55    # the second header
+    flipped = bytearray(one)
+    flipped[len(one) // 2] ^= 0x10
+    for name, data in {"half": one[:len(one) // 2], "end": (one + two)[:-1], "head": one + two[:3], "flipped": flipped,
+                       "damaged": damaged, "garbage": one + b"garbage behind the end", "none": b""}.items():
+        path = write(tmp_path / (name + ".txt." + kind), bytes(data))
+        fails(capsys, ["--source", "files", "--input", path, "--out", tmp_path / ("bad_" + name)], 1,
+              "%s.txt.%s cannot be decompressed" % (name, kind))
+    lines = write(tmp_path / ("r.jsonl." + kind), packed(kind, b'{"text": "a"}\n') + one[:3])    # cut at a line end
+    fails(capsys, ["--source", "files", "--input", lines, "--out", tmp_path / "bad_lines"], 1, "cannot be decompressed")
+
+
+def test_large_zstd_windows(tmp_path):
+    """As zstd --long=31 writes them."""
+    import zstandard
+    c = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(window_log=30)).compressobj()
+    path = write(tmp_path / "t.zst", c.compress(b"far apart") + c.flush())
+    _, split = prepared(tmp_path / "out", "--source", "files", "--input", path)
+    assert texts(split, "train") == [b"far apart"]
+
+
+RECORDS = [{"text": "one,\n\"1\" \u00e9", "meta": {"kind": "a"}}, {"text": "two", "meta": {"kind": "b"}}]
+RECORD_TEXTS = [r["text"].encode() for r in RECORDS]
+RECORD_FILES = {
+    "c4-train.00000-of-01024.json.gz": gzip.compress("".join(json.dumps(r) + "\n" for r in RECORDS).encode()),
+    "array.json": json.dumps(RECORDS), "pretty.json": json.dumps(RECORDS, indent=4) + "\n",
+    "side by side.JSON": "\n".join(json.dumps(r, indent=1) for r in RECORDS),
+    "C.JSONL": "\ufeff" + "\r\n".join(json.dumps(r, ensure_ascii=False) for r in RECORDS),
+    "part-00000": "".join(json.dumps(r) + "\n" for r in RECORDS),
+    "utf16.jsonl": codecs.BOM_UTF16_LE + "\n".join(json.dumps(r) for r in RECORDS).encode("utf-16-le"),
+    "t.csv": 'id,text\r\n1,"one,\n""1"" \u00e9"\r\n\r\n2,two\r\n', "T.TSV.gz": gzip.compress(
+        'text\tid\n"one,\n""1"" \u00e9"\t1\ntwo\t2'.encode())}
+
+
+@pytest.mark.parametrize("name", RECORD_FILES)
+def test_records_under_every_name(tmp_path, monkeypatch, name):
+    for piece in (1 << 20, 7):    # also where a record does not fit into what is read at once
+        monkeypatch.setattr(prepare, "PIECE", piece)
+        path = write(tmp_path / name, RECORD_FILES[name])
+        _, split = prepared(tmp_path / ("out%d" % piece), "--source", "files", "--input", path, "--val-fraction", "0")
+        assert texts(split, "train") == RECORD_TEXTS
+    manifest, split = prepared(tmp_path / "plain", "--source", "files", "--input", path, "--as-text", "*" + name[-4:])
+    assert manifest["counts"]["train"]["documents"] == 1 and len(texts(split, "train")[0]) > sum(map(len, RECORD_TEXTS))
+
+
+def test_bad_records(tmp_path, capsys):
+    for name, data, pattern in [
+        ("a.json", '[{"text": "x"}', "not JSON behind its record 1: its array has no end"),
+        ("b.json", '[{"text": "x"} {"text": "y"}]', "behind its record 1: a comma or ] is due"),
+        ("c.json", '[{"text": "x"}]\n[]', "behind its record 1: there is more behind the end"),
+        ("d.json", '{"text": "x"}{"text": ', "behind its record 1: "),
+        ("e.json", '{"name": "package", "version": 2}', "e.json, record 1, has no field 'text' .*--as-text"),
+        ("f.csv", "id,text\n1\n", "f.csv, line 2, is not a row of such a table: the row has 1 values"),
+        ("g.csv", 'id,text\n1,"open\n2,x\n', "g.csv, line 3, is not a row"),
+        ("h.csv", "id,body\n1,x\n", r"h.csv, line 2, has no field 'text' \(it has: body, id\)"),
+        ("i.jsonl", "[" * 100000 + "\n", "i.jsonl, line 1, is not JSON"),
+        ("j.json", "[" * 100000, "j.json is not JSON"),
+        ("k.txt", codecs.BOM_UTF16_LE + b"a", "k.txt is not utf-16 text, of which it has the byte-order mark"),
+    ]:
+        fails(capsys, ["--out", tmp_path / ("out_" + name), "--source", "files", "--input", write(tmp_path / name, data)],
+              1, pattern)
+
+
+def test_text_as_it_is(tmp_path):
+    """A byte-order mark is no text; a zero byte anywhere says that a file is none; line ends stay."""
+    d = tmp_path / "in"
+    write(d / "a.txt", codecs.BOM_UTF8 + b"marked\r\n")
+    write(d / "b.txt", codecs.BOM_UTF16_BE + "wide \u00e9".encode("utf-16-be"))
+    write(d / "c.txt", b"x" * 3000000 + b"\0")
+    write(d / "d.txt", b"late mark \xef\xbb\xbf\r")
+    write(d / "e.jsonl", b'{"text": "not \xff UTF-8"}\n{"text": "\\u0000"}\n')
+    manifest, split = prepared(tmp_path / "out", "--source", "files", "--input", d, "--val-fraction", "0")
+    assert texts(split, "train") == [b"marked\r\n", "wide \u00e9".encode(), b"late mark \xef\xbb\xbf\r",
+                                     "not \ufffd UTF-8".encode(), b"\0"]
+    assert manifest["left_out"] == {"files that are not text": 1,
+                                    "bytes that are not UTF-8 in records, replaced by U+FFFD": 1}
+    assert manifest["left_out_names"]["files that are not text"] == [str(d / "c.txt")]
+
+
+def test_what_a_folder_holds(tmp_path, capsys):
+    """Links are followed, each file is taken once, and what cannot be taken is counted and named."""
+    d = tmp_path / "in"
+    write(d / "books" / "a.txt", "a")
+    write(tmp_path / "elsewhere" / "b.txt", "behind a link")
+    write(d / ".git" / "config", "hidden")
+    os.symlink(str(tmp_path / "elsewhere"), str(d / "wiki"))
+    os.symlink("../gone", str(d / "books" / "c.txt"))
+    os.symlink("self", str(d / "self"))
+    os.symlink(str(d), str(d / "wiki" / "loop"))
+    os.symlink("a.txt", str(d / "books" / "z.txt"))
+    os.mkfifo(str(d / "pipe"))
+    manifest, split = prepared(tmp_path / "out", "--source", "files", "--input", d, d / "books", "--val-fraction", "0")
+    assert texts(split, "train") == [b"a", b"behind a link"]
+    assert manifest["left_out"] == {
+        "links to nothing": 3, "hidden files and folders": 1, "pipes, sockets and devices": 1,
+        "folders that were taken already, under another name": 1,
+        "files that were taken already, under another name": 3}
+    assert manifest["left_out_names"]["links to nothing"][:1] == [str(d / "self")]
+    fails(capsys, ["--source", "files", "--input", d / "pipe", "--out", tmp_path / "o"], 2, "neither a file nor a folder")
+
+
+def test_closed_folders(tmp_path):
+    """Run as a user who may not read them."""
+    if os.geteuid():
+        pytest.skip("only root can become another user")
+    with tempfile.TemporaryDirectory() as made:
+        top = Path(made)
+        os.chmod(str(top), 0o777)
+        for name in ("corpus/a.txt", "corpus/closed/b.txt", "corpus/shut.txt", "corpus/blind/c.txt"):
+            write(top / name, name)
+        os.chmod(str(top / "corpus" / "closed"), 0o700)
+        os.chmod(str(top / "corpus" / "shut.txt"), 0o600)
+        os.chmod(str(top / "corpus" / "blind"), 0o744)    # its names may be read, its files not
+        shutil.copy(SCRIPT, str(top))
+        done = subprocess.run(["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/python3",
+                               str(top / "prepare.py"), "--source", "files", "--input", str(top / "corpus"),
+                               "--out", str(top / "out")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        manifest, split = load(top / "out")
+        assert texts(split, "train") == [b"corpus/a.txt"]
+        assert manifest["left_out"] == {"folders that may not be read": 1, "files that may not be read": 2}
+        assert "left out: 1 folders that may not be read (%s/corpus/closed)" % top in done.stdout
 
 
 def test_hf(tmp_path):
@@ -372,11 +604,80 @@ def test_hf(tmp_path):
     assert manifest["counts"]["val"]["documents"] >= 1
 
 
+def test_hf_errors_without_a_text(tmp_path, capsys, monkeypatch):
+    """Such as fsspec's, when the hub does not answer in time: at the start, and amid the records."""
+    class Silent(Exception):
+        pass
+
+    def broken():
+        yield {"text": "one"}
+        raise Silent
+
+    def opening(name, *args, **more):
+        if name == "late":
+            return broken()
+        raise Silent
+
+    class Datasets:
+        disable_progress_bars = staticmethod(lambda: None)
+        load_dataset = staticmethod(opening)
+
+    monkeypatch.setitem(sys.modules, "datasets", Datasets)
+    base = ["--source", "hf", "--force", "--out", tmp_path / "out", "--hf-name"]
+    fails(capsys, base + ["never"], 1, "--hf-name never .* cannot be opened: Silent$")
+    fails(capsys, base + ["late"], 1, "late stopped after 1 records: Silent. The same command goes on")
+
+
+def test_keep(tmp_path, capsys):
+    """Conditions on numbers, words and fields of fields, for records of every kind."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    rows = [{"text": "t%d" % i, "score": i / 2, "meta": {"lang": "en" if i % 2 else "fr"}} for i in range(10)]
+    path = write(tmp_path / "r.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+    pq.write_table(pa.Table.from_pylist(rows), str(tmp_path / "r.parquet"))
+    for n, (keep, want) in enumerate([(["score>=3"], "6789"), (["score<1"], "01"), (["meta.lang=fr", "score!=2"], "0268"),
+                                      (["text=t4"], "4"), (["score=1.50"], "3")]):
+        for source in (path, tmp_path / "r.parquet"):
+            manifest, split = prepared(tmp_path / ("out%d%s" % (n, source.suffix)), "--source", "files", "--input",
+                                       source, "--val-fraction", "0", "--keep", *keep)
+            assert texts(split, "train") == [b"t%s" % c.encode() for c in want]
+            assert manifest["left_out"] == {"records that --keep leaves out": 10 - len(want)}
+    out = ["--out", tmp_path / "o", "--source", "files", "--input", path]
+    fails(capsys, out + ["--keep", "size>3"], 1, "r.jsonl, line 1, has no field 'size'")
+    fails(capsys, out + ["--keep", "size>x"], 2, "'size>x' is not a condition such as")
+    _, split = prepared(tmp_path / "lang", "--source", "files", "--input", path, "--text-field", "meta.lang",
+                        "--max-bytes", "4", "--val-fraction", "0")
+    assert texts(split, "train") == [b"fr", b"en"]
+
+
+def test_weights(tmp_path, capsys):
+    """Documents of an input are taken that often; of what is repeated nothing is in both splits."""
+    for name, n in (("a", 300), ("b", 200)):
+        write(tmp_path / (name + ".jsonl"), "".join('{"text": "%s%03d"}\n' % (name, i) for i in range(n)) + '{"text": ""}')
+    args = ["--source", "files", "--input", tmp_path / "a.jsonl", "--weight", "0.25", "--input", tmp_path / "b.jsonl",
+            "--weight", "2.5"]
+    manifest, split = prepared(tmp_path / "out", *args)
+    train, val = texts(split, "train"), texts(split, "val")
+    assert not set(train) & set(val) and len(set(val)) == len(val) and any(t[:1] == b"b" for t in val)
+    a = [t for t in train + val if t[:1] == b"a"]
+    assert len(set(a)) == len(a) and 50 < len(a) < 100
+    repeats = [train.count(b"b%03d" % i) for i in range(200)]
+    assert set(repeats) == {0, 2, 3} and repeats.count(0) == sum(t[:1] == b"b" for t in val)
+    assert 0.35 < repeats.count(3) / 200 < 0.65
+    positions = [i for i, t in enumerate(train) if t == train[-1]]
+    assert len(positions) == 3 and min(b - a for a, b in zip(positions, positions[1:])) > 50    # not side by side
+    assert manifest["left_out"] == {"documents that --weight leaves out": 300 - len(a), "empty documents": 2}
+    assert manifest["options"]["weights"] == [[1, 0.25], [1, 2.5]]
+    out = ["--out", tmp_path / "o", "--source", "files"]
+    fails(capsys, out + ["--weight", "2", "--input", tmp_path], 2, "--weight 2 stands behind the --input")
+    fails(capsys, out + ["--input", tmp_path, "--weight", "0"], 2, "--weight 0 is not above 0")
+
+
 # ---------------------------------------------------------------------------- the split
 
 def splits_of(sizes, fraction, seed=0):
-    left = collections.Counter()
-    return [s for s, _, _ in prepare.assigned([("d", n, None) for n in sizes], fraction, seed, None, left)]
+    left = prepare.LeftOut()
+    return [s for s, *_ in prepare.assigned([("d", n, None) for n in sizes], fraction, seed, None, left)]
 
 
 def test_split_by_document():
@@ -399,6 +700,19 @@ def test_split_by_document():
     assert 0.45 < splits_of([10] * 1000, 0.5).count("val") / 1000 < 0.55
 
 
+@pytest.mark.parametrize("sizes,why", [([10] * 1000, None), ([10] * 3, "33%"), ([10] * 100 + [10**6], "has 1e"),
+                                       ([2**i for i in range(18)], "has 50%"), (list(range(1000, 0, -1)), None)])
+def test_validation_has_its_share_or_says_why(tmp_path, capsys, sizes, why):
+    write(tmp_path / "in.jsonl", "".join('{"text": "%s"}\n' % ("x" * n) for n in sizes))
+    manifest, _ = prepared(tmp_path / "out", "--source", "files", "--input", tmp_path / "in.jsonl")
+    share = manifest["counts"]["val"]["bytes"] / sum(sizes)
+    said = re.search(r"^validation has (\S+)% of the text, not 5%: it takes whole documents, and the largest, .*in.jsonl"
+                     r":\d+, has .*%$", capsys.readouterr().out, re.M)
+    assert (said is None) == (why is None) == (0.033 <= share <= 0.075)
+    if said:
+        assert abs(float(said.group(1)) / (100 * share) - 1) < 0.05
+
+
 def test_max_bytes_cuts_whole_documents(tmp_path):
     write(tmp_path / "in.jsonl", "".join('{"text": "%s"}\n' % ("x" * 10) for _ in range(9)))
     manifest, _ = prepared(tmp_path / "out", "--source", "files", "--input", tmp_path / "in.jsonl", "--max-bytes", "45")
@@ -412,6 +726,46 @@ def small_set(folder, n=60):
     write(folder / "in.jsonl", "".join(json.dumps({"text": "%d " % i + "ab c\n" * rng.randrange(1, 60)}) + "\n"
                                        for i in range(n)))
     return ["--source", "files", "--input", str(folder / "in.jsonl"), "--val-fraction", "0.2"]
+
+
+@pytest.mark.parametrize("tokenizer,workers", [("bytes", 1), ("gpt2", 1), ("gpt2", 2)])
+def test_one_end_of_text_a_document(tmp_path, ranks, tokenizer, workers):
+    """However long it is: a document of several pieces has it once, before its first token."""
+    text = ("a line of a long document\n" * 200).encode()
+    sizes = [3 * (1 << 20), 10, (1 << 20) + 50, 30]
+    for i, n in enumerate(sizes):
+        write(tmp_path / "in" / ("%d.txt" % i), (text * (n // len(text) + 1))[:n])
+    manifest, split = prepared(tmp_path / "out", "--source", "files", "--input", tmp_path / "in", "--tokenizer",
+                               tokenizer, "--workers", workers, "--val-fraction", "0")
+    table = prepare.BytesTokenizer().token_bytes() if tokenizer == "bytes" else prepare.Gpt2Tokenizer(ranks).token_bytes()
+    assert [sum(len(table[t]) for t in d) for d in split["train"]] == sizes
+    data = read(tmp_path, "out", "train_000000.bin")[1024:]
+    assert struct.unpack("<H", data[:2])[0] == manifest["eot"]
+    assert manifest["counts"]["train"]["tokens"] == 4 + sum(map(len, split["train"]))
+
+
+def test_min_document_tokens(tmp_path, monkeypatch, ranks):
+    """Short documents are left out, counted in tokens; killed anywhere, the same bytes come out."""
+    monkeypatch.setattr(prepare, "PIECE", 300)
+    lengths = [40, 99, 100, 101, 1, 2000, 100, 99]
+    write(tmp_path / "in.jsonl", "".join(json.dumps({"text": "\u00e9 x\n" * n}) + "\n" for n in lengths))
+    args = ["--source", "files", "--input", str(tmp_path / "in.jsonl"), "--val-fraction", "0", "--workers", "1"]
+    manifest, split = prepared(tmp_path / "gpt2", *args, "--tokenizer", "gpt2", "--min-document-tokens", "300")
+    assert [len(d) for d in split["train"]] == [3 * n for n in lengths if n >= 100]
+    assert manifest["left_out"] == {"documents shorter than --min-document-tokens": 4}
+    assert manifest["counts"]["train"] == {"documents": 4, "tokens": 4 + 3 * 2301, "bytes": 5 * 2301}
+    assert manifest["options"]["min_document_tokens"] == 300
+    path = word_tokenizer(tmp_path / "words" / "tokenizer.json", ["[UNK]", "</s>", "\u00e9", "x"])
+    more = args + ["--tokenizer", str(path), "--min-document-tokens", "200", "--shard-tokens", "1000"]
+    manifest, split = prepared(tmp_path / "want", *more)
+    assert [len(d) for d in split["train"]] == [200, 202, 4000, 200]
+    monkeypatch.setattr(prepare, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    for n in range(1, 60, 3):
+        out = tmp_path / ("out%d" % n)
+        if not die_at(n, more + ["--out", str(out)]):
+            assert prepare.main(more + ["--out", str(out)]) == 0
+        assert contents(out) == contents(tmp_path / "want"), n
 
 
 def test_documents_span_shards(tmp_path):
@@ -572,10 +926,20 @@ def test_done_refused_forced(tmp_path, capsys):
     path = str(tmp_path / "out" / "train_000000.bin")
     os.truncate(path, 1030)
     fails(capsys, args + ["--out", tmp_path / "out", "--seed", "1"], 1, "train_000000.bin has 1030 bytes, where .* due")
+    good = read(tmp_path, "out", "manifest.json")
     os.remove(str(tmp_path / "out" / "manifest.json"))
     fails(capsys, args + ["--out", tmp_path / "out"], 2, "shards but no manifest")
     write(tmp_path / "out" / "manifest.json", "{")
     fails(capsys, args + ["--out", tmp_path / "out"], 1, "manifest.json cannot be read.*--force")
+    for wrong in (b"[]", b"3", b"{}", b'{"options": []}', good.replace(b'"tokens": ', b'"tokens": -', 1),
+                  good.replace(b'"name": "train_000000.bin"', b'"name": "../train_000000.bin"'),
+                  good.replace(b'"uint16"', b'"uint8"'), good.replace(b'"sha256": "', b'"sha256": 5, "x": "')):
+        assert wrong != good
+        write(tmp_path / "out" / "manifest.json", wrong)
+        fails(capsys, args + ["--out", tmp_path / "out"], 1, "manifest.json is not what prepare.py writes: --force")
+    os.remove(str(tmp_path / "out" / "manifest.json"))
+    write(tmp_path / "out" / "progress.json", good)
+    fails(capsys, args + ["--out", tmp_path / "out"], 1, "progress.json is not what prepare.py writes: --force")
 
 
 def test_source_changed_under_a_broken_run(tmp_path, monkeypatch, capsys):
@@ -646,6 +1010,16 @@ def test_two_at_once(tmp_path, capsys):
     os.close(fd)
 
 
+def test_folders_that_cannot_be_locked(tmp_path, capsys, monkeypatch):
+    """As on some network file systems: that is no second writer."""
+    def flock(fd, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(prepare.fcntl, "flock", flock)
+    prepared(tmp_path / "out", *small_set(tmp_path))
+    assert "out cannot be locked (No locks available)" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------- bad input
 
 def fails(capsys, argv, status, pattern):
@@ -697,8 +1071,8 @@ def test_bad_files(tmp_path, capsys):
         r"b.jsonl, line 1, has no field 'text' \(it has: content, id\).*--text-field")
     bad("c.jsonl", '{"text": 5}\n', r"c.jsonl, line 1,: field 'text' is a int, not text")
     bad("d.jsonl", '[1]\n', r"d.jsonl, line 1, has no field 'text' \(it has: list\)")
-    bad("e.jsonl.gz", b"not gzip", r"e.jsonl.gz cannot be decompressed after line 0")
-    bad("f.jsonl.zst", b"not zstd", r"f.jsonl.zst cannot be decompressed after line 0")
+    bad("e.jsonl.gz", b"not gzip", r"e.jsonl.gz cannot be decompressed: it is not gzip data")
+    bad("f.jsonl.zst", b"not zstd", r"f.jsonl.zst cannot be decompressed: it is not zstd data")
     bad("g.parquet", b"not parquet", r"g.parquet is not a parquet file")
     bad("h.bin", b"a\0b", r"h.bin is not text: it holds zero bytes")
     bad("i.txt", b"", r"--source files gave no text")

@@ -1,11 +1,15 @@
 """Proves the recipes for many GPUs: what each hands to mpirun or srun, that the trainer takes those options, and that a
-preempted Slurm job requeues itself. The launchers are stand-ins that write down how they were called.
+preempted Slurm job requeues itself and a cancelled one does not. The launchers are stand-ins that write down how they
+were called; the last tests run a Slurm of one node from Debian's packages, where they can be had.
 
     python -m pytest dev/test_recipes.py        (make builds the CPU trainer first)
 """
 import os
+import re
 import shutil
+import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ["run_lh30_98k", "run_mpi_98k", "run_multinode_98k", "slurm_98k.sbatch"]
 LAUNCHER = r'''#!/bin/sh
+[ "$1" != show ] || { echo "JobId=77 JobName=lh30_98k"; echo "   JobState=${STATE:-RUNNING} Reason=None"; exit 0; }
 printf '%s\n' "$@" > "$CALLS/$(basename "$0")"
 env | grep "^NCCL_" > "$CALLS/variables"
 [ -z "$START" ] || {
@@ -28,15 +33,15 @@ class Recipes:
         self.folder, self.calls, self.data = folder, folder / "calls", folder / "data"
         self.calls.mkdir()
         self.data.mkdir()
-        (self.data / "manifest.json").write_text("{}")
+        (self.data / "train_000000.bin").touch()
         for name in ("mpirun", "srun", "scontrol", "nvidia-smi"):
             (folder / name).write_text(LAUNCHER)
             (folder / name).chmod(0o755)
 
     def run(self, name, *options, cwd=None, **environment):
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("NCCL_", "SLURM_", "LD_LIBRARY_PATH"))}
-        env = dict(clean, PATH=f"{self.folder}:{os.environ['PATH']}", CALLS=self.calls, DATA=self.data,
-                   SLURM_SUBMIT_DIR=ROOT, SLURM_JOB_ID="77", **environment)
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("NCCL_", "SLURM_", "LD_LIBRARY_PATH", "CUDA_"))}
+        env = dict(clean, PATH=f"{self.folder}:{os.environ['PATH']}", CALLS=self.calls, SLURM_SUBMIT_DIR=ROOT,
+                   SLURM_JOB_ID="77", **{"DATA": self.data, **environment})
         return subprocess.run([("bash" if str(name).endswith("sbatch") else "sh"), ROOT / "scripts" / name, *options],
                               env={k: str(v) for k, v in env.items()}, capture_output=True, text=True, timeout=60,
                               cwd=cwd)
@@ -44,7 +49,7 @@ class Recipes:
     def called(self, launcher):
         """The words that it was started with, and those of the trainer; the variables that it saw."""
         words, variables = ((self.calls / name).read_text().splitlines() for name in (launcher, "variables"))
-        at = words.index("./train_gpt_lighthouse") if "./train_gpt_lighthouse" in words else len(words)
+        at = next((i for i, w in enumerate(words) if w.endswith("/train_gpt_lighthouse")), len(words))
         return " ".join(words[:at]), words[at + 1:], variables
 
 
@@ -72,14 +77,20 @@ def test_one_host(recipes):
     assert options[:2] == ["--train-data", f"{recipes.data}/train_*.bin"], "a glob is not for the shell"
     assert {n: last(options, n) for n in ("--model", "--seq-len", "--cp", "--steps", "--switch-step", "--out-dir")} == {
         "--model": "lh30", "--seq-len": "98304", "--cp": "2", "--steps": "9", "--switch-step": "10000",
-        "--out-dir": "runs/mpi_98k"}
+        "--out-dir": f"{ROOT}/runs/mpi_98k"}
 
 
 def test_one_host_takes_all_gpus(recipes):
     (recipes.folder / "nvidia-smi").write_text("#!/bin/sh\nprintf 'GPU 0: A\\nGPU 1: A\\n'\n")
     assert recipes.run("run_mpi_98k", OUT="elsewhere").returncode == 0
     launch, options, _ = recipes.called("mpirun")
-    assert launch.startswith("-n 2 ") and last(options, "--cp") == "1" and last(options, "--out-dir") == "elsewhere"
+    assert launch.startswith("-n 2 ") and last(options, "--cp") == "1" and last(options, "--out-dir") == f"{os.getcwd()}/elsewhere"
+    for visible, count in (("2,3", 2), ("0", 1), ("GPU-1a,GPU-2b,GPU-3c", 3), ("0,1,-1,2", 2)):
+        assert recipes.run("run_mpi_98k", CUDA_VISIBLE_DEVICES=visible).returncode == 0
+        assert recipes.called("mpirun")[0].startswith(f"-n {count} ")
+    for none in ("", "-1"):
+        refused = recipes.run("run_mpi_98k", CUDA_VISIBLE_DEVICES=none)
+        assert refused.returncode == 1 and "NPROC" in refused.stderr
     (recipes.folder / "nvidia-smi").write_text("#!/bin/sh\nexit 1\n")
     refused = recipes.run("run_mpi_98k")
     assert refused.returncode == 1 and "NPROC" in refused.stderr
@@ -103,19 +114,38 @@ def test_several_hosts(recipes):
     assert refused.returncode == 1 and "HOSTFILE" in refused.stderr
 
 
-@pytest.mark.parametrize("holds,prepares", [([], True), (["manifest.json"], False), (["train_000000.bin"], False),
-                                            (["train_000000.bin", "progress.json"], True), (["val_0.bin"], True)])
-def test_shards_of_ones_own_are_left_alone(recipes, tmp_path, holds, prepares):
-    """The preparation is a stand-in, in a copy of the scripts: where it is called, the run ends with its status."""
-    (recipes.data / "manifest.json").unlink()
-    for name in holds:
-        (recipes.data / name).touch()
+@pytest.mark.parametrize("name", ["run_lh30_98k", "run_mpi_98k", "run_multinode_98k"])
+def test_relative_paths_are_the_callers(recipes, name):
+    """DATA and OUT are not looked for beside the scripts, where the kernel's sources would be taken instead."""
+    (recipes.folder / "hosts").write_text("node1 slots=2\n")
+    more = {"LAUNCH": "mpirun"} if name == "run_lh30_98k" else {}
+    done = recipes.run(name, cwd=recipes.folder, DATA="data", OUT="my run", HOSTFILE="hosts", NPROC=2, **more)
+    assert done.returncode == 0, done.stderr
+    options = recipes.called("mpirun")[1]
+    assert [last(options, n) for n in ("--train-data", "--val-data", "--out-dir")] == [
+        f"{recipes.data}/train_*.bin", f"{recipes.data}/val_*.bin", f"{recipes.folder}/my run"]
+    assert last(options, "--out-dir") != recipes.folder / "runs"
+
+
+@pytest.mark.parametrize("holds,prepares", [([], True), (["manifest.json"], False), (["val_0.bin"], True),
+                                            (["train_000000.bin", "progress.json"], True)])
+def test_what_is_prepared(recipes, tmp_path, holds, prepares):
+    """The kernel's sources, where no DATA is named: until they are complete. The preparation is a stand-in, in a copy of
+    the scripts: where it is called, the run ends with its status."""
     copy = tmp_path / "copy"
     shutil.copytree(ROOT / "scripts", copy / "scripts")
-    (copy / "data").mkdir()
+    default = copy / "data" / "linux_gpt2_all"
+    default.mkdir(parents=True)
     (copy / "data" / "prepare.py").write_text("raise SystemExit(9)")
-    done = recipes.run(copy / "scripts" / "run_lh30_98k", LAUNCH="true")
+    for name in holds:
+        (default / name).touch()
+    done = recipes.run(copy / "scripts" / "run_lh30_98k", LAUNCH="true", DATA="")
     assert done.returncode == (9 if prepares else 0), done.stderr
+    for name in holds:  # the same in a folder that is named: nothing is prepared there
+        (recipes.data / name).touch()
+    (recipes.data / "train_000000.bin").unlink()
+    done = recipes.run(copy / "scripts" / "run_lh30_98k", LAUNCH="true")
+    assert done.returncode == 1 and f"DATA={recipes.data} holds no train_*.bin" in done.stderr
 
 
 def test_slurm(recipes):
@@ -127,10 +157,12 @@ def test_slurm(recipes):
     assert not (recipes.calls / "scontrol").exists()
 
 
-@pytest.mark.parametrize("status,again", [(143, True), (1, False), (137, False)])
-def test_slurm_requeues_what_sigterm_stopped(recipes, status, again):
-    """128 + SIGTERM is the trainer's status after its checkpoint; an error or a killed rank is not tried again."""
-    done = recipes.run("slurm_98k.sbatch", STATUS=status)
+@pytest.mark.parametrize("status,state,again", [(143, "RUNNING", True), (143, "COMPLETING", False), (143, "", False),
+                                                (1, "RUNNING", False), (137, "RUNNING", False)])
+def test_slurm_requeues_what_sigterm_stopped(recipes, status, state, again):
+    """128 + SIGTERM is the trainer's status after its checkpoint; an error or a killed rank is not tried again, and what
+    was cancelled is not either."""
+    done = recipes.run("slurm_98k.sbatch", STATUS=status, STATE=state or "UNKNOWN")
     assert done.returncode == status
     assert (recipes.calls / "scontrol").exists() == again
     if again:
@@ -148,9 +180,147 @@ def test_slurm_lines():
 def test_the_trainer_takes_the_options(recipes, name):
     """The CPU trainer plans the run for eight ranks, at a size that fits here."""
     from test_trainer import write_shard
-    for part in ("train_0.bin", "val_0.bin"):
+    for part in ("train_000000.bin", "val_000000.bin"):
         write_shard(recipes.data / part, range(4097))
     done = recipes.run(name, "--dry-run", "--plan-ranks", "8", "--depth", "6", "--channels", "64", "--seq-len", "4096",
                        NPROC=8, CP=4, START="yes", TRAINER="./train_gpt_lighthouse_cpu", OMP_NUM_THREADS=1)
     assert done.returncode == 0, done.stderr
-    assert "16000 steps" in done.stdout and "lighthouse  steps 0 to 9999" in done.stdout
+    assert "16000 steps" in done.stdout and "steps 0 to 9999" in done.stdout
+
+
+# ---- a Slurm of one node
+
+SLURM_PACKAGES = ["liblua5.1-0", "libmunge2", "munge", "slurm-wlm-basic-plugins", "slurm-client", "slurmctld", "slurmd"]
+SLURM_CONF = """ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+AuthType=auth/none
+CredType=cred/none
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/ctld.pid
+SlurmdPidFile={folder}/d.pid
+SlurmctldPort={port}
+SlurmdPort={next_port}
+PluginDir={plugins}
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+MpiDefault=none
+ReturnToService=2
+KillWait=10
+PropagateResourceLimits=NONE
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=1000 State=UNKNOWN
+SchedulerType=sched/backfill
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=low Nodes={host} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+PartitionName=high Nodes={host} MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+"""
+
+
+def free_ports():
+    with socket.socket() as a, socket.socket() as b:
+        a.bind(("127.0.0.1", 0))
+        b.bind(("127.0.0.1", 0))
+        return a.getsockname()[1], b.getsockname()[1]
+
+
+class Slurm:
+    def __init__(self, folder):
+        for name in ("deb", "root", "state", "spool"):
+            (folder / name).mkdir()
+        got = subprocess.run(["apt-get", "-q", "download", *SLURM_PACKAGES], cwd=folder / "deb", capture_output=True,
+                             text=True)
+        if got.returncode:
+            pytest.skip("Debian's packages of Slurm cannot be had: " + got.stderr.strip()[-200:])
+        for package in (folder / "deb").iterdir():
+            subprocess.run(["dpkg-deb", "-x", package, folder / "root"], check=True)
+        library = next((folder / "root" / "usr" / "lib").glob("*/slurm-wlm"))
+        self.folder, host, (port, next_port) = folder, socket.gethostname().split(".")[0], free_ports()
+        (folder / "slurm.conf").write_text(SLURM_CONF.format(host=host, folder=folder, plugins=library, port=port,
+                                                             next_port=next_port))
+        self.env = dict(os.environ, SLURM_CONF=f"{folder}/slurm.conf", LD_LIBRARY_PATH=f"{library}:{library.parent}",
+                        PATH=f"{folder}/root/usr/bin:{folder}/root/usr/sbin:{os.environ['PATH']}", MPI="none",
+                        OMP_NUM_THREADS="1", TRAINER="./train_gpt_lighthouse_cpu", DATA=f"{folder}/data")
+        self.daemons, self.log = [], open(folder / "daemons.log", "wb")
+        for command in (["slurmctld-wlm", "-D", "-c"],
+                        ["slurmd-wlm", "-D", "-N", host, "-d", folder / "root/usr/sbin/slurmstepd-wlm"]):
+            self.daemons.append(subprocess.Popen([shutil.which(command[0], path=self.env["PATH"]), *command[1:]],
+                                                 env=self.env, stdout=self.log, stderr=self.log))
+        self.until(lambda: "idle" in self.ask("sinfo", "-h", "-o", "%t"), "the node is idle")
+
+    def ask(self, *command):
+        return subprocess.run(command, env=self.env, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    def until(self, holds, what, seconds=60):
+        for _ in range(seconds * 4):
+            if holds():
+                return
+            time.sleep(0.25)
+        pytest.fail(f"Slurm: not within {seconds} s: {what}; {self.ask('squeue')}")
+
+    def submit(self, name, *options):
+        """The recipe with a tiny model, once it trains; its job and its log."""
+        log = self.folder / (name + ".log")
+        self.env["OUT"] = str(self.folder / name)
+        job = self.ask("sbatch", "--parsable", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "-o", log,
+                       *options, "scripts/slurm_98k.sbatch", "--model", "d6", "--depth", "2", "--channels", "32", "--heads",
+                       "2", "--seq-len", "256", "--steps", "400000", "--switch-step", "200000", "--warmup-steps", "10",
+                       "--val-data", "", "--checkpoint-every", "0")
+        self.until(lambda: log.exists() and re.search("step +5/", log.read_text(errors="replace")), "the job trains")
+        return job, log
+
+    def state(self, job):
+        return self.ask("squeue", "-h", "-j", job, "-o", "%T")
+
+    def end(self):
+        self.ask("scancel", "-u", "root")  # else a job would outlive the daemons
+        try:
+            self.until(lambda: self.ask("squeue", "-h") == "", "no job is left")
+        finally:
+            for daemon in self.daemons:
+                daemon.terminate()
+                daemon.wait(30)
+            self.log.close()
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    if os.geteuid() or not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
+        pytest.skip("a Slurm of one's own needs root and Debian's packages")
+    from test_trainer import write_shard
+    folder = tmp_path_factory.mktemp("slurm")
+    (folder / "data").mkdir()
+    write_shard(folder / "data" / "train_000000.bin", [i * i % 251 for i in range(100000)])
+    running = Slurm(folder)
+    yield running
+    running.end()
+
+
+def test_a_cancelled_job_ends(slurm):
+    job, log = slurm.submit("cancelled")
+    slurm.ask("scancel", job)
+    slurm.until(lambda: "stopped by SIGTERM" in log.read_text(errors="replace"), "the job has stopped")
+    assert "not requeued, since the job is " in log.read_text(errors="replace")
+    slurm.until(lambda: slurm.state(job) == "", "the queue is empty")
+    assert list((slurm.folder / "cancelled").glob("ckpt_*.bin")), "with a checkpoint"
+
+
+def test_a_job_at_its_time_limit_goes_back(slurm):
+    job, log = slurm.submit("limit", "--time=2", "--signal=TERM@110")
+    slurm.until(lambda: "stopped by SIGTERM: requeued" in log.read_text(errors="replace"), "the job is requeued", 90)
+    slurm.until(lambda: slurm.state(job) == "PENDING", "the job waits")
+    slurm.ask("scancel", job)
+    slurm.until(lambda: slurm.state(job) == "", "the queue is empty")
+
+
+def test_a_preempted_job_goes_back(slurm):
+    job, log = slurm.submit("preempted")
+    other = slurm.ask("sbatch", "--parsable", "-p", "high", "-n", "2", "-o", "/dev/null", "--wrap", "sleep 1")
+    slurm.until(lambda: "stopped by SIGTERM: requeued" in log.read_text(errors="replace"), "the job is requeued")
+    slurm.until(lambda: slurm.state(job) == "PENDING" and slurm.state(other) == "", "the other job had its turn")
+    slurm.ask("scancel", job)
+    slurm.until(lambda: slurm.state(job) == "", "the queue is empty")

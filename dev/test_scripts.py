@@ -1197,6 +1197,26 @@ def test_compare_brief_is_four_lines(tmp_path, capsys):
     assert not [line for line in lines[6:] if not line.startswith("warning: ")]
 
 
+def test_compare_after_a_changed_resume(tmp_path, capsys):
+    """The options of every step that is left count: a run is not what its last configuration says."""
+    def run_with(*parts):
+        """Of (learning rate, first step): each goes on from the step before."""
+        out = []
+        for rate, first in parts:
+            out += [config_event("dense", options={"learning-rate": rate})] + [{"event": "resume", "step": first - 1}][first == 1:]
+            out += [step_event(i, 5.0, 0.4 * i, 400.0, "dense") for i in range(first, 9)]
+        return out + [eval_event(8, 3.8, None, 3.2)]
+
+    for parts, said in ([[("1", 1), ("2", 6)], '--learning-rate differs: run has "1", then "2", base "2"'],
+                        [[("2", 1), ("1", 3), ("2", 5)], '--learning-rate differs: run has "2", then "1", then "2", base "2"'],
+                        [[("1", 1), ("2", 1)], None], [[("2", 1), ("1", 7), ("2", 4)], None], [[("2", 1), ("2", 5)], None]):
+        runs = [write_log(tmp_path / "base", run_with(("2", 1))), write_log(tmp_path / "run", run_with(*parts))]
+        warnings = [w for w in compared(tmp_path, capsys, *runs)[0]["warnings"] if "differs" in w]
+        assert warnings == ([said] if said else []), parts
+        warnings = [w for w in compared(tmp_path, capsys, *runs[::-1])[0]["warnings"] if "differs" in w]
+        assert len(warnings) == (said is not None), "the run that others are compared with counts in the same way"
+
+
 def test_compare_broken_logs(tmp_path, capsys):
     events = dense_events()
     a = write_log(tmp_path / "dense", events + [json.dumps(step_event(9, 1.0, 9.0, 1.0, "dense"))[:40]])

@@ -813,7 +813,8 @@ def test_token_ids_out_of_range_are_refused(lab):
 
 
 def test_vocabulary_follows_the_data(lab):
-    """Bytes give 257 ids, larger ids GPT-2's 50257, and --vocab-size what it says, padded to a multiple of 128."""
+    """The tokenizer.bin beside the data says how many ids there are; without one bytes give 257 and larger ids GPT-2's
+    50257. --vocab-size overrides it. They are padded to a multiple of 128."""
     def padded(**options):
         result = execute(lab.command("out", **options) + ["--dry-run"])
         assert result.code == 0, result.err
@@ -822,7 +823,73 @@ def test_vocabulary_follows_the_data(lab):
     assert padded(vocab_size=384) == (384, 384) and padded(vocab_size=385) == (385, 512)
     tokens = lab.data.tokens.copy()
     tokens[3] = 50256
-    assert padded(train_data=write_shard(lab.folder / "gpt2.bin", tokens)) == (50257, 50304)
+    (lab.folder / "alone").mkdir()
+    assert padded(train_data=write_shard(lab.folder / "alone" / "gpt2.bin", tokens), val_data="") == (50257, 50304)
+    tokens[3] = 256
+    bare = write_shard(lab.folder / "alone" / "bytes.bin", tokens)
+    assert padded(train_data=bare, val_data="") == (257, 384)
+    write_tokenizer(lab.folder / "alone" / "tokenizer.bin", [b"x"] * 1000, 0)
+    assert padded(train_data=bare, val_data="") == (1000, 1024)
+
+
+def test_data_of_another_tokenizer(lab):
+    """The tokenizer.bin beside the data is compared: with a model file's vocabulary, and with that of the other data."""
+    folders = {}
+    for name, pieces in (("a", [b"%d" % i for i in range(257)]), ("b", [b"%x" % i for i in range(257)]),
+                         ("large", [b"x"] * 2000)):
+        (lab.folder / name).mkdir()
+        folders[name] = write_shard(lab.folder / name / "train_0.bin", lab.data.tokens)
+        write_tokenizer(lab.folder / name / "tokenizer.bin", pieces, 256)
+    same = dict(train_data=folders["a"], steps=1)
+    lab.refused("--val-data", "another tokenizer", val_data=folders["b"], **same)
+    lab.refused("different tokenizers cannot be mixed", "b/tokenizer.bin", val_data="",
+                train_data=lab.folder / "[ab]" / "train_*.bin")
+    model = lab.train("large_model", train_data=folders["large"], val_data="", steps=1) / "model.bin"
+    start = dict(model=model, depth=None, channels=None, heads=None, val_data="")
+    lab.refused("vocabulary of 2000 ids", "a/tokenizer.bin has 257 tokens", train_data=folders["a"], **start)
+    lab.refused("vocabulary of 2000 ids", "has 257 tokens", train_data=folders["large"], tokenizer=lab.data.tokenizer,
+                sample_every=1, **start)
+    write_tokenizer(lab.folder / "a" / "tokenizer.bin", [b"%d" % i for i in range(1990)], 0)
+    lab.train("padded", train_data=folders["a"], steps=1, **start)
+
+
+def test_an_unfinished_data_set_is_refused(lab):
+    (lab.folder / "part").mkdir()
+    path = write_shard(lab.folder / "part" / "train_000000.bin", lab.data.tokens)
+    (lab.folder / "part" / "progress.json").write_text("{}")
+    lab.refused("part of a data set", "progress.json", "prepare.py", train_data=path, val_data="")
+    lab.refused("part of a data set", "progress.json", "prepare.py", val_data=path)
+    (lab.folder / "part" / "manifest.json").write_text("{}")  # it was killed after its last word
+    lab.train("finished", train_data=path, val_data="", steps=1)
+
+
+def test_brackets_in_paths(lab):
+    """A pattern that is an existing file is that file, and a folder that exists is that folder, whatever their names; the
+    rest is a pattern."""
+    for folder in ("corpus [v1]", "c*", "corpus v", "back\\slash"):
+        (lab.folder / folder).mkdir()
+        for name in ("train_0.bin", "train_[1].bin", "train_1.bin"):
+            write_shard(lab.folder / folder / name, lab.data.tokens)
+    def shards(pattern):
+        result = execute(lab.command("out", train_data=lab.folder / pattern, val_data="") + ["--dry-run"])
+        return int(re.search(r": (\d+) shard", result.out).group(1)) if result.code == 0 else result.err
+    assert shards("corpus [v1]/train_*.bin") == 3 and shards("corpus [v1]/train_[1].bin") == 1
+    assert shards("c*/train_[0-9].bin") == 2 and shards("corpus [v1]/train_[01].bin") == 2
+    assert shards("back\\slash/train_0.bin") == 1 and shards("[cx]orpus*/train_0.bin") == 2
+    assert shards("corpus [v2]/train_0.bin") == 1 and "no file matches" in shards("corpus [x2]/train_0.bin")
+
+
+def test_unused_tokens_are_said(lab):
+    """A window ends with its shard: with short shards most tokens are in none."""
+    (lab.folder / "short").mkdir()
+    for i in range(5):
+        write_shard(lab.folder / "short" / ("train_%d.bin" % i), np.resize(lab.data.tokens, T + 1 if i == 4 else T - 4))
+    def said(pattern):
+        result = execute(lab.command("out", train_data=lab.folder / pattern, val_data="") + ["--dry-run"])
+        assert result.code == 0, result.err
+        return re.search(r"(\d+) of (\d+) tokens in none", result.out).groups(), "note: " in result.out
+    assert said("short/train_*.bin") == ((str(4 * (T - 4)), str(4 * (T - 4) + T + 1)), True)
+    assert said(lab.data.small) == (("0", str(len(lab.data.tokens))), False)
 
 
 def test_wide_shards_and_several_shards(lab):
