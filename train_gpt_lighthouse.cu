@@ -47,8 +47,10 @@ Build with make; every program has --help.
 #include <time.h>
 #include <unistd.h>
 #include <algorithm>
+#include <atomic>
 #include <initializer_list>
 #include <numeric>
+#include <thread>
 #ifdef USE_MPI
 #include <mpi.h>
 #endif
@@ -333,23 +335,49 @@ PRINTF_LIKE(1) static char* text(const char* format, ...) {
     return s;
 }
 
+// Calls what may take long because of this process's own disk. That is no hang: meanwhile other processes that wait for
+// this one are told so.
+static bool at_disk;
+template <typename Call> static void on_disk(Call call) {
+    if (!waits_for_others) return call();
+    int error = 0;
+    std::atomic<bool> done(false);
+    std::thread worker([&] {
+        call();
+        error = errno;
+        done = true;
+    });
+    at_disk = true;
+    for (Wait w = {}; !done;) wait_a_moment(&w);
+    at_disk = false;
+    worker.join();
+    errno = error;
+}
+
 static int open_to_read(const char* path) {
-    int fd = open(path, O_RDONLY);
-    if (fd < 0) fatal("cannot read %s: %s", path, strerror(errno));
+    struct stat st;
+    int fd = -1;
+    on_disk([&] { fd = open(path, O_RDONLY | O_NONBLOCK); });  // a pipe is refused, not waited for
+    if (fd < 0 || fstat(fd, &st)) fatal("cannot read %s: %s", path, strerror(errno));
+    if (!S_ISREG(st.st_mode)) fatal("cannot read %s: it is no regular file", path);
     return fd;
 }
 
-// Returns NULL or what is wrong, to be freed.
+// Returns NULL or, where the file ends too early, a sentence that says so, to be freed. A disk that fails says nothing
+// about the file, and ends the run.
 static char* try_read_at(int fd, void* buffer, size_t bytes, int64_t offset, const char* path) {
-    for (size_t done = 0; done < bytes;) {
-        ssize_t n = pread(fd, (char*)buffer + done, bytes - done, offset + done);
-        if (n < 0 && errno == EINTR) continue;
-        if (n < 0) return text("%s cannot be read: %s", path, strerror(errno));
-        if (n == 0)
-            return text("%s ends at byte %ld; %zu more bytes were expected", path, offset + done, bytes - done);
-        done += n;
-    }
-    return NULL;
+    ssize_t n = 1;
+    size_t done = 0;
+    on_disk([&] {
+        while (done < bytes && n != 0) {
+            n = pread(fd, (char*)buffer + done, bytes - done, offset + done);
+            if (n < 0 && errno != EINTR) break;
+            done += std::max<ssize_t>(n, 0);
+        }
+    });
+    if (n < 0) fatal("cannot read %s at byte %ld: %s", path, offset + done, strerror(errno));
+    if (done == bytes) return NULL;
+    return text("%s ends at byte %ld; %zu more bytes were expected", path, offset + done, bytes - done);
 }
 
 static void read_at(int fd, void* buffer, size_t bytes, int64_t offset, const char* path) {
@@ -359,13 +387,15 @@ static void read_at(int fd, void* buffer, size_t bytes, int64_t offset, const ch
 
 // Returns false with errno set, so that a half-written file can be removed before the message.
 static bool write_at(int fd, const void* buffer, size_t bytes, int64_t offset) {
-    for (size_t done = 0; done < bytes;) {
-        ssize_t n = pwrite(fd, (const char*)buffer + done, bytes - done, offset + done);
-        if (n < 0 && errno == EINTR) continue;
-        if (n < 0) return false;
-        done += n;
-    }
-    return true;
+    size_t done = 0;
+    on_disk([&] {
+        while (done < bytes) {
+            ssize_t n = pwrite(fd, (const char*)buffer + done, bytes - done, offset + done);
+            if (n < 0 && errno != EINTR) break;
+            done += std::max<ssize_t>(n, 0);
+        }
+    });
+    return done == bytes;
 }
 
 static int64_t file_size(int fd, const char* path) {
@@ -688,8 +718,9 @@ struct ProcessName {
 static ProcessName* process_names;  // (world)
 static const double ANSWER_S = 3;   // an answer takes as long as the other's pause between two looks: milliseconds
 
-enum { QUESTION = 1, ANSWER = 2 };
+enum { QUESTION = 1, WAITS_FOR_OTHERS, WAITS_FOR_DISK };
 static bool lower_rank_asked;
+static int rank_at_disk = -1;  // one that answered so
 
 // Answers questions. Notes in waits[rank], unless NULL, who waits.
 static void answer_questions(bool* waits) {
@@ -699,15 +730,17 @@ static void answer_questions(bool* waits) {
         if (!found) return;
         MPI_Recv(NULL, 0, MPI_BYTE, s.MPI_SOURCE, s.MPI_TAG, hang_comm, MPI_STATUS_IGNORE);
         if (waits) waits[s.MPI_SOURCE] = true;
-        if (s.MPI_TAG == ANSWER) continue;
+        if (s.MPI_TAG == WAITS_FOR_DISK) rank_at_disk = s.MPI_SOURCE;
+        if (s.MPI_TAG != QUESTION) continue;
         lower_rank_asked |= s.MPI_SOURCE < procs.rank;
         MPI_Request sent;
-        MPI_Isend(NULL, 0, MPI_BYTE, s.MPI_SOURCE, ANSWER, hang_comm, &sent);
+        MPI_Isend(NULL, 0, MPI_BYTE, s.MPI_SOURCE, at_disk ? WAITS_FOR_DISK : WAITS_FOR_OTHERS, hang_comm, &sent);
         MPI_Request_free(&sent);
     }
 }
 
-__attribute__((noreturn)) static void name_who_hangs() {
+// Ends the job with the names of those that do not answer. Returns if it is but a disk that is waited for.
+static void name_who_hangs() {
     bool* waits = (bool*)host_alloc(procs.world);
     for (int i = 0; i < procs.world; i++) {
         waits[i] = i == procs.rank;
@@ -716,7 +749,17 @@ __attribute__((noreturn)) static void name_who_hangs() {
         MPI_Isend(NULL, 0, MPI_BYTE, i, QUESTION, hang_comm, &sent);
         MPI_Request_free(&sent);
     }
+    rank_at_disk = -1;
     for (double began = seconds(); seconds() - began < ANSWER_S; usleep(1000)) answer_questions(waits);
+    if (rank_at_disk >= 0) {
+        if (!lower_rank_asked)
+            fprintf(stderr, "note: %srank %d (pid %ld on %s) has been waiting for its disk for more than the %g s of "
+                    "--hang-timeout\n", process_name, rank_at_disk, process_names[rank_at_disk].pid,
+                    process_names[rank_at_disk].host, hang_timeout);
+        lower_rank_asked = false;
+        free(waits);
+        return;
+    }
     if (lower_rank_asked)  // the lowest that asks speaks, and ends this process too
         for (double began = seconds(); seconds() - began < 3 * ANSWER_S;) usleep(100000);
     char *who = text("%s", ""), *place = step_begun ? text("step %ld", step_begun) : text("the start");
@@ -750,7 +793,9 @@ static void wait_a_moment(Wait* w) {
     else if (now - w->last > 1) w->began += now - w->last;
     w->last = now;
     answer_questions(NULL);
-    if (hang_timeout > 0 && now - w->began > hang_timeout) name_who_hangs();
+    if (hang_timeout <= 0 || at_disk || now - w->began <= hang_timeout) return;
+    name_who_hangs();
+    w->began = seconds();
 }
 
 static void wait_for(MPI_Request* requests, int n) {
@@ -1190,11 +1235,10 @@ static void loader_open(Loader* d, const char* pattern, int64_t T, bool shuffle,
         tokens += s->tokens;
         int64_t begin, end;
         shard_share(s, &begin, &end);
-        #pragma omp parallel for reduction(max : largest)
-        for (int64_t t = begin; t < end; t++) {
-            int64_t id = (uint32_t)shard_token(s, t);
-            if (id > largest) largest = id;
-        }
+        on_disk([&] {
+            #pragma omp parallel for reduction(max : largest)
+            for (int64_t t = begin; t < end; t++) largest = std::max(largest, (int64_t)(uint32_t)shard_token(s, t));
+        });
     }
     globfree(&found);
     d->largest_id = (int64_t)all_max((double)largest);
@@ -1260,12 +1304,14 @@ static void loader_sequence(const Loader* d, int64_t i, int* inputs, int* target
 static uint64_t loader_fingerprint(const Loader* d) {
     const int64_t samples = 1024, length = std::min<int64_t>(d->T, 64);
     int* tokens = (int*)host_alloc(samples * length * sizeof(int));
-    for (int64_t i = 0; i < samples; i++) {
-        int64_t w = (int64_t)((double)i / samples * d->windows);
-        const Shard* s = d->shards;
-        while (w >= s->windows) w -= (s++)->windows;
-        for (int64_t t = 0; t < length; t++) tokens[i * length + t] = shard_token(s, w * d->T + t);
-    }
+    on_disk([&] {
+        for (int64_t i = 0; i < samples; i++) {
+            int64_t w = (int64_t)((double)i / samples * d->windows);
+            const Shard* s = d->shards;
+            while (w >= s->windows) w -= (s++)->windows;
+            for (int64_t t = 0; t < length; t++) tokens[i * length + t] = shard_token(s, w * d->T + t);
+        }
+    });
     uint64_t sum = checksum(tokens, samples * length * sizeof(int));
     free(tokens);
     return sum;
@@ -4865,7 +4911,9 @@ static void new_file_write(NewFile* f, const void* data, size_t bytes, int64_t o
 
 // Gives the file its name once every process's part is on the disk. If a part is not, the run ends.
 static void new_file_finish(NewFile* f) {
-    if (!f->error && fsync(f->fd)) f->error = errno;
+    bool failed = false;
+    if (!f->error) on_disk([&] { failed = fsync(f->fd); });
+    if (failed) f->error = errno;
     close(f->fd);
     if (all_sum((double)(f->error != 0)) > 0) {
         if (procs.rank == 0) unlink(f->partial);
@@ -4953,10 +5001,8 @@ static void checkpoint_write(const Model* m, const char* path, const RunState* s
 // nothing of the state changed; the weights may then be partly overwritten. All processes return alike.
 static char* checkpoint_read(Model* m, const char* path, RunState* state) {
     CheckpointHeader h;
-    char *front = NULL, *why = NULL;
-    int fd = open(path, O_RDONLY);
-    if (fd < 0) why = text("%s: %s", path, strerror(errno));
-    if (!why) why = checkpoint_header(fd, path, &h);
+    int fd = open_to_read(path);
+    char *front = NULL, *why = checkpoint_header(fd, path, &h);
     if (!why) {
         int32_t want[256];
         model_header(want, &m->dims, h.model[9]);
@@ -4982,7 +5028,7 @@ static char* checkpoint_read(Model* m, const char* path, RunState* state) {
     }
     if (!why) memcpy(state, front, sizeof(RunState));
     free(front);
-    if (fd >= 0) close(fd);
+    close(fd);
     return why;
 }
 
@@ -5106,8 +5152,8 @@ struct Tokenizer {
 
 static bool tokenizer_open(Tokenizer* k, const char* path, int V) {
     memset(k, 0, sizeof *k);
-    int fd = open(path, O_RDONLY);
-    if (fd < 0) return false;
+    if (access(path, R_OK)) return false;
+    int fd = open_to_read(path);
     int64_t size = file_size(fd, path), at = 1024;
     unsigned char* file = (unsigned char*)host_alloc(size < 1024 ? 1024 : size);
     read_at(fd, file, size, 0, path);
@@ -5276,7 +5322,9 @@ PRINTF_LIKE(2) static void log_line(FILE* f, const char* format, ...) {
     vfprintf(f, format, args);
     va_end(args);
     fputc('\n', f);
-    if (fflush(f))
+    int failed = 0;
+    on_disk([&] { failed = fflush(f); });
+    if (failed)
         fatal("cannot write a log in --out-dir: %s. --resume 1 goes on from the newest checkpoint", strerror(errno));
 }
 
@@ -6088,9 +6136,11 @@ static void read_batch(Trainer* t, int64_t micro) {
     int64_t rows = t->config.seq_len / procs.cp, B = t->config.batch_size;
     Batch* batch = &t->model.batch[t->ready == &t->model.batch[0]];
     event_wait(&batch->copied);
-    for (int64_t b = 0; b < B; b++)
-        loader_sequence(&t->train, t->state.sequences + (micro * procs.dp + procs.dp_rank) * B + b,
-                        batch->tokens + b * rows, batch->targets + b * rows);
+    int64_t first = t->state.sequences + (micro * procs.dp + procs.dp_rank) * B;
+    on_disk([&] {
+        for (int64_t b = 0; b < B; b++)
+            loader_sequence(&t->train, first + b, batch->tokens + b * rows, batch->targets + b * rows);
+    });
     t->ready = batch;
 }
 

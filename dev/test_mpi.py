@@ -378,6 +378,43 @@ def test_a_suspended_job_is_no_hang(lab, reference):
     assert code != 0 and "stopped by signal at step" in output, output
 
 
+SLOW_DISK = r'''
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+static void wait_on(const char* call) {  // rank 1's disk takes its time, once for each kind of call
+    static char done[16];
+    const char *slow = getenv("SLOW_CALL"), *rank = getenv("OMPI_COMM_WORLD_RANK");
+    if (!slow || !rank || strcmp(slow, call) || strcmp(rank, "1") || !strcmp(done, call)) return;
+    strcpy(done, call);
+    sleep(8);
+}
+int fsync(int fd) {
+    wait_on("fsync");
+    return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(fd);
+}
+ssize_t pread(int fd, void* buffer, size_t bytes, off_t at) {
+    wait_on("pread");
+    return ((ssize_t (*)(int, void*, size_t, off_t))dlsym(RTLD_NEXT, "pread"))(fd, buffer, bytes, at);
+}
+'''
+
+
+@pytest.mark.parametrize("call", ["pread", "fsync"])
+def test_a_slow_disk_is_no_hang(lab, reference, call):
+    """One rank's disk takes four times --hang-timeout, at the start or amid a checkpoint: the others are told, and wait."""
+    (lab.folder / "slow.c").write_text(SLOW_DISK)
+    subprocess.run(["gcc", "-shared", "-fPIC", "slow.c", "-o", "slow.so", "-ldl"], cwd=lab.folder, check=True)
+    command = lab.command("run", ranks=3, batch_size=2, hang_timeout=2)
+    command[1:1] = ["-x", f"LD_PRELOAD={lab.folder / 'slow.so'}", "-x", f"SLOW_CALL={call}"]
+    result = execute(command)
+    assert result.code == 0, result.err
+    assert re.search(r"note: rank [02]: rank 1 \(pid \d+ on .*\) has been waiting for its disk", result.err), result.err
+    same_losses(lab.folder / "run", reference())
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_mpirun_leaves_a_checkpoint(lab, reference, how):
     """As a preempted job gets it: the ranks finish the step, write, leave; another number of ranks goes on."""

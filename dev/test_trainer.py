@@ -103,6 +103,13 @@ class Lab:
         return result
 
 
+def preload(lab, source, monkeypatch):
+    """Lets the programs find this C code's functions before the system's."""
+    (lab.folder / "preload.c").write_text(source)
+    subprocess.run(["gcc", "-shared", "-fPIC", "preload.c", "-o", "preload.so", "-ldl"], cwd=lab.folder, check=True)
+    monkeypatch.setitem(ENV, "LD_PRELOAD", str(lab.folder / "preload.so"))
+
+
 LITTLE_MEMORY = r'''
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -564,24 +571,29 @@ ssize_t pread(int fd, void* buffer, size_t bytes, off_t at) {  // the checkpoint
 '''
 
 
-def test_an_unreadable_checkpoint_is_passed_over(lab, saved, monkeypatch):
-    """A newest checkpoint that opens but gives an error on reading, in any of its parts, or is a folder, is like a damaged one."""
+def test_an_unreadable_checkpoint_ends_the_run(lab, saved, monkeypatch):
+    """A disk that fails is no damage of the file: the run ends with its name and the reason, and nothing is renamed."""
     whole = checkpoint(saved, 4).read_bytes()
     offset = struct.unpack("<q", whole[2048:2056])[0]
-    (lab.folder / "unreadable.c").write_text(UNREADABLE)
-    subprocess.run(["gcc", "-shared", "-fPIC", "unreadable.c", "-o", "unreadable.so", "-ldl"], cwd=lab.folder, check=True)
-    monkeypatch.setitem(ENV, "LD_PRELOAD", str(lab.folder / "unreadable.so"))
+    preload(lab, UNREADABLE, monkeypatch)
     for byte in (0, 4096, offset, offset + 100000, len(whole) - 1):
         monkeypatch.setitem(ENV, "UNREADABLE_FROM", str(byte))
-        falls_back(lab, saved, f"from_{byte}", lambda path: None)
-    monkeypatch.delitem(ENV, "LD_PRELOAD")
-    run = lab.folder / "run"
-    run.mkdir()
-    shutil.copy(checkpoint(saved, 2), run)
-    checkpoint(run, 3).mkdir()
-    result = lab.run("run", depth=1, steps=4, dense_layers="none", resume=1)
-    assert result.code == 0 and re.search(r"warning: .*ckpt_00000003\.bin.*trying the one before", result.out), result.err
-    assert model_bytes(run) == model_bytes(saved)
+        folder, result = resumed_from(lab, saved, f"from_{byte}", lambda path: None)
+        lab.fails(result, "ckpt_00000004.bin", "Input/output error")
+        assert checkpoints(folder) == [2, 4] and not list(folder.glob("*.unusable"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_no_file_is_refused(lab, saved, kind):
+    """A folder or a pipe under a checkpoint's, model's, tokenizer's or shard's name is named, and not waited for."""
+    make = dict(folder=os.mkdir, pipe=os.mkfifo)[kind]
+    folder, result = resumed_from(lab, saved, "run", lambda path: (path.unlink(), make(path)))
+    lab.fails(result, "ckpt_00000004.bin", "no regular file")
+    assert checkpoints(folder) == [2, 4]
+    path = lab.folder / "other.bin"
+    make(path)
+    for options in (from_file(path), dict(train_data=path), dict(val_data=path), dict(tokenizer=path, sample_every=1)):
+        lab.refused(path, "no regular file", **options)
 
 
 def test_no_whole_checkpoint_is_an_error(lab, saved):
