@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from test_trainer import (ENV, ROOT, Lab, checkpoint, checkpoint_body, checkpoints, events, execute, little_memory,
-                          model_bytes, programs, step_events, write_shard, write_tokenizer)
+from test_trainer import (CALLS, ENV, ROOT, Lab, calls_in_order, checkpoint, checkpoint_body, checkpoints, events, execute,
+                          little_memory, model_bytes, preload, programs, step_events, write_shard, write_tokenizer)
 
 T, STEPS, SWITCH = 128, 20, 11
 BATCH = 12  # sequences of a step, which 1, 2, 3 and 4 data-parallel ranks can share
@@ -285,6 +285,52 @@ def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(lab, reference):
     assert result.code == 0 and "ckpt_00000010.bin" in result.out + result.err, result.err
     assert [e["step"] for e in events(folder, "resume")] == [5]
     same_losses(folder, reference(), since=5)
+
+
+def test_the_order_of_calls_of_several_ranks(lab, monkeypatch):
+    """As of one rank; and nobody opens a file before it has its size, or reads it back before all have synced it."""
+    preload(lab, CALLS, monkeypatch)
+    monkeypatch.setitem(ENV, "CALLS", str(lab.folder / "calls"))
+    lab.train("run", ranks=3, batch_size=1, steps=2, switch_step=1, checkpoint_every=1, keep_last=1)
+    calls = [line.split() for line in (lab.folder / "calls").read_text().splitlines()]
+    calls = [(int(rank), call, file) for rank, call, file in calls]
+    for step in (1, 2):
+        calls_in_order(lab, calls, checkpoint(Path(), step).name, 3, [checkpoint(Path(), 1).name] if step > 1 else [])
+    calls_in_order(lab, calls, "model.bin", 3, [])
+
+
+LYING_DISK = r'''
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+ssize_t pwrite(int fd, const void* data, size_t bytes, off_t at) {  // of rank 1, what lies at a byte of a file goes elsewhere
+    ssize_t (*real)(int, const void*, size_t, off_t) = dlsym(RTLD_NEXT, "pwrite");
+    char link[64], path[4096] = "";
+    const char* rank = getenv("OMPI_COMM_WORLD_RANK");
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    int n = readlink(link, path, sizeof path - 1);
+    if (n < 0 || !strstr(path, getenv("LYING_FILE")) || !rank || strcmp(rank, "1")) return real(fd, data, bytes, at);
+    char* changed = malloc(bytes);
+    memcpy(changed, data, bytes);
+    changed[bytes / 2] ^= 1;
+    ssize_t done = real(fd, changed, bytes, at);
+    free(changed);
+    return done;
+}
+'''
+
+
+@pytest.mark.parametrize("file", ["ckpt_00000002", "model"])
+def test_what_reads_back_otherwise_gets_no_name(lab, monkeypatch, file):
+    """A disk, or a shared file system, that keeps something else than was written: the run ends, the earlier file stays."""
+    preload(lab, LYING_DISK, monkeypatch)
+    monkeypatch.setitem(ENV, "LYING_FILE", file)
+    lab.ends(lab.command("run", ranks=2, batch_size=2, steps=2, switch_step=1, checkpoint_every=1, keep_last=1), 30,
+             f"{file}.bin.partial is damaged: wrong checksum", "though it was just written", "Earlier checkpoints are untouched")
+    assert checkpoints(lab.folder / "run") == ([1] if file != "model" else [2]) and not (lab.folder / "run/model.bin").exists()
 
 
 # ---- 3. ranks that die, hang or are stopped

@@ -321,22 +321,90 @@ def test_killed_runs_go_on_to_the_same_end(lab, case, how):
     assert checkpoint_body(checkpoint(killed, LONG)) == checkpoint_body(checkpoint(whole, LONG))
 
 
+def started(lab, **options):
+    """A run whose set-up is done, with standard output to be read."""
+    process = subprocess.Popen([str(c) for c in lab.command("run", **options)], env=ENV, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, universal_newlines=True)
+    while not process.stdout.readline().startswith("speed "):
+        assert process.poll() is None
+    return process
+
+
 def test_a_second_signal(lab):
     """At once it counts as the first, since timeout(1) sends each to the process and to its group. Later, while a long
-    step leaves the first unanswered, it ends the process."""
-    for steps, pause in [(10 ** 6, 0.005)] * 5 + [(1, 1.3)]:
+    micro-step leaves the first unanswered, it ends the process."""
+    for pause in [0.005] * 5 + [1.3]:
         shutil.rmtree(lab.folder / "run", ignore_errors=True)
-        options = dict(SLOW, total_batch_size=12 * T * 10 ** 5) if steps == 1 else SLOW
-        command = [str(c) for c in lab.command("run", steps=steps, checkpoint_every=0, **options)]
-        process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL)
-        while not (lab.folder / "run" / "log.jsonl").exists() or steps > 1 and len(step_events(lab.folder / "run")) < 3:
-            time.sleep(0.01)
+        large = dict(channels=64, batch_size=3000, total_batch_size=0) if pause > 1 else SLOW
+        process = started(lab, steps=10 ** 6, checkpoint_every=0, **large)
+        while pause < 1 and " 3/" not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(0.5 * (pause > 1))
         for wait in (pause, 0):
             process.send_signal(signal.SIGTERM)
             time.sleep(wait)
-        code = process.wait(timeout=60)
-        assert code == (128 + signal.SIGTERM if steps > 1 else -signal.SIGTERM)
-        assert len(checkpoints(lab.folder / "run")) == (steps > 1)
+        process.communicate(timeout=60)
+        assert process.returncode == (128 + signal.SIGTERM if pause < 1 else -signal.SIGTERM)
+        assert len(checkpoints(lab.folder / "run")) == (pause < 1)
+
+
+SLOW_FSYNC = r'''
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <unistd.h>
+int fsync(int fd) {
+    for (int left = atoi(getenv("FSYNC_SECONDS")); left > 0;) left = sleep(left);
+    return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(fd);
+}
+'''
+
+
+def test_a_second_signal_leaves_a_checkpoint_whole(lab, monkeypatch):
+    """Signals that come while a file is written do not end the process: what was begun becomes whole."""
+    preload(lab, SLOW_FSYNC, monkeypatch)
+    monkeypatch.setitem(ENV, "FSYNC_SECONDS", "2")
+    process = started(lab, steps=10 ** 6, checkpoint_every=0)
+    process.send_signal(signal.SIGTERM)
+    for _ in range(2):
+        time.sleep(1.2)
+        process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    step = int(re.search(r"stopped by signal at step (\d+);", output).group(1))
+    assert process.returncode == 128 + signal.SIGTERM and checkpoints(lab.folder / "run") == [step]
+
+
+def test_a_stop_inside_a_step(lab):
+    """A signal is heeded between micro-steps; the step that was broken off leaves no trace in what is trained."""
+    options = dict(total_batch_size=2000 * T, learning_rate=1e-2, warmup_steps=0, checkpoint_every=2)
+    whole = lab.train("whole", **options, steps=3, lr_schedule="constant")
+    step_s = events(whole, "step")[1]["ms"] / 1e3
+    reached = []
+    for share in (0.3, 1.5, 0.6):
+        process = started(lab, **options, steps=3, lr_schedule="constant", resume=1)
+        time.sleep(share * step_s)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == 128 + signal.SIGTERM and time.monotonic() - began < max(0.35 * step_s, 0.3), output
+        reached.append(int(re.search(r"stopped by signal at step (\d+);", output).group(1)))
+        assert checkpoints(lab.folder / "run")[-1] == reached[-1]
+    assert reached == sorted(reached) and reached[0] == 0 and reached[-1] < 3
+    run = lab.train("run", **options, steps=3, lr_schedule="constant", resume=1)
+    assert model_bytes(run) == model_bytes(whole) and main_log(run) == main_log(whole)
+    assert checkpoint_body(checkpoint(run, 3)) == checkpoint_body(checkpoint(whole, 3))
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_reader_that_leaves_ends_no_run(lab, stops):
+    """Standard output closed amid the run, as by a tee that Ctrl-C ends first: the run goes on, and stops with its checkpoint."""
+    process = started(lab, steps=10 ** 6 if stops else 200, checkpoint_every=0)
+    process.stdout.close()
+    time.sleep(0.3)
+    if stops:
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == (128 + signal.SIGTERM if stops else 0)
+    assert len(checkpoints(lab.folder / "run")) == 1 and (lab.folder / "run/model.bin").exists() != stops
 
 
 @pytest.mark.parametrize("step", [0, 3, 6])
@@ -640,6 +708,86 @@ def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(lab, saved):
     checkpoint(folder, 4).unlink()
     lab.train("run", depth=1, dense_layers="none", steps=6, resume=1, checkpoint_every=4, keep_last=3)
     assert checkpoints(folder) == [2, 4, 6]
+
+
+CALLS = r'''
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+#define REAL(name, type) ((type)dlsym(RTLD_NEXT, name))
+static void note(const char* call, const char* path) {  // one line a call, of files in the run's folder
+    char line[4200];
+    const char *rank = getenv("OMPI_COMM_WORLD_RANK"), *name = strstr(path, "/run/");
+    if (!name && (strlen(path) < 4 || strcmp(path + strlen(path) - 4, "/run"))) return;
+    int log = REAL("open", int (*)(const char*, int, ...))(getenv("CALLS"), O_WRONLY | O_APPEND | O_CREAT, 0666);
+    int n = snprintf(line, sizeof line, "%s %s %s\n", rank ? rank : "0", call, name ? name + 5 : ".");
+    if (write(log, line, n) < 0) abort();
+    close(log);
+}
+static const char* path_of(int fd) {
+    static __thread char path[4096];
+    char link[64];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    int n = readlink(link, path, sizeof path - 1);
+    path[n > 0 ? n : 0] = 0;
+    return path;
+}
+int open(const char* path, int flags, ...) {
+    va_list more;
+    va_start(more, flags);
+    int mode = va_arg(more, int);
+    if (strstr(path, ".partial")) note((flags & O_ACCMODE) == O_RDONLY ? "read" : (flags & O_ACCMODE) == O_WRONLY ? "open" : "open+", path);
+    return REAL("open", int (*)(const char*, int, ...))(path, flags, mode);
+}
+int ftruncate(int fd, off_t size) { note("size", path_of(fd)); return REAL("ftruncate", int (*)(int, off_t))(fd, size); }
+ssize_t pwrite(int fd, const void* data, size_t bytes, off_t at) {
+    note("write", path_of(fd));
+    return REAL("pwrite", ssize_t (*)(int, const void*, size_t, off_t))(fd, data, bytes, at);
+}
+int fsync(int fd) { note("sync", path_of(fd)); return REAL("fsync", int (*)(int))(fd); }
+int unlink(const char* path) { note("remove", path); return REAL("unlink", int (*)(const char*))(path); }
+int rename(const char* from, const char* to) {
+    note("rename", from);
+    return REAL("rename", int (*)(const char*, const char*))(from, to);
+}
+'''
+
+
+def calls_in_order(lab, calls, name, ranks, removed):
+    """What these ranks did for one file: sized before another rank opens it, never opened to read and write, every part
+    written and synced before any rank reads it back, read back by all before it gets its name, its name on the disk before
+    an older file goes."""
+    partial = f"{name}.partial"
+    def at(call, file=partial, rank=None):
+        return [i for i, (r, c, f) in enumerate(calls) if c == call and f == file and rank in (None, r)]
+    assert not at("open+") and len(at("size")) == 1 and len(at("rename")) == 1
+    opened, renamed = at("open"), at("rename")[0]
+    assert len(opened) == ranks and opened[0] < at("size")[0] < ([*opened[1:], 10 ** 9])[0]
+    for rank in range(ranks):
+        assert at("write", rank=rank) and at("sync", rank=rank) and max(at("write", rank=rank)) < min(at("sync", rank=rank))
+        assert at("read", rank=rank), "every rank reads back what another wrote"
+    assert max(at("sync")) < min(at("read")) and max(at("read")) < renamed
+    folder = [i for i in at("sync", ".") if i > renamed]
+    assert folder, "the folder is synced behind the rename"
+    for file in removed:
+        assert at("remove", file) and at("remove", file)[0] > folder[0]
+
+
+def test_the_order_of_calls(lab, monkeypatch):
+    """What keeps a run through a crash at any moment is the order of its calls: they are recorded, and looked at."""
+    preload(lab, CALLS, monkeypatch)
+    monkeypatch.setitem(ENV, "CALLS", str(lab.folder / "calls"))
+    lab.train("run", steps=3, depth=1, dense_layers="none", checkpoint_every=1, keep_last=1)
+    calls = [line.split() for line in (lab.folder / "calls").read_text().splitlines()]
+    calls = [(int(rank), call, file) for rank, call, file in calls]
+    for step in (1, 2, 3):
+        calls_in_order(lab, calls, checkpoint(Path(), step).name, 1, [checkpoint(Path(), step - 1).name] if step > 1 else [])
+    calls_in_order(lab, calls, "model.bin", 1, [])
 
 
 @pytest.mark.parametrize("last, every, expected", [(1, 0, [12]), (3, 0, [10, 11, 12]), (0, 0, list(range(1, 13))),
@@ -1162,6 +1310,19 @@ def test_a_diverged_run_ends(lab):
     assert len(checkpoints(lab.folder / "run")) == 2 and checkpoints(lab.folder / "run")[-1] < skipped[0]
 
 
+def test_steps_that_are_not_finite_push_out_no_checkpoint(lab):
+    """A run that ends, or stops, while no step is finite writes its state beside the good one; a resume goes on counting."""
+    options = dict(learning_rate=10, weight_decay=10, lr_schedule="constant", warmup_steps=0, skip_grad_z=3, grad_clip=0, keep_last=1)
+    assert lab.run("all", steps=100, checkpoint_every=2, **options).code != 0
+    first = [e["step"] for e in step_events(lab.folder / "all") if e["skipped"]][0]
+    good = (first - 1) // 2 * 2
+    run = lab.train("run", steps=first + 3, checkpoint_every=2, **options)
+    assert checkpoints(run) == [good, first + 3]
+    result = lab.run("run", steps=100, checkpoint_every=2, resume=1, **options)
+    assert result.code != 0 and re.search(rf"step {first + 9}: .* in any of 10 steps: .* of step {first - 1} or before", result.err), result.err
+    assert checkpoints(run) == [good, first + 3]
+
+
 def test_closed_standard_streams(lab):
     """No log takes the place of a closed standard output or error."""
     command = shlex.join(str(c) for c in lab.command("run", steps=3))
@@ -1249,6 +1410,7 @@ def test_accumulation_is_a_larger_batch(lab, program):
 def broken_model(lab, value=math.nan):
     data = bytearray(model_bytes(lab.train("start", steps=0)))
     data[-4:] = struct.pack("<f", value)  # the last bias
+    data[40:48] = bytes(8)  # no checksum
     path = lab.folder / "broken.bin"
     path.write_bytes(data)
     return dict(model=path, depth=None, channels=None, heads=None)
@@ -1488,6 +1650,7 @@ def test_a_long_table_of_positions_at_a_short_length(lab):
     wte = 384 * 128 * 4
     header = bytearray(data[:1024])
     header[8:12] = struct.pack("<i", 16)
+    header[40:48] = bytes(8)  # no checksum
     body = data[1024:1024 + wte + 16 * 512] + data[1024 + wte + 2048 * 512:]
     (lab.folder / "short.bin").write_bytes(bytes(header) + body)
     options = dict(steps=5, seq_len=16, program="dense", learning_rate=1e-2, grad_clip=0, weight_decay=0)
@@ -1521,7 +1684,13 @@ def test_damaged_model_files_are_refused(lab):
     bad(header(version=3), "bytes")  # the wrong kind of positions: the size is another
     for name, value in [("T", 0), ("V", 0), ("V", 385), ("L", 0), ("L", -1), ("L", 2000), ("H", 0), ("H", 3), ("C", 0), ("C", -16), ("Vp", 0)]:
         bad(header(**{name: value}), "impossible sizes")
-    bad(header(C=2 ** 30, H=1), "bytes")
+    for name, value in [("T", 2 ** 30 + 1), ("V", 2 ** 24 + 1), ("Vp", 2 ** 31 - 1), ("C", 65538)]:
+        bad(header(**{name: value}), "impossible sizes")
+    bad(header(C=65536, H=1, L=1024, T=2 ** 30, V=2 ** 24, Vp=2 ** 25), "bytes")
+    path.write_bytes(whole[:-100] + b"x" + whole[-99:])
+    lab.fails(lab.run("flipped", **from_file(path)), "bad.bin is damaged: wrong checksum of the weights")
+    path.write_bytes(whole[:40] + bytes(8) + whole[48:-100] + b"x" + whole[-99:])  # llm.c writes no checksum
+    lab.train("unsigned", **from_file(path))
     lab.refused("neither a readable file", "nothing.bin", **from_file(lab.folder / "nothing.bin"))
     lab.fails(execute(lab.command("x", **from_file(lab.folder)) + ["--dry-run"]))  # a folder
 
