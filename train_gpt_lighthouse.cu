@@ -48,6 +48,7 @@ Build with make; every program has --help.
 #include <unistd.h>
 #include <algorithm>
 #include <atomic>
+#include <functional>
 #include <initializer_list>
 #include <numeric>
 #include <thread>
@@ -659,11 +660,14 @@ static unsigned grid_for(int64_t work, int64_t per_block) {
 // Hands out pieces of one allocation. With base NULL it only counts, so that one layout function both plans and places.
 struct Arena {
     char* base;
-    size_t used;
+    size_t used, size;
 };
 static void* take(Arena* a, size_t bytes) {
     void* p = a->base ? a->base + a->used : NULL;
     a->used += (bytes + 255) / 256 * 256;
+    if (p && a->used > a->size)
+        fatal("a pass places %zu bytes where the memory plan took %zu: a kind of pass is missing in it", a->used,
+              a->size);
     return p;
 }
 #define TAKE(arena, type, count) ((type*)take(arena, (size_t)(count) * sizeof(type)))
@@ -851,9 +855,24 @@ static void barrier() {
 
 // ---- start and end
 
+// The starts of MPI and NCCL wait for the others inside the libraries, without a limit: an alarm is theirs.
+static void on_alarm(int) {
+    static const char message[] = "error: another process did not come to the start of MPI or NCCL within the seconds "
+                                  "of --hang-timeout: look at its output, and whether its host is reached\n";
+    _exit(write(STDERR_FILENO, message, sizeof message - 1) < 0 ? 2 : 1);
+}
+static void limit_start(bool begins) { alarm(begins ? (unsigned)hang_timeout : 0); }
+
 static void processes_start(int* argc, char*** argv) {
     // A single process needs no MPI, and starts faster without; under mpirun -n 1 it is a group of one.
     if (processes_started() <= 1 && !getenv("OMPI_COMM_WORLD_SIZE")) return;
+    for (int i = 1; i < *argc; i++) {  // before all options are read, whose messages need the rank
+        const char* value = (*argv)[i] + strlen("--hang-timeout");
+        if (strncmp((*argv)[i], "--hang-timeout", value - (*argv)[i])) continue;
+        hang_timeout = atof(*value == '=' ? value + 1 : i + 1 < *argc ? (*argv)[i + 1] : "");
+    }
+    signal(SIGALRM, on_alarm);
+    limit_start(true);
     int level;
     MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &level);
     MPI_Comm_rank(MPI_COMM_WORLD, &procs.rank);
@@ -865,6 +884,7 @@ static void processes_start(int* argc, char*** argv) {
     MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, procs.rank, MPI_INFO_NULL, &local_comm);
     MPI_Comm_rank(local_comm, &procs.local_rank);
     MPI_Comm_size(local_comm, &procs.local_world);
+    limit_start(false);
     procs.connected = true;
     if (procs.world > 1) snprintf(process_name, sizeof process_name, "rank %d: ", procs.rank);
     waits_for_others = procs.world > 1;
@@ -908,7 +928,9 @@ static ncclComm_t nccl_open(MPI_Comm comm) {
     MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, comm, &r);
     wait_for(&r, 1);
     ncclComm_t nccl;
+    limit_start(true);
     ncclCheck(ncclCommInitRank(&nccl, size, id, rank));
+    limit_start(false);
     return nccl;
 }
 
@@ -1529,7 +1551,7 @@ static EncoderScratch encoder_scratch(char* base, int64_t N, int C) {
     s.tiles = ceil_div(N, SORT_TILE);
     s.piece = std::max(ENCODER_PIECE, (int)ceil_div(N, ENCODER_PIECES));
     s.pieces = ceil_div(N, s.piece);
-    Arena a = {base, 0};
+    Arena a = {base, 0, SIZE_MAX};
     for (int i = 0; i < 2; i++) {
         s.key[i] = TAKE(&a, int, N);
         s.row[i] = TAKE(&a, int, N);
@@ -4592,7 +4614,8 @@ static void model_allocate(Model* m, const Config* c, const Plan* p) {
         b.targets = b.tokens + batch;
     }
     m->sums = (double*)device_alloc(2 * sizeof(double));
-    m->arena.base = (char*)device_alloc(plan_part(p, "activations"));
+    m->arena.size = plan_part(p, "activations");
+    m->arena.base = (char*)device_alloc(m->arena.size);
     operations_allocate(plan_part(p, "operations"), plan_part(p, "attention workspace"));
     if (m->dims.rope) {
         int D = m->dims.C / m->dims.NH;
@@ -5133,22 +5156,33 @@ static int compare_steps(const void* a, const void* b) {
     return x < y ? 1 : x > y ? -1 : 0;
 }
 
+// Calls use(name) for each name in a directory; one that is not there has none.
+template <typename Use> static void for_names(const char* dir, Use use) {
+    DIR* d = opendir(dir);
+    if (!d && errno == ENOENT) return;
+    while (d) {
+        errno = 0;
+        struct dirent* e = readdir(d);
+        if (!e) break;
+        use(e->d_name);
+    }
+    if (errno) fatal("cannot list %s: %s", dir, strerror(errno));  // no list of a part: it would read as a new run
+    closedir(d);
+}
+
 // Steps of the checkpoints in a directory, newest first; to be freed.
 static int64_t* checkpoint_list(const char* dir, int* count) {
     int64_t* steps = NULL;
     *count = 0;
-    DIR* d = opendir(dir);
-    if (!d && errno != ENOENT) fatal("cannot list %s: %s", dir, strerror(errno));
-    for (struct dirent* e; d && (e = readdir(d));) {
+    for_names(dir, [&](const char* found) {
         int64_t step;
-        if (sscanf(e->d_name, "ckpt_%ld.bin", &step) != 1 || step < 0) continue;
+        if (sscanf(found, "ckpt_%ld.bin", &step) != 1 || step < 0) return;
         char name[64];
         snprintf(name, sizeof name, "ckpt_%08ld.bin", step);
-        if (strcmp(name, e->d_name)) continue;
+        if (strcmp(name, found)) return;
         steps = (int64_t*)realloc(steps, (*count + 1) * sizeof(int64_t));
         steps[(*count)++] = step;
-    }
-    if (d) closedir(d);
+    });
     if (steps) qsort(steps, *count, sizeof(int64_t), compare_steps);
     return steps;
 }
@@ -5157,26 +5191,27 @@ static char* checkpoint_path(const Config* c, int64_t step) {
     return text("%s/ckpt_%08ld.bin", c->out_dir, step);
 }
 
-// Removes the checkpoints that --keep-last and --keep-every do not keep, and half-written ones.
-static void checkpoint_prune(const Config* c) {
+static void remove_file(char* path /*freed here*/) {
+    bool failed = false;
+    on_disk([&] { failed = unlink(path) != 0; });
+    if (failed && errno != ENOENT) say("warning: cannot remove %s: %s\n", path, strerror(errno));
+    free(path);
+}
+
+// Removes the checkpoints that --keep-last and --keep-every do not keep, and those that a killed process left
+// half-written. While steps are not finite the weights may be lost: nothing older makes room for them.
+static void checkpoint_prune(const Config* c, const RunState* s) {
+    if (procs.rank || s->not_finite) return;
     int count;
     int64_t* steps = checkpoint_list(c->out_dir, &count);
-    for (int i = c->keep_last; c->keep_last > 0 && i < count; i++) {
-        if (c->keep_every && steps[i] % c->keep_every == 0) continue;
-        char* path = checkpoint_path(c, steps[i]);
-        unlink(path);
-        free(path);
-    }
+    for (int i = c->keep_last; c->keep_last > 0 && i < count; i++)
+        if (!c->keep_every || steps[i] % c->keep_every) remove_file(checkpoint_path(c, steps[i]));
     free(steps);
-    DIR* d = opendir(c->out_dir);  // what a killed process left half-written
-    for (struct dirent* e; d && (e = readdir(d));) {
-        size_t length = strlen(e->d_name);
-        if (length < 12 || strncmp(e->d_name, "ckpt_", 5) || strcmp(e->d_name + length - 8, ".partial")) continue;
-        char* path = text("%s/%s", c->out_dir, e->d_name);
-        unlink(path);
-        free(path);
-    }
-    if (d) closedir(d);
+    for_names(c->out_dir, [&](const char* name) {
+        size_t length = strlen(name);
+        if (length >= 12 && !strncmp(name, "ckpt_", 5) && !strcmp(name + length - 8, ".partial"))
+            remove_file(text("%s/%s", c->out_dir, name));
+    });
 }
 
 // The newest whole checkpoint of out-dir, into the model and the state. Names and passes over damaged ones, which are
@@ -5333,6 +5368,26 @@ static int64_t sample_length(const Config* c) {
     return std::min(ceil_div(1 + (int64_t)strlen(c->prompt) + c->sample_tokens, unit) * unit, c->seq_len);
 }
 
+// The token that a chance of 0..1 falls on: of the top_k likeliest, unless 0, by their softmax at a temperature. sorted
+// (V) is for this function.
+static int draw_token(const float* logits /*(V)*/, float* sorted, int V, int64_t top_k, double temperature,
+                      double chance) {
+    std::replace_copy_if(logits, logits + V, sorted, [](float x) { return std::isnan(x); }, -INFINITY);
+    int64_t nth = top_k > 0 && top_k < V ? top_k : V;
+    std::nth_element(sorted, sorted + nth - 1, sorted + V, std::greater<float>());
+    float threshold = sorted[nth - 1];
+    double largest = *std::max_element(logits, logits + V), sum = 0;
+    for (int v = 0; v < V; v++) sum += logits[v] >= threshold ? exp((logits[v] - largest) / temperature) : 0;
+    int next = 0;
+    double draw = chance * sum;
+    for (int v = 0; v < V && draw >= 0; v++) {
+        if (!(logits[v] >= threshold)) continue;
+        draw -= exp((logits[v] - largest) / temperature);
+        next = v;
+    }
+    return next;
+}
+
 // Continues the prompt with dense attention, one whole forward pass a token. Returns the text, to be freed.
 static char* sample(Model* m, const Config* c, const Tokenizer* k, int64_t step) {
     int64_t T = sample_length(c);
@@ -5349,27 +5404,9 @@ static char* sample(Model* m, const Config* c, const Tokenizer* k, int64_t step)
     for (; length < end && !stop_asked(); length++) {
         model_trunk(m, tokens + first_token(r), r);
         model_logits(m, 0, length - 1, r, logits);
-        float threshold = -INFINITY;
-        if (c->sample_top_k > 0 && c->sample_top_k < V) {  // the k-th largest, by partial selection
-            memcpy(sorted, logits, V * sizeof(float));
-            for (int64_t i = 0; i < c->sample_top_k; i++) {
-                int64_t best = i;
-                for (int v = (int)i + 1; v < V; v++) if (sorted[v] > sorted[best]) best = v;
-                float swap = sorted[i]; sorted[i] = sorted[best]; sorted[best] = swap;
-            }
-            threshold = sorted[c->sample_top_k - 1];
-        }
-        double largest = -INFINITY, sum = 0;
-        for (int v = 0; v < V; v++) if (logits[v] > largest) largest = logits[v];
-        for (int v = 0; v < V; v++) sum += logits[v] >= threshold ? exp((logits[v] - largest) / c->temperature) : 0;
-        double draw = uniform(c->seed ^ 0x5A4D504C45ull, step * 65536 + length) * sum;
-        int next = -1;
-        for (int v = 0; v < V; v++) {
-            if (logits[v] < threshold) continue;
-            draw -= exp((logits[v] - largest) / c->temperature);
-            next = v;
-            if (draw < 0) break;
-        }
+        double chance = uniform(c->seed ^ 0x5A4D504C45ull, step * 65536 + length);
+        int next = draw_token(logits, sorted, V, c->sample_top_k, c->temperature, chance);
+        broadcast(&next, sizeof next, WORLD_GROUP, 0);  // one draws for all, whose logits may differ in their last bits
         if (next == k->end_of_text) break;
         tokens[length] = next;
         if (next >= k->count) continue;  // an id of the padding of a file that holds fewer tokens than the vocabulary
@@ -6145,6 +6182,7 @@ static void setup(Trainer* t, int argc, char** argv) {
         char* json = json_string(path);
         log_line(t->logs.jsonl, "{\"event\":\"resume\",\"step\":%ld,\"file\":%s}", s->step, json);
         free(json);
+        checkpoint_prune(c, s);  // which a run that was killed may not have come to
     }
     free(path);
 }
@@ -6188,8 +6226,7 @@ static void save_checkpoint(Trainer* t) {
     checkpoint_write(&t->model, path, &t->state, lines);
     free(lines);
     t->saved = t->state.step;
-    // While steps are not finite the weights may be lost: no older checkpoint, of better ones, makes room for them.
-    if (procs.rank == 0 && !t->state.not_finite) checkpoint_prune(c);
+    checkpoint_prune(c, &t->state);
     progress_clear(&t->logs);
     say("step %ld | checkpoint %s (%.2f GiB, %.1f s)\n", t->state.step, path, gib(checkpoint_bytes(&t->model)),
         seconds() - start);

@@ -366,6 +366,29 @@ class Job:
         return self.process.returncode, self.output
 
 
+OTHER_LOGITS = r'''
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <string.h>
+double exp(double x) {  // on rank 1 chances are others; what is trained takes expf
+    double (*real)(double) = dlsym(RTLD_NEXT, "exp");
+    const char* rank = getenv("OMPI_COMM_WORLD_RANK");
+    return real(rank && !strcmp(rank, "1") ? 3 * x : x);
+}
+'''
+
+
+def test_one_rank_draws_the_samples(lab, monkeypatch):
+    """Groups whose logits differ would draw other tokens and leave the loop at other times: rank 0's tokens are everybody's."""
+    preload(lab, OTHER_LOGITS, monkeypatch)
+    folder = lab.train("run", ranks=2, batch_size=2, steps=2, switch_step=1, sample_every=1, sample_tokens=64, rank_logs=1)
+    samples = [re.findall(r"\| sample: (.*)", (folder / f"rank_{r}.log").read_text(errors="replace")) for r in range(2)]
+    assert samples[0] == samples[1] and len(samples[0]) == 2
+    plain = lab.train("plain", ranks=1, batch_size=2, steps=2, switch_step=1, sample_every=1, sample_tokens=64)
+    assert [e["text"] for e in events(folder, "sample")] == [e["text"] for e in events(plain, "sample")]
+
+
 def signal_rank(job, rank, number):
     """Sends a rank a signal; returns its process id."""
     pid = job.pid_of(rank)
@@ -446,6 +469,13 @@ ssize_t pread(int fd, void* buffer, size_t bytes, off_t at) {
     return ((ssize_t (*)(int, void*, size_t, off_t))dlsym(RTLD_NEXT, "pread"))(fd, buffer, bytes, at);
 }
 '''
+
+
+def test_a_rank_that_does_not_start_is_no_endless_wait(lab):
+    """MPI's own start waits inside the library: --hang-timeout holds there too, however it is written."""
+    for option in ("--hang-timeout=3", "--hang-timeout 3"):
+        job = together(lab, lab.command("run") + option.split(), ["sleep", 60])
+        lab.ends(job, 20, "did not come to the start of MPI", "--hang-timeout")
 
 
 @pytest.mark.parametrize("call", ["pread", "fsync"])

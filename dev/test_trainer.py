@@ -17,6 +17,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -24,6 +25,8 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import model_file
 ENV = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", OMPI_ALLOW_RUN_AS_ROOT="1",
            OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
 LIGHTHOUSE_OPTIONS = {"levels", "pool", "topk", "tile", "dense-layers", "switch-step"}
@@ -583,7 +586,7 @@ def resumed_from(lab, saved, name, damage, steps=(2, 4), **options):
 def falls_back(lab, saved, name, damage):
     folder, result = resumed_from(lab, saved, name, damage)
     assert result.code == 0, (name, result.err)
-    assert re.search(r"warning: .*ckpt_00000004\.bin .*trying the one before", result.out), (name, result.out)
+    assert re.search(r"warning: .*ckpt_00000004\.bin\b.*trying the one before", result.out), (name, result.out)
     assert [e["step"] for e in events(folder, "resume")] == [2], name
     assert model_bytes(folder) == model_bytes(saved), name
     shutil.rmtree(folder)
@@ -662,6 +665,73 @@ def test_what_is_no_file_is_refused(lab, saved, kind):
     make(path)
     for options in (from_file(path), dict(train_data=path), dict(val_data=path), dict(tokenizer=path, sample_every=1)):
         lab.refused(path, "no regular file", **options)
+
+
+def crafted(data, state=(), **words):
+    """A checkpoint with other numbers in it and every checksum right again."""
+    data = bytearray(data)
+    for name, value in words.items():
+        at, kind = dict(T=(1032, "i"), layers=(1040, "i"), channels=(1048, "i"), weights_offset=(2048, "q"), parameters=(2056, "q"),
+                        file_bytes=(2064, "q"), state_bytes=(2072, "q"), chunks=(2080, "q"))[name]
+        struct.pack_into("<" + kind, data, at, value)
+    for at, value in state:
+        struct.pack_into("<q" if isinstance(value, int) else "<d", data, 4096 + at, value)
+    state_bytes, chunks = struct.unpack("<qq", data[2072:2088])
+    front = data[4096:4096 + state_bytes + 8 * chunks] if 0 < state_bytes + 8 * chunks < len(data) else b""
+    struct.pack_into("<Q", data, 2088, model_file.checksum(bytes(front[:len(front) // 8 * 8])))
+    struct.pack_into("<Q", data, 4088, model_file.checksum(bytes(data[:4088])))
+    return bytes(data)
+
+
+STATE = dict(step=0, sequences=8, updates=16, train_s=24, lighthouse_steps=40, dense_steps=48, loss_seen=72 + 1024,
+             norm_seen=72 + 1032 + 1024, seq_len=72 + 2 * 1032, total_batch=80 + 2 * 1032, not_finite=120 + 2 * 1032)
+
+
+def test_a_crafted_checkpoint_is_refused(lab, saved):
+    """Right checksums make no sense of impossible numbers: each is named as damage, and the checkpoint before is used."""
+    data = checkpoint(saved, 4).read_bytes()
+    assert crafted(data) == data, "the checksums are the program's"
+    size = len(data)
+    for name, value in [("chunks", 0), ("chunks", -1), ("chunks", 2 ** 60), ("chunks", 2), ("state_bytes", 0), ("state_bytes", -8),
+                        ("state_bytes", 2 ** 62), ("parameters", 0), ("parameters", -1), ("parameters", 2 ** 62), ("weights_offset", 0),
+                        ("weights_offset", -4096), ("weights_offset", size), ("T", 2 ** 31 - 1), ("layers", 2), ("channels", 2 ** 31 - 1)]:
+        falls_back(lab, saved, f"{name}_{value}", lambda path: path.write_bytes(crafted(data, **{name: value})))
+    for name, value in [("step", -4), ("step", 5), ("step", 2 ** 62), ("sequences", -1), ("sequences", 2 ** 62), ("updates", -1),
+                        ("updates", 5), ("train_s", math.nan), ("train_s", -1.0), ("lighthouse_steps", -1), ("dense_steps", 9),
+                        ("loss_seen", -3), ("norm_seen", -2 ** 62), ("seq_len", 0), ("seq_len", -T), ("total_batch", 0),
+                        ("total_batch", 2 ** 62), ("not_finite", -1), ("not_finite", 10)]:
+        changed = crafted(data, state=[(STATE[name], value)])
+        falls_back(lab, saved, f"{name}_{value}", lambda path: path.write_bytes(changed))
+    folder, result = resumed_from(lab, saved, "name", lambda path: path.rename(checkpoint(path.parent, 9)))
+    assert result.code == 0 and "ckpt_00000009.bin holds step 4; trying the one before" in result.out
+    assert [e["step"] for e in events(folder, "resume")] == [2]
+
+
+UNLISTABLE = r'''
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <dlfcn.h>
+#include <errno.h>
+struct dirent* readdir(DIR* d) { return errno = EIO, (struct dirent*)0; }
+'''
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(lab, saved, monkeypatch):
+    """An error of readdir ends the run: taken for an empty folder, a new run would write over the earlier one's checkpoints."""
+    folder = shutil.copytree(saved, lab.folder / "run")
+    (folder / "model.bin").unlink()
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    preload(lab, UNLISTABLE, monkeypatch)
+    for resume in (0, 1):
+        lab.fails(lab.run("run", depth=1, steps=4, dense_layers="none", resume=resume), "cannot list", folder, "Input/output error")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_what_a_killed_run_did_not_remove_goes_at_the_next_start(lab, saved):
+    """Killed between the last checkpoint's name and the removal of the older one: --keep-last holds after the resume."""
+    folder, result = resumed_from(lab, saved, "run", lambda path: (path.parent / "ckpt_00000009.bin.partial").write_bytes(b"torn"),
+                                  keep_last=1)
+    assert result.code == 0 and sorted(p.name for p in folder.glob("ckpt*")) == ["ckpt_00000004.bin"]
 
 
 def test_no_whole_checkpoint_is_an_error(lab, saved):

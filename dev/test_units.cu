@@ -249,6 +249,38 @@ static void test_words() {
     }
 }
 
+// ---- sampling
+
+// Chances at every 1/4096 against what top-k and the temperature say: shares of the softmax, written out.
+static void test_draws() {
+    const int V = 50, N = 4096;
+    float logits[V], sorted[V];
+    for (int v = 0; v < V; v++) logits[v] = (float)(4 * uniform(3, v));
+    for (int64_t k : {0, 1, 2, 7, V - 1, V, 2 * V})
+        for (double temperature : {0.25, 1.0, 3.0}) {
+            double share[V], sum = 0;
+            int drawn[V] = {0}, kept = 0;
+            for (int v = 0; v < V; v++) {
+                int above = 0;
+                for (int u = 0; u < V; u++) above += logits[u] > logits[v];
+                share[v] = k == 0 || above < k ? exp(logits[v] / temperature) : 0;
+                sum += share[v];
+                kept += share[v] > 0;
+            }
+            for (int i = 0; i < N; i++) drawn[draw_token(logits, sorted, V, k, temperature, (i + 0.5) / N)]++;
+            double worst = 0;
+            bool within = kept == (k == 0 ? V : std::min<int64_t>(k, V));
+            for (int v = 0; v < V; v++) {
+                worst = std::max(worst, fabs(drawn[v] - N * share[v] / sum));
+                within &= share[v] > 0 || drawn[v] == 0;
+            }
+            check(within && worst < 1.01, "draws: top %ld at temperature %g (the worst token is %.2f of %d off)", (long)k, temperature, worst, N);
+        }
+    for (int v = 0; v < V; v++) logits[v] = NAN;
+    int next = draw_token(logits, sorted, V, 7, 1, 0.5);
+    check(next >= 0 && next < V, "draws: of a model that is lost, some token");
+}
+
 // ---- JSON strings
 
 static void test_json() {
@@ -422,6 +454,7 @@ int main(int argc, char** argv) {
     test_schedules();
     test_checkpoints_to_come();
     test_words();
+    test_draws();
     test_json();
     test_checksum();
     test_sums();
