@@ -343,13 +343,14 @@ class Job:
                                         stderr=subprocess.STDOUT, universal_newlines=True, errors="replace")
         self.output = ""
 
-    def wait_for_step(self, step):
+    def wait_for(self, what):
+        """Until a line begins with this, or is of this step or a later one."""
         for line in self.process.stdout:
             self.output += line
             done = re.search(r"step +(\d+)/", line)
-            if done and int(done.group(1)) >= step:
+            if line.startswith(what) if isinstance(what, str) else done and int(done.group(1)) >= what:
                 return
-        raise AssertionError(f"the job ended before step {step}: {self.output}")
+        raise AssertionError(f"the job ended before {what}: {self.output}")
 
     def pid_of(self, rank):
         started = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
@@ -402,7 +403,7 @@ def test_a_killed_rank_ends_the_job_and_the_run_goes_on(lab, reference):
     options = dict(ranks=4, cp=2, checkpoint_every=1, resume=1)
     for step in (chance.randrange(1, SWITCH - 3), SWITCH - 1, chance.randrange(SWITCH + 1, STEPS - 6)):
         job, rank = Job(lab.command("run", **options)), chance.randrange(4)
-        job.wait_for_step(step)
+        job.wait_for(step)
         time.sleep(chance.uniform(0, 0.02))  # a step with its checkpoint takes about as long, and six more must follow
         signal_rank(job, rank, signal.SIGKILL)
         code, output = job.end(10)
@@ -415,7 +416,7 @@ def test_a_killed_rank_ends_the_job_and_the_run_goes_on(lab, reference):
 def test_a_hanging_rank_is_named(lab, rank):
     """SIGSTOP of one rank: the others wait for --hang-timeout and no longer, and say for whom."""
     job = Job(lab.command("run", ranks=3, batch_size=2, steps=2000, hang_timeout=5))
-    job.wait_for_step(3)
+    job.wait_for(3)
     signal_rank(job, rank, signal.SIGSTOP)
     code, output = job.end(30)
     named = set(re.findall(r"no sign of (.*?) for the 5 s", output))
@@ -425,7 +426,7 @@ def test_a_hanging_rank_is_named(lab, rank):
 def test_waiting_within_the_limit_is_no_hang(lab, reference):
     """A rank that stands still for less than --hang-timeout costs its time and nothing else."""
     job = Job(lab.command("run", ranks=2, cp=2, hang_timeout=30))
-    job.wait_for_step(3)
+    job.wait_for(3)
     signal_rank(job, 1, signal.SIGSTOP)
     time.sleep(2)
     signal_rank(job, 1, signal.SIGCONT)
@@ -437,7 +438,7 @@ def test_waiting_within_the_limit_is_no_hang(lab, reference):
 def test_a_suspended_job_is_no_hang(lab, reference):
     """All ranks stopped, for longer than --hang-timeout, and woken: as a scheduler does it. None hung."""
     job = Job(lab.command("run", ranks=2, batch_size=2, hang_timeout=2, steps=2000))
-    job.wait_for_step(3)
+    job.wait_for(3)
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for rank in (0, 1):
             signal_rank(job, rank, number)
@@ -495,7 +496,7 @@ def test_a_slow_disk_is_no_hang(lab, reference, call):
 def test_a_signal_to_mpirun_leaves_a_checkpoint(lab, reference, how):
     """As a preempted job gets it: the ranks finish the step, write, leave; another number of ranks goes on."""
     job = Job(lab.command("run", ranks=4, cp=2))
-    job.wait_for_step(5)
+    job.wait_for(5)
     job.process.send_signal(how)
     code, output = job.end(20)
     step, = checkpoints(lab.folder / "run")
@@ -508,8 +509,7 @@ def test_a_signal_to_one_rank_breaks_off_a_validation(lab):
     """All ranks leave a long validation at the same batch, with a checkpoint."""
     long = write_shard(lab.folder / "long.bin", np.arange(50000 * T + 1) % 250)
     job = Job(lab.command("run", ranks=3, batch_size=1, val_data=long, val_batches=50000, val_every=3, resume=1))
-    while "speed " not in job.output:
-        job.output += job.process.stdout.readline()
+    job.wait_for("speed ")
     time.sleep(0.5)
     signal_rank(job, 1, signal.SIGUSR1)
     code, output = job.end(20)
