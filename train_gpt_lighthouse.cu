@@ -4062,9 +4062,10 @@ static int layer_level(const Model* m, Run r, int l) {
     return r.train ? (r.recompute + l) / m->dims.L : 5;  // 5: nothing is kept
 }
 
-// Rows of the logits made at a time: about 512 MiB, never the whole sequence's.
+// Rows of the logits made at a time, never the whole sequence's. The tests make the chunk small.
+static int64_t head_chunk_bytes = 512ll << 20;
 static int64_t head_rows(const Model* m, int64_t rows) {
-    int64_t chunk = (512ll << 20) / ((int64_t)m->dims.Vp * sizeof(floatX)) / 128 * 128;
+    int64_t chunk = head_chunk_bytes / ((int64_t)m->dims.Vp * sizeof(floatX)) / 128 * 128;
     return std::min(rows, std::max<int64_t>(chunk, 128));
 }
 

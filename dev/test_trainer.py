@@ -559,7 +559,8 @@ def test_a_resume_that_moves_the_switch_says_so(lab):
         assert [e["step"] for e in events(folder, "switch")] == [6]
         assert [(e["step"], e["loss_lighthouse"] is not None) for e in events(folder, "eval")] == [(6, lighthouse), (8, False)]
         state = checkpoint(folder, 8).read_bytes()[4096:]  # step, sequences, updates, two times, of two phases: steps, times; values
-        assert struct.unpack("<q", state[72 + 128 * 8:80 + 128 * 8]) == (2,), "the losses seen since the switch"
+        for detector in (STATE["loss_seen"], STATE["norm_seen"]):
+            assert struct.unpack("<q", state[detector:detector + 8]) == (2,), "losses and norms seen since the switch"
 
 
 # ---- 2. checkpoints
@@ -1400,6 +1401,33 @@ def test_closed_standard_streams(lab):
     assert len(step_events(lab.folder / "run")) == 3 and len(main_log(lab.folder / "run")) == 3
 
 
+def sections(path):
+    """A checkpoint's weights and moments, in double precision."""
+    return np.frombuffer(checkpoint_body(path), "<f4").astype(float).reshape(3, -1)
+
+
+def by_hand(before, after, lr, update, norm, beta1=0.9, beta2=0.999, eps=1e-8, clip=0):
+    """That one step leads from one checkpoint's sections to another's, by AdamW's equations without decay; the gradient is
+    what the first moment's change tells, and its norm is what the log says."""
+    (w0, m0, v0), (w1, m1, v1) = before, after
+    g = (m1 - beta1 * m0) / (1 - beta1)
+    scale = clip / norm if 0 < clip < norm else 1
+    assert math.isclose(np.linalg.norm(g), norm * scale, rel_tol=1e-4)
+    assert np.allclose(v1, beta2 * v0 + (1 - beta2) * g ** 2, rtol=1e-3, atol=1e-6 * v1.max())
+    moved = -lr * (m1 / (1 - beta1 ** update)) / (np.sqrt(v1 / (1 - beta2 ** update)) + eps)
+    assert np.linalg.norm(w1 - w0 - moved) < 1e-3 * np.linalg.norm(moved) > 0
+
+
+@pytest.mark.parametrize("clip", [0, 0.05])
+def test_steps_by_hand(lab, clip):
+    """Three steps from checkpoint to checkpoint, worked out from AdamW's equations with two different betas, and with clipping."""
+    folder = lab.train("run", steps=4, batch_size=2, total_batch_size=6 * T, learning_rate=1e-2, weight_decay=0, beta2=0.999, adam_eps=1e-6,
+                       lr_schedule="linear", warmup_steps=0, grad_clip=clip, checkpoint_every=1, keep_last=0)
+    for step, e in enumerate(step_events(folder)[1:], 2):
+        assert e["lr"] == pytest.approx(1e-2 * (1 - 0.9 * (step - 1) / 4))
+        by_hand(sections(checkpoint(folder, step - 1)), sections(checkpoint(folder, step)), e["lr"], step, e["norm"], eps=1e-6, clip=clip)
+
+
 OUTLIER = dict(depth=1, steps=260, shuffle=0, dense_layers="none", learning_rate=1e-2, lr_schedule="constant", warmup_steps=0)
 
 
@@ -1424,6 +1452,28 @@ def test_an_outlier_is_skipped(lab, option):
     lab.train("resumed", **options, **z, resume=1)
     assert model_bytes(resumed) == model_bytes(folder)
     assert [e["step"] for e in events(resumed, "step") if e["skipped"]] == [251]
+
+
+def test_updates_are_counted_and_not_steps(lab):
+    """After a skipped step the bias correction is that of the updates made: a beta of 0.999 shows it in the update's size."""
+    options = dict(OUTLIER, steps=252, train_data=lab.data.outlier, program="dense", dense_layers=None, beta2=0.999, weight_decay=0,
+                   grad_clip=0)
+    folder = lab.train("run", **options, skip_loss_z=6, checkpoint_every=1, keep_last=2)
+    steps = step_events(folder)
+    assert [e["step"] for e in steps if e["skipped"]] == [251]
+    by_hand(*(sections(checkpoint(folder, step)) for step in (251, 252)), steps[251]["lr"], 251, steps[251]["norm"])
+
+
+def test_an_unusually_low_loss_is_no_outlier(lab):
+    """A window far easier than those before, after 128 of them, is trained on like any other."""
+    tokens = np.where(np.random.RandomState(1).rand(160 * T + 1) < 0.5, 0, np.random.RandomState(2).randint(1, 64, 160 * T + 1))
+    tokens[140 * T + 1:141 * T + 1] = 0
+    path = write_shard(lab.folder / "easy.bin", tokens)
+    options = dict(OUTLIER, steps=150, train_data=path, program="dense", dense_layers=None)
+    folder = lab.train("run", **options, skip_loss_z=6, skip_grad_z=100)
+    losses = [e["loss"] for e in step_events(folder)]
+    mean, deviation = np.mean(losses[12:140]), np.std(losses[12:140])
+    assert (losses[140] - mean) / deviation < -6 and not any(e["skipped"] for e in step_events(folder)), losses[140]
 
 
 def test_the_detector_starts_anew_at_the_switch(lab):

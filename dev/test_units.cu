@@ -240,7 +240,9 @@ static void test_words() {
     struct { const char* text; int length; } cases[] = {
         {"the cat", 3}, {" the", 4}, {"  the", 1}, {"   ", 3}, {" ", 1}, {"\n\nx", 1}, {"\n", 1}, {"\nx", 1}, {" \n x", 2},
         {"it's", 2}, {"'s", 2}, {"'ll go", 3}, {"'x", 1}, {" 's", 2}, {"''s", 2}, {"12ab", 2}, {" 12ab", 3}, {"ab12", 2}, {"!?a", 2},
-        {" !?a", 3}, {"a!", 1}, {"caf\xC3\xA9 x", 5}, {"\xC3\xA9t\xC3\xA9.", 5}, {"_x", 1}};
+        {" !?a", 3}, {"a!", 1},
+        {"'t", 2}, {"'rex", 3}, {"'ve", 3}, {"'m", 2}, {"'llx", 3}, {"'d", 2}, {"'r", 1}, {"'v e", 1}, {"'l", 1}, {"'e", 1},
+        {"'S", 1}, {" 'll", 2}, {"caf\xC3\xA9 x", 5}, {"\xC3\xA9t\xC3\xA9.", 5}, {"_x", 1}};
     for (auto& c : cases) {
         int n = word_length(c.text);
         char* shown = json_string(c.text);
