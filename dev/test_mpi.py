@@ -240,6 +240,13 @@ def test_ranks_share_the_search_for_bad_ids(lab):
                  f"{name}{shard}: token {30 * T} is id 300, but the vocabulary has 257 ids (0 to 256)")
 
 
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_sums_are_in_the_order_of_the_ranks(lab, ranks):
+    """Of numbers whose sum depends on the order, on the host and of pieces of tensors: the same everywhere."""
+    result = execute([*mpirun(ranks), lab.programs["units"], "ranks"])
+    assert result.code == 0 and result.out.count("\n8 passed, 0 failed") + result.out.startswith("8 passed") == ranks, result.out
+
+
 # ---- 2. files
 
 def test_checkpoints_go_from_any_number_of_ranks_to_any_other(lab, reference):

@@ -145,6 +145,28 @@ static void test_loader() {
     free(pattern);
 }
 
+// Another token in any of a few windows, or in the last of many, is other data.
+static void test_fingerprint() {
+    char path[] = "/tmp/test_units_XXXXXX";
+    close(mkstemp(path));
+    const int64_t T = 4;
+    auto of = [&](int64_t windows, int64_t first, int64_t end) {  // of which these have another first token
+        write_shard(path, windows * T + 1, 0, 2);
+        int fd = open(path, O_WRONLY);
+        uint16_t other = 300;
+        for (int64_t w = first; w < end; w++) if (pwrite(fd, &other, 2, 1024 + w * T * 2) != 2) fatal("cannot write %s", path);
+        close(fd);
+        Loader d;
+        loader_open(&d, path, T, false, 1);
+        return loader_fingerprint(&d);
+    };
+    bool noticed = true;
+    for (int64_t w = 0; w < 9; w++) noticed &= of(9, w, w + 1) != of(9, 0, 0);
+    check(noticed, "fingerprint: another token in any of 9 windows is noticed");
+    check(of(5000, 4995, 5000) != of(5000, 0, 0), "fingerprint: and in the last thousandth of many");
+    unlink(path);
+}
+
 // ---- the detector
 
 static void test_detector() {
@@ -299,6 +321,21 @@ static void test_json() {
     }
 }
 
+// ---- operations of a step, from the sizes: 2 a multiply-add, forward once and backward twice, half of the attention square
+
+static void test_flops() {
+    static Model m;
+    const int L = 5, C = 32, T = 256;
+    model_layout(&m, {T, 300, 384, L, 4, C, true, 10000});
+    m.shape.S = 96;
+    for (int l = 0; l < L; l++) m.lighthouse_layer[l] = l == 1 || l == 2;
+    double matrices = 2.0 * (L * (C * 3 * C + C * C + C * 4 * C + 4 * C * C) + C * 384), tokens = 3 * T;  // the head last
+    auto attention = [&](double rows) { return 2 * (2 * rows * rows * C) / 2; };  // scores, and their products with v
+    double dense = 3 * (matrices * tokens + L * 3 * attention(T)), lighthouse = 3 * (matrices * tokens + 3 * 3 * attention(T) + 2 * 3 * attention(96));
+    check(fabs(step_flops(&m, DENSE, T, tokens) / dense - 1) < 1e-12, "operations of a dense step: %.6g (%.6g)", dense, step_flops(&m, DENSE, T, tokens));
+    check(fabs(step_flops(&m, LIGHTHOUSE, T, tokens) / lighthouse - 1) < 1e-12, "operations of a Lighthouse step: %.6g", lighthouse);
+}
+
 // ---- checksum, random numbers
 
 static void test_checksum() {
@@ -446,18 +483,40 @@ static int print_json() {
     return 0;
 }
 
+// Under mpirun: sums whose result depends on the order of the ranks are the same everywhere, in rank order.
+static int print_rank_sums(int* argc, char*** argv) {
+    processes_start(argc, argv);
+    const double values[] = {1e16, 1, -1e16, 1};
+    double x = values[procs.rank % 4], expected = 0;
+    for (int r = 0; r < procs.world; r++) expected += values[r % 4];
+    check(all_sum(x) == expected, "rank %d: sum in rank order", procs.rank);
+    std::vector<float> rows(2 * procs.world * 3), sums(2);
+    for (float& y : rows) y = (float)(procs.rank % 4 == 1 || procs.rank % 4 == 3 ? 1 : procs.rank % 4 ? -1e8 : 1e8);
+    for (int r = 0; r < procs.world; r++) sums[0] += (float)(r % 4 == 1 || r % 4 == 3 ? 1 : r % 4 ? -1e8 : 1e8);
+    reduce_scatter_start(rows.data(), 2, procs.world * 3);
+    for (int row = 0; row < 2; row++)
+        for (int i = 0; i < 3; i++) check(rows[(row * procs.world + procs.rank) * 3 + i] == sums[0], "rank %d: sums of pieces in rank order", procs.rank);
+    check(all_max(procs.rank == 1 ? 7 : -procs.rank) == 7, "rank %d: maximum", procs.rank);
+    processes_end();
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed > 0;
+}
+
 int main(int argc, char** argv) {
+    if (argc == 2 && !strcmp(argv[1], "ranks")) return print_rank_sums(&argc, &argv);
     if (argc == 2 && !strcmp(argv[1], "options")) return print_options();
     if (argc == 3 && !strcmp(argv[1], "encode")) return print_encoded(argv[2]);
     if (argc == 2 && !strcmp(argv[1], "json")) return print_json();
     test_permutation();
     test_loader();
+    test_fingerprint();
     test_detector();
     test_schedules();
     test_checkpoints_to_come();
     test_words();
     test_draws();
     test_json();
+    test_flops();
     test_checksum();
     test_sums();
     test_layout();
