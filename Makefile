@@ -13,7 +13,7 @@ GPU_TESTS = build/test_gpu_ops build/test_gpu_ops_fp32 build/test_gpu_attention 
             build/test_gpu_model build/test_gpu_model_fp32
 
 # What the machine has. It is looked at on every make, and what depends on it is rebuilt only when it has changed.
-ifneq ($(filter-out help clean deps deps-test quickstart test,$(or $(MAKECMDGOALS),all)),)
+ifneq ($(filter-out help clean deps deps-test quickstart test test-mpi,$(or $(MAKECMDGOALS),all)),)
 ifneq ($(shell mkdir -p build && CXX="$(CXX)" GPU_COMPUTE_CAPABILITY="$(GPU_COMPUTE_CAPABILITY)" scripts/probe > build/config.new && \
         (cmp -s build/config.new build/config.mk || cp build/config.new build/config.mk) && echo ok),ok)
 $(error scripts/probe failed)
@@ -86,7 +86,9 @@ test:
 	@if nvidia-smi -L > /dev/null 2>&1; then $(MAKE) test-gpu; fi
 
 # Several ranks against one, on the CPU backend with mpirun; part of make test.
-test-mpi: cpu
+test-mpi:
+	scripts/setup test
+	$(MAKE) cpu
 	dev/run_tests mpi
 
 # Every kernel against its CPU twin, the model against PyTorch, GPU runs against CPU runs. Needs a GPU.

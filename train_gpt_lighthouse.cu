@@ -47,8 +47,11 @@ Build with make; every program has --help.
 #include <time.h>
 #include <unistd.h>
 #include <algorithm>
+#include <atomic>
+#include <functional>
 #include <initializer_list>
 #include <numeric>
+#include <thread>
 #ifdef USE_MPI
 #include <mpi.h>
 #endif
@@ -112,6 +115,7 @@ struct Option {
 };
 
 static const int64_t MAX_SEQ_LEN = 1 << 30;
+static const int MAX_CHANNELS = 65536, MAX_VOCAB = 1 << 24;
 
 #define AT(field) offsetof(Config, field)
 static const Option options[] = {
@@ -132,9 +136,9 @@ static const Option options[] = {
     {"model", "e", OPT_TEXT, AT(model), "d12", 0, 0,
      "[model] d6, d12, d24, d36, d48, d60, lh30, or a model or checkpoint file to start from"},
     {"depth", "", OPT_INT, AT(depth), "0", 0, 1024, "layers; 0: as the descriptor says"},
-    {"channels", "", OPT_INT, AT(channels), "0", 0, 65536, "channels; 0: as the descriptor says"},
+    {"channels", "", OPT_INT, AT(channels), "0", 0, MAX_CHANNELS, "channels; 0: as the descriptor says"},
     {"heads", "", OPT_INT, AT(heads), "0", 0, 1024, "heads; 0: as the descriptor says"},
-    {"vocab-size", "", OPT_INT, AT(vocab_size), "0", 0, 16777216,
+    {"vocab-size", "", OPT_INT, AT(vocab_size), "0", 0, MAX_VOCAB,
      "token ids; 0: as many as the tokenizer.bin beside the data has; without one 257 or 50257, as the ids fit"},
     {"positions", "", OPT_TEXT, AT(positions), "rope", 0, 0, "rope, or learned as in GPT-2"},
     {"rope-theta", "", OPT_REAL, AT(rope_theta), "500000", 1, 1e12, "base of the rotary frequencies"},
@@ -355,23 +359,49 @@ PRINTF_LIKE(2) static char* longer_text(char* s, const char* format, ...) {
     return both;
 }
 
+// Calls what may take long because of this process's own disk. That is no hang: meanwhile other processes that wait for
+// this one are told so.
+static bool at_disk;
+template <typename Call> static void on_disk(Call call) {
+    if (!waits_for_others) return call();
+    int error = 0;
+    std::atomic<bool> done(false);
+    std::thread worker([&] {
+        call();
+        error = errno;
+        done = true;
+    });
+    at_disk = true;
+    for (Wait w = {}; !done;) wait_a_moment(&w);
+    at_disk = false;
+    worker.join();
+    errno = error;
+}
+
 static int open_to_read(const char* path) {
-    int fd = open(path, O_RDONLY);
-    if (fd < 0) fatal("cannot read %s: %s", path, strerror(errno));
+    struct stat st;
+    int fd = -1;
+    on_disk([&] { fd = open(path, O_RDONLY | O_NONBLOCK); });  // a pipe is refused, not waited for
+    if (fd < 0 || fstat(fd, &st)) fatal("cannot read %s: %s", path, strerror(errno));
+    if (!S_ISREG(st.st_mode)) fatal("cannot read %s: it is no regular file", path);
     return fd;
 }
 
-// Returns NULL or what is wrong, to be freed.
+// Returns NULL or, where the file ends too early, a sentence that says so, to be freed. A disk that fails says nothing
+// about the file, and ends the run.
 static char* try_read_at(int fd, void* buffer, size_t bytes, int64_t offset, const char* path) {
-    for (size_t done = 0; done < bytes;) {
-        ssize_t n = pread(fd, (char*)buffer + done, bytes - done, offset + done);
-        if (n < 0 && errno == EINTR) continue;
-        if (n < 0) return text("%s cannot be read: %s", path, strerror(errno));
-        if (n == 0)
-            return text("%s ends at byte %ld; %zu more bytes were expected", path, offset + done, bytes - done);
-        done += n;
-    }
-    return NULL;
+    ssize_t n = 1;
+    size_t done = 0;
+    on_disk([&] {
+        while (done < bytes && n != 0) {
+            n = pread(fd, (char*)buffer + done, bytes - done, offset + done);
+            if (n < 0 && errno != EINTR) break;
+            done += std::max<ssize_t>(n, 0);
+        }
+    });
+    if (n < 0) fatal("cannot read %s at byte %ld: %s", path, offset + done, strerror(errno));
+    if (done == bytes) return NULL;
+    return text("%s ends at byte %ld; %zu more bytes were expected", path, offset + done, bytes - done);
 }
 
 static void read_at(int fd, void* buffer, size_t bytes, int64_t offset, const char* path) {
@@ -381,13 +411,15 @@ static void read_at(int fd, void* buffer, size_t bytes, int64_t offset, const ch
 
 // Returns false with errno set, so that a half-written file can be removed before the message.
 static bool write_at(int fd, const void* buffer, size_t bytes, int64_t offset) {
-    for (size_t done = 0; done < bytes;) {
-        ssize_t n = pwrite(fd, (const char*)buffer + done, bytes - done, offset + done);
-        if (n < 0 && errno == EINTR) continue;
-        if (n < 0) return false;
-        done += n;
-    }
-    return true;
+    size_t done = 0;
+    on_disk([&] {
+        while (done < bytes) {
+            ssize_t n = pwrite(fd, (const char*)buffer + done, bytes - done, offset + done);
+            if (n < 0 && errno != EINTR) break;
+            done += std::max<ssize_t>(n, 0);
+        }
+    });
+    return done == bytes;
 }
 
 static int64_t file_size(int fd, const char* path) {
@@ -650,17 +682,20 @@ static unsigned grid_for(int64_t work, int64_t per_block) {
 // Hands out pieces of one allocation. With base NULL it only counts, so that one layout function both plans and places.
 struct Arena {
     char* base;
-    size_t used;
+    size_t used, size;
 };
 static void* take(Arena* a, size_t bytes) {
     void* p = a->base ? a->base + a->used : NULL;
     a->used += (bytes + 255) / 256 * 256;
+    if (p && a->used > a->size)
+        fatal("a pass places %zu bytes where the memory plan took %zu: a kind of pass is missing in it", a->used,
+              a->size);
     return p;
 }
 // Bytes of a floatX in the memory plan: with --plan-memory a GPU's, on the CPU too.
 static size_t floatx_bytes = sizeof(floatX);
-#define TAKE(arena, type, count) \
-    ((type*)take(arena, (size_t)(count) * (strcmp(#type, "floatX") ? sizeof(type) : floatx_bytes)))
+#define BYTES(type, count) ((size_t)(count) * (strcmp(#type, "floatX") ? sizeof(type) : floatx_bytes))
+#define TAKE(arena, type, count) ((type*)take(arena, BYTES(type, count)))
 
 // ===================================================================================================================
 // 3. Processes: one per device, world = dp x cp of them. The cp ranks of a group hold consecutive slices of the same
@@ -713,8 +748,9 @@ struct ProcessName {
 static ProcessName* process_names;  // (world)
 static const double ANSWER_S = 3;   // an answer takes as long as the other's pause between two looks: milliseconds
 
-enum { QUESTION = 1, ANSWER = 2 };
+enum { QUESTION = 1, WAITS_FOR_OTHERS, WAITS_FOR_DISK };
 static bool lower_rank_asked;
+static int rank_at_disk = -1;  // one that answered so
 
 // Answers questions. Notes in waits[rank], unless NULL, who waits.
 static void answer_questions(bool* waits) {
@@ -724,15 +760,17 @@ static void answer_questions(bool* waits) {
         if (!found) return;
         MPI_Recv(NULL, 0, MPI_BYTE, s.MPI_SOURCE, s.MPI_TAG, hang_comm, MPI_STATUS_IGNORE);
         if (waits) waits[s.MPI_SOURCE] = true;
-        if (s.MPI_TAG == ANSWER) continue;
+        if (s.MPI_TAG == WAITS_FOR_DISK) rank_at_disk = s.MPI_SOURCE;
+        if (s.MPI_TAG != QUESTION) continue;
         lower_rank_asked |= s.MPI_SOURCE < procs.rank;
         MPI_Request sent;
-        MPI_Isend(NULL, 0, MPI_BYTE, s.MPI_SOURCE, ANSWER, hang_comm, &sent);
+        MPI_Isend(NULL, 0, MPI_BYTE, s.MPI_SOURCE, at_disk ? WAITS_FOR_DISK : WAITS_FOR_OTHERS, hang_comm, &sent);
         MPI_Request_free(&sent);
     }
 }
 
-__attribute__((noreturn)) static void name_who_hangs() {
+// Ends the job with the names of those that do not answer. Returns if it is but a disk that is waited for.
+static void name_who_hangs() {
     bool* waits = (bool*)host_alloc(procs.world);
     for (int i = 0; i < procs.world; i++) {
         waits[i] = i == procs.rank;
@@ -741,7 +779,17 @@ __attribute__((noreturn)) static void name_who_hangs() {
         MPI_Isend(NULL, 0, MPI_BYTE, i, QUESTION, hang_comm, &sent);
         MPI_Request_free(&sent);
     }
+    rank_at_disk = -1;
     for (double began = seconds(); seconds() - began < ANSWER_S; usleep(1000)) answer_questions(waits);
+    if (rank_at_disk >= 0) {
+        if (!lower_rank_asked)
+            fprintf(stderr, "note: %srank %d (pid %ld on %s) has been waiting for its disk for more than the %g s of "
+                    "--hang-timeout\n", process_name, rank_at_disk, process_names[rank_at_disk].pid,
+                    process_names[rank_at_disk].host, hang_timeout);
+        lower_rank_asked = false;
+        free(waits);
+        return;
+    }
     if (lower_rank_asked)  // the lowest that asks speaks, and ends this process too
         for (double began = seconds(); seconds() - began < 3 * ANSWER_S;) usleep(100000);
     char *who = text("%s", ""), *place = step_begun ? text("step %ld", step_begun) : text("the start");
@@ -773,7 +821,9 @@ static void wait_a_moment(Wait* w) {
     else if (now - w->last > 1) w->began += now - w->last;
     w->last = now;
     answer_questions(NULL);
-    if (hang_timeout > 0 && now - w->began > hang_timeout) name_who_hangs();
+    if (hang_timeout <= 0 || at_disk || now - w->began <= hang_timeout) return;
+    name_who_hangs();
+    w->began = seconds();
 }
 
 static void wait_for(MPI_Request* requests, int n) {
@@ -828,9 +878,24 @@ static void barrier() {
 
 // ---- start and end
 
+// The starts of MPI and NCCL wait for the others inside the libraries, without a limit: an alarm is theirs.
+static void on_alarm(int) {
+    static const char message[] = "error: another process did not come to the start of MPI or NCCL within the seconds "
+                                  "of --hang-timeout: look at its output, and whether its host is reached\n";
+    _exit(write(STDERR_FILENO, message, sizeof message - 1) < 0 ? 2 : 1);
+}
+static void limit_start(bool begins) { alarm(begins ? (unsigned)hang_timeout : 0); }
+
 static void processes_start(int* argc, char*** argv) {
     // A single process needs no MPI, and starts faster without; under mpirun -n 1 it is a group of one.
     if (processes_started() <= 1 && !getenv("OMPI_COMM_WORLD_SIZE")) return;
+    for (int i = 1; i < *argc; i++) {  // before all options are read, whose messages need the rank
+        const char* value = (*argv)[i] + strlen("--hang-timeout");
+        if (strncmp((*argv)[i], "--hang-timeout", value - (*argv)[i])) continue;
+        hang_timeout = atof(*value == '=' ? value + 1 : i + 1 < *argc ? (*argv)[i + 1] : "");
+    }
+    signal(SIGALRM, on_alarm);
+    limit_start(true);
     int level;
     MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &level);
     MPI_Comm_rank(MPI_COMM_WORLD, &procs.rank);
@@ -842,6 +907,7 @@ static void processes_start(int* argc, char*** argv) {
     MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, procs.rank, MPI_INFO_NULL, &local_comm);
     MPI_Comm_rank(local_comm, &procs.local_rank);
     MPI_Comm_size(local_comm, &procs.local_world);
+    limit_start(false);
     procs.connected = true;
     if (procs.world > 1) snprintf(process_name, sizeof process_name, "rank %d: ", procs.rank);
     waits_for_others = procs.world > 1;
@@ -885,7 +951,9 @@ static ncclComm_t nccl_open(MPI_Comm comm) {
     MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, comm, &r);
     wait_for(&r, 1);
     ncclComm_t nccl;
+    limit_start(true);
     ncclCheck(ncclCommInitRank(&nccl, size, id, rank));
+    limit_start(false);
     return nccl;
 }
 
@@ -1104,12 +1172,12 @@ static double all_max(double x) {
 }
 
 // SIGTERM, SIGINT, SIGHUP or SIGUSR1, which mpirun hands on without killing soon after, asks a run to stop. A second
-// one ends the process, unless it comes at once: timeout(1) sends each twice.
-static volatile sig_atomic_t stop_signal = 0;
+// one ends the process, unless it comes at once, as timeout(1) sends each twice, or while a file is written.
+static volatile sig_atomic_t stop_signal = 0, writing_file = 0;
 static void on_signal(int received) {
     static double first;
     if (!stop_signal) first = seconds();
-    else if (seconds() - first > 1) {
+    else if (!writing_file && seconds() - first > 1) {
         signal(received, SIG_DFL);
         raise(received);  // arrives when this handler returns
     }
@@ -1262,11 +1330,10 @@ static void loader_open(Loader* d, const char* pattern, int64_t T, bool shuffle,
         d->tokens += s->tokens;
         int64_t begin, end;
         shard_share(s, &begin, &end);
-        #pragma omp parallel for reduction(max : largest)
-        for (int64_t t = begin; t < end; t++) {
-            int64_t id = (uint32_t)shard_token(s, t);
-            if (id > largest) largest = id;
-        }
+        on_disk([&] {
+            #pragma omp parallel for reduction(max : largest)
+            for (int64_t t = begin; t < end; t++) largest = std::max(largest, (int64_t)(uint32_t)shard_token(s, t));
+        });
     }
     globfree(&found);
     d->largest_id = (int64_t)all_max((double)largest);
@@ -1353,11 +1420,13 @@ static void loader_sequence(const Loader* d, int64_t i, int* inputs, int* target
 static uint64_t loader_fingerprint(const Loader* d) {
     const int64_t samples = 1024, length = std::min<int64_t>(d->T, 64);
     int* tokens = (int*)host_alloc(samples * length * sizeof(int));
-    for (int64_t i = 0; i < samples; i++) {
-        int64_t first;
-        const Shard* s = loader_window(d, (int64_t)((double)i / samples * d->windows), &first);
-        for (int64_t t = 0; t < length; t++) tokens[i * length + t] = shard_token(s, first + t);
-    }
+    on_disk([&] {
+        for (int64_t i = 0; i < samples; i++) {
+            int64_t first;
+            const Shard* s = loader_window(d, (int64_t)((double)i / samples * d->windows), &first);
+            for (int64_t t = 0; t < length; t++) tokens[i * length + t] = shard_token(s, first + t);
+        }
+    });
     uint64_t sum = checksum(tokens, samples * length * sizeof(int));
     free(tokens);
     return sum;
@@ -1582,7 +1651,7 @@ static EncoderScratch encoder_scratch(char* base, int64_t N, int C) {
     s.tiles = ceil_div(N, SORT_TILE);
     s.piece = std::max(ENCODER_PIECE, (int)ceil_div(N, ENCODER_PIECES));
     s.pieces = ceil_div(N, s.piece);
-    Arena a = {base, 0};
+    Arena a = {base, 0, SIZE_MAX};
     for (int i = 0; i < 2; i++) {
         s.key[i] = TAKE(&a, int, N);
         s.row[i] = TAKE(&a, int, N);
@@ -4049,14 +4118,14 @@ struct Piece {
     int64_t owned;   // in master, m and v
 };
 
-// The pieces that make up this process's slices, to be freed.
-static Piece* own_pieces(const Model* m, int* count) {
+// The pieces that make up this process's slices, or another's, to be freed.
+static Piece* own_pieces(const Model* m, int* count, int rank = procs.rank) {
     Piece* pieces = (Piece*)host_alloc(TENSORS * m->dims.L * sizeof(Piece));
     *count = 0;
     for (int t = 0; t < TENSORS; t++)
         for (int l = 0; l < (tensor_is_stacked(t) ? m->dims.L : 1); l++) {
             int g = tensor_is_stacked(t) ? 1 + l : 0;
-            int64_t begin = layer_offset(m, t, l), slice = slice_begin(m, g);
+            int64_t begin = layer_offset(m, t, l), slice = group_begin(m, g) + rank * slice_size(m, g);
             int64_t first = std::max(begin, slice);
             int64_t last = std::min(begin + layer_size(m, t), slice + slice_size(m, g));
             if (first < last)
@@ -4072,7 +4141,7 @@ static float* own_master(const Model* m, const Piece* p) {
 }
 
 // Sets n weights of a piece, from its i-th on.
-static void set_weights(Model* m, const Piece* p, int64_t i, const float* host, int64_t n) {
+static void set_weights(const Model* m, const Piece* p, int64_t i, const float* host, int64_t n) {
     copy_to_device(own_master(m, p) + i, host, n * sizeof(float));
     if (!m->master) return;
     floatX* rounded = (floatX*)host_alloc(n * sizeof(floatX));
@@ -4140,15 +4209,16 @@ static int layer_level(const Model* m, Run r, int l) {
     return r.train ? (r.recompute + l) / m->dims.L : 5;  // 5: nothing is kept
 }
 
-// Rows of the logits made at a time: about 512 MiB, never the whole sequence's.
+// Rows of the logits made at a time, never the whole sequence's. The tests make the chunk small.
+static int64_t head_chunk_bytes = 512ll << 20;
 static int64_t head_rows(const Model* m, int64_t rows) {
-    int64_t chunk = (512ll << 20) / ((int64_t)m->dims.Vp * floatx_bytes) / 128 * 128;
+    int64_t chunk = head_chunk_bytes / ((int64_t)m->dims.Vp * floatx_bytes) / 128 * 128;
     return std::min(rows, std::max<int64_t>(chunk, 128));
 }
 
 // Gives a tensor of a layer its place: its own if it is kept, else one that all layers share.
-template <class T> static void place(T** tensor, T** shared, Arena* arena, int64_t count, bool kept) {
-    *tensor = !kept && *shared ? *shared : TAKE(arena, T, count);
+template <class T> static void place(T** tensor, T** shared, Arena* arena, size_t bytes, bool kept) {
+    *tensor = !kept && *shared ? *shared : (T*)take(arena, bytes);
     if (!kept) *shared = *tensor;
 }
 
@@ -4173,39 +4243,40 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
         // of heads; from AGAIN_NORMS on that one is kept, and exchanged again.
         bool two_forms = r.train && procs.cp > 1 && !lighthouse && exchanges_tokens(m, kind, r);
         int level = layer_level(m, r, l);
-        #define PLACE(tensor, count, again) place(&y->tensor, &shared.tensor, arena, count, level < (again))
+        #define PLACE(tensor, type, count, again) \
+            place(&y->tensor, &shared.tensor, arena, BYTES(type, count), level < (again))
         y->x = r.train ? TAKE(arena, floatX, NC) : x[l % 2];
-        PLACE(ln1_mean, N, ALWAYS);
-        PLACE(ln1_rstd, N, ALWAYS);
-        PLACE(ln2_mean, N, ALWAYS);
-        PLACE(ln2_rstd, N, ALWAYS);
-        PLACE(ln1, NC, INPUTS);
-        PLACE(ln2, NC, INPUTS);
-        PLACE(qkv, 3 * NC, AGAIN_PRODUCTS);
-        PLACE(x2, NC, AGAIN_PRODUCTS);
-        PLACE(fch, 4 * NC, AGAIN_PRODUCTS);
-        if (!r.fp8 || procs.cp > 1) PLACE(gelu, 4 * NC, r.fp8 ? NEVER : AGAIN_GELU);
-        for (int p = 0; r.fp8 && p < PRODUCTS; p++) PLACE(columns[p], N * products[p].in * C, products[p].again);
-        PLACE(att, NC, lighthouse || two_forms ? INPUTS : AGAIN_ATTENTION);
+        PLACE(ln1_mean, float, N, ALWAYS);
+        PLACE(ln1_rstd, float, N, ALWAYS);
+        PLACE(ln2_mean, float, N, ALWAYS);
+        PLACE(ln2_rstd, float, N, ALWAYS);
+        PLACE(ln1, floatX, NC, INPUTS);
+        PLACE(ln2, floatX, NC, INPUTS);
+        PLACE(qkv, floatX, 3 * NC, AGAIN_PRODUCTS);
+        PLACE(x2, floatX, NC, AGAIN_PRODUCTS);
+        PLACE(fch, floatX, 4 * NC, AGAIN_PRODUCTS);
+        if (!r.fp8 || procs.cp > 1) PLACE(gelu, floatX, 4 * NC, r.fp8 ? NEVER : AGAIN_GELU);
+        for (int p = 0; r.fp8 && p < PRODUCTS; p++) PLACE(columns[p], fp8_t, N * products[p].in * C, products[p].again);
+        PLACE(att, floatX, NC, lighthouse || two_forms ? INPUTS : AGAIN_ATTENTION);
         y->att_heads = y->att;
-        if (two_forms) PLACE(att_heads, NC, AGAIN_ATTENTION);
+        if (two_forms) PLACE(att_heads, floatX, NC, AGAIN_ATTENTION);
         if (!lighthouse) {
-            PLACE(stats, N * d->NH, AGAIN_ATTENTION);
+            PLACE(stats, float, N * d->NH, AGAIN_ATTENTION);
             continue;
         }
-        PLACE(lh.attn, slots * s->D, ALWAYS);  // S rows, not T
-        PLACE(lh.stats, slots, ALWAYS);
-        PLACE(lh.index, slots, ALWAYS);
-        PLACE(lh.slots, slots * 3 * s->D, AGAIN_NORMS);
-        PLACE(lh.scores, 2 * entries, NEVER);
-        PLACE(lh.slot, entries, NEVER);
+        PLACE(lh.attn, floatX, slots * s->D, ALWAYS);  // S rows, not T
+        PLACE(lh.stats, float, slots, ALWAYS);
+        PLACE(lh.index, int32_t, slots, ALWAYS);
+        PLACE(lh.slots, floatX, slots * 3 * s->D, AGAIN_NORMS);
+        PLACE(lh.scores, float, 2 * entries, NEVER);
+        PLACE(lh.slot, int32_t, entries, NEVER);
         if (r.train) {
-            PLACE(lh.dslots, slots * 3 * s->D, NEVER);
-            PLACE(lh.dattn, slots * s->D, NEVER);
+            PLACE(lh.dslots, floatX, slots * 3 * s->D, NEVER);
+            PLACE(lh.dattn, floatX, slots * s->D, NEVER);
         }
         if (m->exchange_slots) {
-            PLACE(lh.own_attn, slots * s->D, NEVER);
-            PLACE(lh.halo, r.B * (s->T / s->n[s->levels - 1] - 1) * C, NEVER);
+            PLACE(lh.own_attn, floatX, slots * s->D, NEVER);
+            PLACE(lh.halo, floatX, r.B * (s->T / s->n[s->levels - 1] - 1) * C, NEVER);
         }
         #undef PLACE
     }
@@ -4224,7 +4295,7 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
 
 static size_t activations_bytes(const Model* m, Run r) {
     static Activations a;
-    Arena count = {(char*)256, 0};  // memory that nobody touches: what is shared must not look like NULL
+    Arena count = {(char*)256, 0, SIZE_MAX};  // memory that nobody touches: what is shared must not look like NULL
     activations_layout(&a, &count, m, r);
     return count.used;
 }
@@ -4703,7 +4774,8 @@ static void model_allocate(Model* m, const Config* c, const Plan* p) {
         b.targets = b.tokens + batch;
     }
     m->sums = (double*)device_alloc(2 * sizeof(double));
-    m->arena.base = (char*)device_alloc(plan_part(p, "activations"));
+    m->arena.size = plan_part(p, "activations");
+    m->arena.base = (char*)device_alloc(m->arena.size);
     operations_allocate(plan_part(p, "operations"), plan_part(p, "attention workspace"));
     if (m->dims.rope) {
         int D = m->dims.C / m->dims.NH;
@@ -4792,16 +4864,22 @@ static void model_update(Model* m, const Config* c, double lr, double grad_scale
 // ===================================================================================================================
 // 9. Checkpoints. Two kinds of file:
 // - a model file, llm.c's: 256 int32 header, then the tensors in the order of enum Tensor. Versions 3 (fp32) and 5
-//   (bf16); RoPE models have 103 and 105, no WPE, and the bits of theta in header[8]. header[9] is the step.
+//   (bf16); RoPE models have 103 and 105, no WPE, and the bits of theta in header[8]. header[9] is the step. Where
+//   llm.c has zeros, header[10] and [11] are the checksum of the sums of each 16 MiB of the weights.
 // - a checkpoint, the state of a run: header (4096 bytes) | RunState | checksum of each 16 MiB of the body | body. The
 //   body is the fp32 weights, first and second moments, each in the order of a model file.
 // All processes write their slices into one file, and read them from it, at once. A place in the body is a parameter's,
 // not a process's, and a checksum is a sum over elements, so the same state makes the same file on any number of
 // processes, and any number of processes reads it.
-// Files are written beside, fsynced and renamed, so a file with its final name is whole unless the disk failed.
+// Files are written beside, fsynced, read back by other processes than their writers, and renamed: a file with its
+// final name is whole unless the disk fails later.
 
-static const int CHECKPOINT_MAGIC = 20260511, CHECKPOINT_VERSION = 2, MODEL_MAGIC = 20240326;
+static const int CHECKPOINT_MAGIC = 20260511, CHECKPOINT_VERSION = 3, MODEL_MAGIC = 20240326;
 static const int64_t CHUNK = 16 << 20;
+
+// Skipping steps whose loss or gradient norm is not finite helps against data that makes them so. After so many in a
+// row it is the weights, which no step changes any more.
+static const int NOT_FINITE_LIMIT = 10;
 
 struct RunState {
     int64_t step, sequences, updates;  // done so far; sequences is the position in the data
@@ -4811,6 +4889,7 @@ struct RunState {
     Detector loss, norm;
     int64_t seq_len, total_batch, windows, seed, shuffle;  // what must not change in a resume
     uint64_t data;                                         // loader_fingerprint
+    int64_t not_finite;  // steps in a row, up to now, whose loss or gradient norm was not
 };
 
 struct CheckpointHeader {
@@ -4826,6 +4905,15 @@ struct CheckpointHeader {
 };
 static_assert(sizeof(CheckpointHeader) == 4096, "the header is 4096 bytes");
 static_assert(offsetof(CheckpointHeader, weights_offset) == 2048, "the weights' offset is at byte 2048");
+
+// The three parts of a checkpoint's body; a model file has the first only.
+enum Section { WEIGHTS, FIRST_MOMENT, SECOND_MOMENT, SECTIONS };
+
+static int64_t body_bytes(const Model* m, int sections) { return sections * m->parameters * sizeof(float); }
+static int64_t checkpoint_bytes(const Model* m) {
+    int64_t body = body_bytes(m, SECTIONS);
+    return ceil_div(sizeof(CheckpointHeader) + sizeof(RunState) + ceil_div(body, CHUNK) * 8, 4096) * 4096 + body;
+}
 
 static void model_header(int32_t* h, const Dims* d, int64_t step) {
     memset(h, 0, 256 * sizeof(int32_t));
@@ -4844,6 +4932,25 @@ static ShortText positions_text(const int32_t* h /*a model file's header*/) {
     return t;
 }
 
+// The sizes in a model file's header, each bounded, so that no product of them overflows. Returns NULL or what is
+// wrong, to be freed.
+static char* model_dims(const int32_t* h, const char* path, Dims* d, bool* bf16) {
+    if (h[0] != MODEL_MAGIC || (h[1] != 3 && h[1] != 5 && h[1] != 103 && h[1] != 105))
+        return text("%s is no model file: magic %d, version %d; expected %d and version 3, 5, 103 or 105", path, h[0],
+                    h[1], MODEL_MAGIC);
+    *bf16 = h[1] % 100 == 5;
+    *d = {h[2], h[3], h[7], h[4], h[5], h[6], h[1] > 100, 0};
+    if (d->rope) memcpy(&d->theta, &h[8], sizeof(float));
+    if (d->maxT < 1 || d->maxT > MAX_SEQ_LEN || d->V < 1 || d->V > MAX_VOCAB || d->Vp < d->V || d->Vp > 2 * MAX_VOCAB ||
+        d->L < 1 || d->L > MAX_LAYERS || d->NH < 1 || d->C < 1 || d->C > MAX_CHANNELS || d->C % d->NH)
+        return text("%s: impossible sizes in the header: T %ld, V %d, padded %d, layers %d, heads %d, channels %d",
+                    path, d->maxT, d->V, d->Vp, d->L, d->NH, d->C);
+    if (d->rope && (d->C / d->NH % 2 || !(d->theta >= 1 && d->theta <= 1e12)))
+        return text("%s: rotary positions in heads of %d channels with a base of %g; they need an even head size and a "
+                    "base of 1 to 1e12", path, d->C / d->NH, d->theta);
+    return NULL;
+}
+
 // Reads and checks a checkpoint's header. Returns NULL or what is wrong, to be freed.
 static char* checkpoint_header(int fd, const char* path, CheckpointHeader* h) {
     int64_t size = file_size(fd, path);
@@ -4856,6 +4963,15 @@ static char* checkpoint_header(int fd, const char* path, CheckpointHeader* h) {
     if (h->header_checksum != checksum(h, sizeof *h - 8))
         return text("%s is damaged: wrong checksum of the header", path);
     if (size != h->file_bytes) return text("%s is damaged: %ld bytes, its header says %ld", path, size, h->file_bytes);
+    Dims d;
+    bool bf16;
+    if ((why = model_dims(h->model, path, &d, &bf16))) return why;
+    Model m;
+    model_layout(&m, d);
+    int64_t body = body_bytes(&m, SECTIONS);
+    if (bf16 || h->parameters != m.parameters || h->state_bytes != sizeof(RunState) || size != checkpoint_bytes(&m) ||
+        h->weights_offset != size - body || h->chunks != ceil_div(body, CHUNK))
+        return text("%s is damaged: its header contradicts itself", path);
     return NULL;
 }
 
@@ -4868,6 +4984,16 @@ static char* checkpoint_front(int fd, const char* path, const CheckpointHeader* 
     if (why) return why;
     if (h->state_checksum == checksum(*front, bytes)) return NULL;
     return text("%s is damaged: wrong checksum of the run's state", path);
+}
+
+// Whether a run can have come to this state. What must be as in this run's options is compared with them elsewhere.
+static bool state_possible(const RunState* s) {
+    for (double t : {s->train_s, s->wall_s, s->phase_s[0], s->phase_s[1]}) if (!(t >= 0 && t < 1e12)) return false;
+    for (int64_t n : {s->updates, s->phase_steps[0], s->phase_steps[1]}) if (n < 0 || n > s->step) return false;
+    if (s->seq_len < 1 || s->seq_len > MAX_SEQ_LEN || s->total_batch < s->seq_len || s->total_batch > (int64_t)1e12 ||
+        s->loss.seen < 0 || s->norm.seen < 0 || s->not_finite < 0 || s->not_finite >= NOT_FINITE_LIMIT) return false;
+    return s->step <= (int64_t)1e12 && s->phase_steps[0] + s->phase_steps[1] == s->step &&
+           (double)s->sequences == (double)s->step * (s->total_batch / s->seq_len);
 }
 
 // Adds 4-byte words of a checkpoint's body, from its byte `at` on, to the sums of their chunks. Any change of one word
@@ -4884,6 +5010,12 @@ static void add_to_sums(uint64_t* sums, const void* data, int64_t at, int64_t by
     }
 }
 
+static uint64_t* no_sums(int64_t chunks) {  // zeros, to be freed
+    uint64_t* sums = (uint64_t*)host_alloc(chunks * sizeof(uint64_t));
+    memset(sums, 0, chunks * sizeof(uint64_t));
+    return sums;
+}
+
 // Compares the sums of a body that all processes have read part of with the file's. Returns NULL or what is wrong.
 static char* check_sums(uint64_t* sums, int64_t chunks, const char* path, const CheckpointHeader* h,
                         const char* front) {
@@ -4896,55 +5028,52 @@ static char* check_sums(uint64_t* sums, int64_t chunks, const char* path, const 
     return NULL;
 }
 
-// Reads and checks the header of a model file or checkpoint. Returns where the weights begin; *bf16: 2-byte weights.
-static int64_t model_file_open(const char* path, int* fd, Dims* d, bool* bf16) {
-    *fd = open_to_read(path);
-    CheckpointHeader c;
-    int32_t h[256];
-    int64_t size = file_size(*fd, path), offset = sizeof h;
-    if (size < offset) fatal("%s is no model file: it has %ld bytes, less than a header's 1024", path, size);
-    read_at(*fd, h, sizeof h, 0, path);
-    if (h[0] == CHECKPOINT_MAGIC) {
-        char* why = checkpoint_header(*fd, path, &c);
-        if (why) fatal("%s", why);
-        memcpy(h, c.model, sizeof h);
-        offset = c.weights_offset;
+struct ModelFile {  // a model file or checkpoint to read weights from
+    int fd;
+    int32_t header[256];
+    CheckpointHeader checkpoint;  // magic 0: it is none
+    Dims dims;
+    bool bf16;                    // 2-byte weights
+    int64_t body;                 // where they begin
+};
+
+static ModelFile model_file_open(const char* path) {
+    static ModelFile f;
+    memset(&f, 0, sizeof f);
+    f.fd = open_to_read(path);
+    int64_t size = file_size(f.fd, path);
+    f.body = sizeof f.header;
+    if (size < f.body) fatal("%s is no model file: it has %ld bytes, less than a header's 1024", path, size);
+    read_at(f.fd, f.header, sizeof f.header, 0, path);
+    char* why = NULL;
+    if (f.header[0] == CHECKPOINT_MAGIC) {
+        why = checkpoint_header(f.fd, path, &f.checkpoint);
+        memcpy(f.header, f.checkpoint.model, sizeof f.header);
+        f.body = f.checkpoint.weights_offset;
     }
-    if (h[0] != MODEL_MAGIC || (h[1] != 3 && h[1] != 5 && h[1] != 103 && h[1] != 105))
-        fatal("%s is no model file: magic %d, version %d; expected %d and version 3, 5, 103 or 105", path, h[0], h[1],
-              MODEL_MAGIC);
-    *bf16 = h[1] % 100 == 5;
-    *d = {h[2], h[3], h[7], h[4], h[5], h[6], h[1] > 100, 0};
-    if (d->rope) memcpy(&d->theta, &h[8], sizeof(float));
-    if (d->maxT < 1 || d->V < 1 || d->Vp < d->V || d->L < 1 || d->L > MAX_LAYERS || d->NH < 1 || d->C < 1 ||
-        d->C % d->NH)
-        fatal("%s: impossible sizes in the header: T %ld, V %d, padded %d, layers %d, heads %d, channels %d", path,
-              d->maxT, d->V, d->Vp, d->L, d->NH, d->C);
-    if (d->rope && (d->C / d->NH % 2 || !(d->theta >= 1 && d->theta <= 1e12)))
-        fatal("%s: rotary positions in heads of %d channels with a base of %g; they need an even head size and a base "
-              "of 1 to 1e12", path, d->C / d->NH, d->theta);
+    if (!why) why = model_dims(f.header, path, &f.dims, &f.bf16);
+    if (why) fatal("%s", why);
     Model m;
-    model_layout(&m, *d);
-    int64_t expected = offset + m.parameters * (*bf16 ? 2 : 4);
-    if (offset == sizeof h && size != expected)
+    model_layout(&m, f.dims);
+    int64_t expected = f.body + m.parameters * (f.bf16 ? 2 : 4);
+    if (!f.checkpoint.magic && size != expected)
         fatal("%s: %ld bytes, but a model of its header's sizes has %ld: it is cut, or of another program", path, size,
               expected);
-    return offset;
+    return f;
 }
-
-// The three parts of a checkpoint's body; a model file has the first only.
-enum Section { WEIGHTS, FIRST_MOMENT, SECOND_MOMENT, SECTIONS };
 
 static float* own_section(const Model* m, int section, const Piece* p) {
     return section == WEIGHTS ? own_master(m, p) : (section == FIRST_MOMENT ? m->m : m->v) + p->owned;
 }
 
-// Reads this process's pieces of a section. body: where the weights begin in the file. Adds what it read to sums,
-// unless NULL. With bf16 the file's weights have 2 bytes, the upper half of a float. Returns NULL or what is wrong.
-static char* section_read(Model* m, int section, int fd, const char* path, int64_t body, uint64_t* sums, bool bf16) {
+// Reads this process's pieces of a section into the model or, unless keep, what the next process wrote. body: where the
+// weights begin in the file. Adds what it read to sums. With bf16 the file's weights have 2 bytes, the upper half of a
+// float. Returns NULL or what is wrong.
+static char* section_read(const Model* m, int section, int fd, const char* path, int64_t body, uint64_t* sums,
+                          bool bf16, bool keep) {
     float* host = (float*)host_alloc(CHUNK);
     int pieces;
-    Piece* piece = own_pieces(m, &pieces);
+    Piece* piece = own_pieces(m, &pieces, keep ? procs.rank : (procs.rank + 1) % procs.world);
     char* why = NULL;
     for (Piece* p = piece; p < piece + pieces && !why; p++)
         for (int64_t i = 0, room = CHUNK / sizeof(float); i < p->count; i += room) {
@@ -4955,7 +5084,8 @@ static char* section_read(Model* m, int section, int fd, const char* path, int64
                 uint32_t bits = (uint32_t)((uint16_t*)host)[j] << 16;
                 memcpy(&host[j], &bits, 4);
             }
-            if (sums) add_to_sums(sums, host, at * sizeof(float), n * sizeof(float));
+            add_to_sums(sums, host, at * sizeof(float), n * sizeof(float));
+            if (!keep) continue;
             if (section == WEIGHTS) set_weights(m, p, i, host, n);
             else copy_to_device(own_section(m, section, p) + i, host, n * sizeof(float));
         }
@@ -4963,54 +5093,75 @@ static char* section_read(Model* m, int section, int fd, const char* path, int64
     return why;
 }
 
-// The weights of a model file or checkpoint whose sizes are the model's.
-static void model_load(Model* m, const char* path) {
-    int fd;
-    Dims d;
-    bool bf16;
-    int64_t body = model_file_open(path, &fd, &d, &bf16), bytes = m->parameters * sizeof(float);
-    CheckpointHeader h;
-    read_at(fd, &h.magic, sizeof h.magic, 0, path);
-    if (h.magic == CHECKPOINT_MAGIC) {
-        read_at(fd, &h, sizeof h, 0, path);
-        char *front, *rest = (char*)host_alloc(CHUNK), *why = checkpoint_front(fd, path, &h, &front);
-        if (why) fatal("%s", why);
-        int64_t chunks = ceil_div(bytes, CHUNK), after = std::min(chunks * CHUNK, h.file_bytes - body) - bytes;
-        uint64_t* sums = (uint64_t*)host_alloc(chunks * sizeof(uint64_t));
-        memset(sums, 0, chunks * sizeof(uint64_t));
-        why = section_read(m, WEIGHTS, fd, path, body, sums, false);
+// A model file's checksum, of the sums of its weights' chunks; never 0, which stands for none.
+static uint64_t model_checksum(const uint64_t* sums, int64_t chunks) { return checksum(sums, chunks * 8) | 1; }
+
+// Reads the weights of a model file or checkpoint whose sizes are the model's; unless keep, only compares them with
+// their checksum, as they lie on the disk. Returns NULL or what is wrong, the same in all processes.
+static char* weights_read(const Model* m, const char* path, bool keep) {
+    ModelFile f = model_file_open(path);
+    int64_t bytes = body_bytes(m, 1), chunks = ceil_div(bytes, CHUNK);
+    uint64_t* sums = no_sums(chunks);
+    if (!keep) posix_fadvise(f.fd, 0, 0, POSIX_FADV_DONTNEED);
+    char* why = section_read(m, WEIGHTS, f.fd, path, f.body, sums, f.bf16, keep);
+    if (why) fatal("%s", why);
+    if (f.checkpoint.magic) {
+        char *front, *rest = (char*)host_alloc(CHUNK);
+        why = checkpoint_front(f.fd, path, &f.checkpoint, &front);
         if (why) fatal("%s", why);
         if (procs.rank == 0) {  // the last chunk goes on behind the weights
-            read_at(fd, rest, after, body + bytes, path);
+            int64_t after = std::min(chunks * CHUNK, f.checkpoint.file_bytes - f.body) - bytes;
+            read_at(f.fd, rest, after, f.body + bytes, path);
             add_to_sums(sums, rest, bytes, after);
         }
-        why = check_sums(sums, chunks, path, &h, front);
-        if (why) fatal("%s", why);
-        free(front); free(rest); free(sums);
+        why = check_sums(sums, chunks, path, &f.checkpoint, front);
+        free(front); free(rest);
     } else {
-        char* why = section_read(m, WEIGHTS, fd, path, body, NULL, bf16);
-        if (why) fatal("%s", why);
+        uint64_t expected;
+        memcpy(&expected, &f.header[10], sizeof expected);
+        all_sum(sums, chunks);
+        if (expected && !f.bf16 && expected != model_checksum(sums, chunks))
+            why = text("%s is damaged: wrong checksum of the weights", path);
     }
-    close(fd);
+    free(sums);
+    close(f.fd);
+    return why;
+}
+
+static void model_load(Model* m, const char* path) {
+    char* why = weights_read(m, path, true);
+    if (why) fatal("%s", why);
     gather_all_params(m);
 }
 
-// A file on its way to its final name, which all processes write to.
+// A file on its way to its final name, which all processes write to. A network file system's client may write whole
+// pages where only parts are its own, if it has read the page or believes that the file ends before it. So the file has
+// its size before the others open it, and what it is written through cannot read.
 struct NewFile {
     char *path, *partial;
     int fd;
     int error;         // errno of this process's first failure, or 0
-    int64_t error_at;  // the byte that it could not write
+    int64_t error_at;  // the byte that it could not write, or -1: all were, but did not reach the disk
 };
 
-static NewFile new_file(const char* path) {
-    NewFile f = {text("%s", path), text("%s.partial", path), -1, 0, 0};
-    if (procs.rank == 0) f.fd = open(f.partial, O_RDWR | O_CREAT | O_TRUNC, 0666);
-    barrier();  // rank 0 makes it
-    if (procs.rank > 0) f.fd = open(f.partial, O_RDWR);
-    if (f.fd < 0)
-        fatal("cannot write %s: %s%s", f.partial, strerror(errno),
-              procs.rank ? ". Rank 0 has made it: is this a folder that all hosts share?" : "");
+static NewFile new_file(const char* path, int64_t bytes) {
+    writing_file = 1;
+    NewFile f = {text("%s", path), text("%s.partial", path), -1, 0, -1};
+    int flags = procs.rank == 0 ? O_CREAT | O_TRUNC : 0, error = 0;
+    auto opened = [&] {
+        on_disk([&] { f.fd = open(f.partial, O_WRONLY | flags, 0666); });
+        return f.fd >= 0;
+    };
+    if (procs.rank == 0 && (!opened() || ftruncate(f.fd, bytes))) error = errno;
+    broadcast(&error, sizeof error, WORLD_GROUP, 0);
+    if (error && procs.rank == 0) {
+        if (f.fd >= 0) unlink(f.partial);
+        fatal("cannot write %s: %s. Earlier checkpoints are untouched", f.partial, strerror(error));
+    }
+    if (error) barrier();  // rank 0 says why
+    if (procs.rank > 0 && !opened())
+        fatal("cannot write %s: %s. Rank 0 has made it: is this a folder that all hosts share?", f.partial,
+              strerror(errno));
     return f;
 }
 
@@ -5021,32 +5172,44 @@ static void new_file_write(NewFile* f, const void* data, size_t bytes, int64_t o
     f->error_at = offset;
 }
 
-// Gives the file its name once every process's part is on the disk. If a part is not, the run ends.
-static void new_file_finish(NewFile* f) {
-    if (!f->error && fsync(f->fd)) f->error = errno;
-    close(f->fd);
-    if (all_sum((double)(f->error != 0)) > 0) {
-        if (procs.rank == 0) unlink(f->partial);
-        barrier();
-        if (f->error)
-            fatal("writing %s at byte %ld: %s. Earlier checkpoints are untouched; make room and resume", f->partial,
-                  f->error_at, strerror(f->error));
-        barrier();  // the process that failed says why and ends the job
-    }
-    if (procs.rank == 0 && rename(f->partial, f->path)) {
-        int why = errno;
-        unlink(f->partial);
-        fatal("finishing %s: %s. Earlier checkpoints are untouched", f->path, strerror(why));
-    }
-    char* slash = strrchr(f->path, '/');
-    char* dir = slash ? text("%.*s", (int)(slash - f->path), f->path) : text(".");
-    int fd = procs.rank == 0 ? open(*dir ? dir : "/", O_RDONLY) : -1;
-    if (fd >= 0) { fsync(fd); close(fd); }
-    free(dir); free(f->path); free(f->partial);
-    barrier();  // it has its name
+// Returns when every process's part is on the disk. If a part is not, the run ends.
+static void new_file_sync(NewFile* f) {
+    bool failed = false;
+    on_disk([&] {
+        failed = fsync(f->fd) != 0;
+        failed |= close(f->fd) != 0;
+    });
+    if (failed && !f->error) f->error = errno;
+    if (all_sum((double)(f->error != 0)) == 0) return;
+    if (procs.rank == 0) unlink(f->partial);
+    barrier();
+    char* place = f->error_at < 0 ? text("fsync") : text("byte %ld", f->error_at);
+    if (f->error)
+        fatal("writing %s, %s: %s. Earlier checkpoints are untouched; make room and resume", f->partial, place,
+              strerror(f->error));
+    barrier();  // the process that failed says why and ends the job
 }
 
-// Writes this process's pieces of a section; arguments as for section_read.
+// Gives the file its name, unless reading it back showed that something is wrong with it.
+static void new_file_finish(NewFile* f, const char* why) {
+    if (why) fatal("%s, though it was just written. Earlier checkpoints are untouched: look at the disk", why);
+    char* slash = strrchr(f->path, '/');
+    char* dir = slash ? text("%.*s", (int)(slash - f->path), f->path) : text(".");
+    bool failed = false;
+    if (procs.rank == 0)
+        on_disk([&] {
+            failed = rename(f->partial, f->path) != 0;
+            int fd = failed ? -1 : open(*dir ? dir : "/", O_RDONLY);
+            failed |= fd < 0 || (fsync(fd) && errno != EINVAL);  // which not every file system can
+            if (fd >= 0) close(fd);
+        });
+    if (failed) fatal("finishing %s: %s. Earlier checkpoints are untouched", f->path, strerror(errno));
+    free(dir); free(f->path); free(f->partial);
+    barrier();  // it has its name
+    writing_file = 0;
+}
+
+// Writes this process's pieces of a section and adds them to sums; arguments as for section_read.
 static void section_write(const Model* m, int section, NewFile* f, int64_t body, uint64_t* sums) {
     float* host = (float*)host_alloc(CHUNK);
     int pieces;
@@ -5055,7 +5218,7 @@ static void section_write(const Model* m, int section, NewFile* f, int64_t body,
         for (int64_t i = 0, room = CHUNK / sizeof(float); i < p->count; i += room) {
             int64_t n = std::min(p->count - i, room), at = section * m->parameters + p->file + i;
             copy_to_host(host, own_section(m, section, p) + i, n * sizeof(float));
-            if (sums) add_to_sums(sums, host, at * sizeof(float), n * sizeof(float));
+            add_to_sums(sums, host, at * sizeof(float), n * sizeof(float));
             new_file_write(f, host, n * sizeof(float), body + at * sizeof(float));
         }
     free(piece); free(host);
@@ -5065,20 +5228,60 @@ static void section_write(const Model* m, int section, NewFile* f, int64_t body,
 static void model_write(const Model* m, const char* path, int64_t step) {
     int32_t header[256];
     model_header(header, &m->dims, step);
-    NewFile f = new_file(path);
+    int64_t chunks = ceil_div(body_bytes(m, 1), CHUNK);
+    uint64_t *sums = no_sums(chunks), sum;
+    NewFile f = new_file(path, sizeof header + body_bytes(m, 1));
+    section_write(m, WEIGHTS, &f, sizeof header, sums);
+    all_sum(sums, chunks);
+    sum = model_checksum(sums, chunks);
+    memcpy(&header[10], &sum, sizeof sum);
     if (procs.rank == 0) new_file_write(&f, header, sizeof header, 0);
-    section_write(m, WEIGHTS, &f, sizeof header, NULL);
-    new_file_finish(&f);
+    new_file_sync(&f);
+    new_file_finish(&f, weights_read(m, f.partial, false));
+    free(sums);
 }
 
-static int64_t checkpoint_bytes(const Model* m) {
-    int64_t body = SECTIONS * m->parameters * sizeof(float);
-    return ceil_div(sizeof(CheckpointHeader) + sizeof(RunState) + ceil_div(body, CHUNK) * 8, 4096) * 4096 + body;
+// Reads a checkpoint into the model and the state; without a state, only compares it with its checksums, as it lies on
+// the disk. Returns NULL, or a sentence on why the file cannot be used, with nothing of the state changed; the weights
+// may then be partly overwritten. All processes return alike.
+static char* checkpoint_read(const Model* m, const char* path, RunState* state) {
+    CheckpointHeader h;
+    int fd = open_to_read(path);
+    if (!state) posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+    char *front = NULL, *why = checkpoint_header(fd, path, &h);
+    if (!why) {
+        int32_t want[256];
+        model_header(want, &m->dims, h.model[9]);
+        if (memcmp(want, h.model, sizeof want))
+            fatal("%s holds another model: T %d, V %d, layers %d, heads %d, channels %d, %s; this run's has T %ld, "
+                  "V %d, layers %d, heads %d, channels %d, %s: use the same options, or --model %s in another out-dir "
+                  "to start from its weights", path, h.model[2], h.model[3], h.model[4], h.model[5], h.model[6],
+                  positions_text(h.model).s, m->dims.maxT, m->dims.V, m->dims.L, m->dims.NH, m->dims.C,
+                  positions_text(want).s, path);
+        why = checkpoint_front(fd, path, &h, &front);
+        if (!why && (!state_possible((RunState*)front) || (int32_t)((RunState*)front)->step != h.model[9]))
+            why = text("%s is damaged: no run comes to its state", path);
+    }
+    if (all_sum((double)(why != NULL)) > 0) {
+        if (!why) why = text("%s cannot be used by all processes", path);
+    } else {
+        uint64_t* sums = no_sums(h.chunks);
+        for (int section = 0; section < SECTIONS && !why; section++)
+            why = section_read(m, section, fd, path, h.weights_offset, sums, false, state != NULL);
+        char* damage = check_sums(sums, h.chunks, path, &h, front);  // also where another process could not read on
+        if (!why) why = damage;
+        else free(damage);
+        free(sums);
+    }
+    if (!why && state) memcpy(state, front, sizeof(RunState));
+    free(front);
+    close(fd);
+    return why;
 }
 
 static void checkpoint_write(const Model* m, const char* path, const RunState* state,
                              const char* lines /*training_options*/) {
-    int64_t body = SECTIONS * m->parameters * sizeof(float);
+    int64_t body = body_bytes(m, SECTIONS);
     CheckpointHeader h;
     memset(&h, 0, sizeof h);
     h.magic = CHECKPOINT_MAGIC; h.version = CHECKPOINT_VERSION;
@@ -5094,7 +5297,7 @@ static void checkpoint_write(const Model* m, const char* path, const RunState* s
     memset(front, 0, front_bytes);
     memcpy(front, state, sizeof(RunState));
     uint64_t* sums = (uint64_t*)(front + sizeof(RunState));
-    NewFile f = new_file(path);
+    NewFile f = new_file(path, h.file_bytes);
     for (int section = 0; section < SECTIONS; section++) section_write(m, section, &f, h.weights_offset, sums);
     all_sum(sums, h.chunks);
     h.state_checksum = checksum(front, front_bytes);
@@ -5103,45 +5306,9 @@ static void checkpoint_write(const Model* m, const char* path, const RunState* s
         new_file_write(&f, front, front_bytes, sizeof h);
         new_file_write(&f, &h, sizeof h, 0);
     }
-    new_file_finish(&f);
+    new_file_sync(&f);
+    new_file_finish(&f, checkpoint_read(m, f.partial, NULL));
     free(front);
-}
-
-// Reads a checkpoint into the model and the state. Returns NULL, or a sentence on why the file cannot be used, with
-// nothing of the state changed; the weights may then be partly overwritten. All processes return alike.
-static char* checkpoint_read(Model* m, const char* path, RunState* state) {
-    CheckpointHeader h;
-    char *front = NULL, *why = NULL;
-    int fd = open(path, O_RDONLY);
-    if (fd < 0) why = text("%s: %s", path, strerror(errno));
-    if (!why) why = checkpoint_header(fd, path, &h);
-    if (!why) {
-        int32_t want[256];
-        model_header(want, &m->dims, h.model[9]);
-        if (memcmp(want, h.model, sizeof want) || h.parameters != m->parameters || h.state_bytes != sizeof(RunState))
-            fatal("%s holds another model: T %d, V %d, layers %d, heads %d, channels %d, %s; this run's has T %ld, "
-                  "V %d, layers %d, heads %d, channels %d, %s: use the same options, or --model %s in another out-dir "
-                  "to start from its weights", path, h.model[2], h.model[3], h.model[4], h.model[5], h.model[6],
-                  positions_text(h.model).s, m->dims.maxT, m->dims.V, m->dims.L, m->dims.NH, m->dims.C,
-                  positions_text(want).s, path);
-        why = checkpoint_front(fd, path, &h, &front);
-    }
-    if (all_sum((double)(why != NULL)) > 0) {
-        if (!why) why = text("%s cannot be used by all processes", path);
-    } else {
-        uint64_t* sums = (uint64_t*)host_alloc(h.chunks * sizeof(uint64_t));
-        memset(sums, 0, h.chunks * sizeof(uint64_t));
-        for (int section = 0; section < SECTIONS && !why; section++)
-            why = section_read(m, section, fd, path, h.weights_offset, sums, false);
-        char* damage = check_sums(sums, h.chunks, path, &h, front);  // also where another process could not read on
-        if (!why) why = damage;
-        else free(damage);
-        free(sums);
-    }
-    if (!why) memcpy(state, front, sizeof(RunState));
-    free(front);
-    if (fd >= 0) close(fd);
-    return why;
 }
 
 static int compare_steps(const void* a, const void* b) {
@@ -5149,22 +5316,33 @@ static int compare_steps(const void* a, const void* b) {
     return x < y ? 1 : x > y ? -1 : 0;
 }
 
+// Calls use(name) for each name in a directory; one that is not there has none.
+template <typename Use> static void for_names(const char* dir, Use use) {
+    DIR* d = opendir(dir);
+    if (!d && errno == ENOENT) return;
+    while (d) {
+        errno = 0;
+        struct dirent* e = readdir(d);
+        if (!e) break;
+        use(e->d_name);
+    }
+    if (errno) fatal("cannot list %s: %s", dir, strerror(errno));  // no list of a part: it would read as a new run
+    closedir(d);
+}
+
 // Steps of the checkpoints in a directory, newest first; to be freed.
 static int64_t* checkpoint_list(const char* dir, int* count) {
     int64_t* steps = NULL;
     *count = 0;
-    DIR* d = opendir(dir);
-    if (!d && errno != ENOENT) fatal("cannot list %s: %s", dir, strerror(errno));
-    for (struct dirent* e; d && (e = readdir(d));) {
+    for_names(dir, [&](const char* found) {
         int64_t step;
-        if (sscanf(e->d_name, "ckpt_%ld.bin", &step) != 1 || step < 0) continue;
+        if (sscanf(found, "ckpt_%ld.bin", &step) != 1 || step < 0) return;
         char name[64];
         snprintf(name, sizeof name, "ckpt_%08ld.bin", step);
-        if (strcmp(name, e->d_name)) continue;
+        if (strcmp(name, found)) return;
         steps = (int64_t*)realloc(steps, (*count + 1) * sizeof(int64_t));
         steps[(*count)++] = step;
-    }
-    if (d) closedir(d);
+    });
     if (steps) qsort(steps, *count, sizeof(int64_t), compare_steps);
     return steps;
 }
@@ -5173,26 +5351,27 @@ static char* checkpoint_path(const Config* c, int64_t step) {
     return text("%s/ckpt_%08ld.bin", c->out_dir, step);
 }
 
-// Removes the checkpoints that --keep-last and --keep-every do not keep, and half-written ones.
-static void checkpoint_prune(const Config* c) {
+static void remove_file(char* path /*freed here*/) {
+    bool failed = false;
+    on_disk([&] { failed = unlink(path) != 0; });
+    if (failed && errno != ENOENT) say("warning: cannot remove %s: %s\n", path, strerror(errno));
+    free(path);
+}
+
+// Removes the checkpoints that --keep-last and --keep-every do not keep, and those that a killed process left
+// half-written. While steps are not finite the weights may be lost: nothing older makes room for them.
+static void checkpoint_prune(const Config* c, const RunState* s) {
+    if (procs.rank || s->not_finite) return;
     int count;
     int64_t* steps = checkpoint_list(c->out_dir, &count);
-    for (int i = c->keep_last; c->keep_last > 0 && i < count; i++) {
-        if (c->keep_every && steps[i] % c->keep_every == 0) continue;
-        char* path = checkpoint_path(c, steps[i]);
-        unlink(path);
-        free(path);
-    }
+    for (int i = c->keep_last; c->keep_last > 0 && i < count; i++)
+        if (!c->keep_every || steps[i] % c->keep_every) remove_file(checkpoint_path(c, steps[i]));
     free(steps);
-    DIR* d = opendir(c->out_dir);  // what a killed process left half-written
-    for (struct dirent* e; d && (e = readdir(d));) {
-        size_t length = strlen(e->d_name);
-        if (length < 12 || strncmp(e->d_name, "ckpt_", 5) || strcmp(e->d_name + length - 8, ".partial")) continue;
-        char* path = text("%s/%s", c->out_dir, e->d_name);
-        unlink(path);
-        free(path);
-    }
-    if (d) closedir(d);
+    for_names(c->out_dir, [&](const char* name) {
+        size_t length = strlen(name);
+        if (length >= 12 && !strncmp(name, "ckpt_", 5) && !strcmp(name + length - 8, ".partial"))
+            remove_file(text("%s/%s", c->out_dir, name));
+    });
 }
 
 // The newest whole checkpoint of out-dir, into the model and the state. Names and passes over damaged ones, which are
@@ -5208,6 +5387,7 @@ static bool checkpoint_resume(Model* m, const Config* c, RunState* state, char**
     for (; tried < count && !found; tried++) {
         *path = checkpoint_path(c, steps[tried]);
         char* why = checkpoint_read(m, *path, state);
+        if (!why && state->step != steps[tried]) why = text("%s holds step %ld", *path, state->step);
         found = !why;
         if (why) say("warning: %s; trying the one before\n", why);
         free(why);
@@ -5390,8 +5570,8 @@ struct Tokenizer {
 
 static bool tokenizer_open(Tokenizer* k, const char* path, int V) {
     memset(k, 0, sizeof *k);
-    int fd = open(path, O_RDONLY);
-    if (fd < 0) return false;
+    if (access(path, R_OK)) return false;
+    int fd = open_to_read(path);
     int64_t size = file_size(fd, path), at = 1024;
     unsigned char* file = (unsigned char*)host_alloc(size < 1024 ? 1024 : size);
     read_at(fd, file, size, 0, path);
@@ -5474,6 +5654,26 @@ static int64_t sample_length(const Config* c) {
     return std::min(ceil_div(1 + (int64_t)strlen(c->prompt) + c->sample_tokens, unit) * unit, c->seq_len);
 }
 
+// The token that a chance of 0..1 falls on: of the top_k likeliest, unless 0, by their softmax at a temperature. sorted
+// (V) is for this function.
+static int draw_token(const float* logits /*(V)*/, float* sorted, int V, int64_t top_k, double temperature,
+                      double chance) {
+    std::replace_copy_if(logits, logits + V, sorted, [](float x) { return std::isnan(x); }, -INFINITY);
+    int64_t nth = top_k > 0 && top_k < V ? top_k : V;
+    std::nth_element(sorted, sorted + nth - 1, sorted + V, std::greater<float>());
+    float threshold = sorted[nth - 1];
+    double largest = *std::max_element(logits, logits + V), sum = 0;
+    for (int v = 0; v < V; v++) sum += logits[v] >= threshold ? exp((logits[v] - largest) / temperature) : 0;
+    int next = 0;
+    double draw = chance * sum;
+    for (int v = 0; v < V && draw >= 0; v++) {
+        if (!(logits[v] >= threshold)) continue;
+        draw -= exp((logits[v] - largest) / temperature);
+        next = v;
+    }
+    return next;
+}
+
 // Continues the prompt with dense attention, one whole forward pass a token. Returns the text, to be freed.
 static char* sample(Model* m, const Config* c, const Tokenizer* k, int64_t step) {
     int64_t T = sample_length(c);
@@ -5490,27 +5690,9 @@ static char* sample(Model* m, const Config* c, const Tokenizer* k, int64_t step)
     for (; length < end && !stop_asked(); length++) {
         model_trunk(m, tokens + first_token(r), r);
         model_logits(m, 0, length - 1, r, logits);
-        float threshold = -INFINITY;
-        if (c->sample_top_k > 0 && c->sample_top_k < V) {  // the k-th largest, by partial selection
-            memcpy(sorted, logits, V * sizeof(float));
-            for (int64_t i = 0; i < c->sample_top_k; i++) {
-                int64_t best = i;
-                for (int v = (int)i + 1; v < V; v++) if (sorted[v] > sorted[best]) best = v;
-                float swap = sorted[i]; sorted[i] = sorted[best]; sorted[best] = swap;
-            }
-            threshold = sorted[c->sample_top_k - 1];
-        }
-        double largest = -INFINITY, sum = 0;
-        for (int v = 0; v < V; v++) if (logits[v] > largest) largest = logits[v];
-        for (int v = 0; v < V; v++) sum += logits[v] >= threshold ? exp((logits[v] - largest) / c->temperature) : 0;
-        double draw = uniform(c->seed ^ 0x5A4D504C45ull, step * 65536 + length) * sum;
-        int next = -1;
-        for (int v = 0; v < V; v++) {
-            if (logits[v] < threshold) continue;
-            draw -= exp((logits[v] - largest) / c->temperature);
-            next = v;
-            if (draw < 0) break;
-        }
+        double chance = uniform(c->seed ^ 0x5A4D504C45ull, step * 65536 + length);
+        int next = draw_token(logits, sorted, V, c->sample_top_k, c->temperature, chance);
+        broadcast(&next, sizeof next, WORLD_GROUP, 0);  // one draws for all, whose logits may differ in their last bits
         if (next == k->end_of_text) break;
         tokens[length] = next;
         if (next >= k->count) continue;  // an id of the padding of a file that holds fewer tokens than the vocabulary
@@ -5560,7 +5742,9 @@ PRINTF_LIKE(2) static void log_line(FILE* f, const char* format, ...) {
     vfprintf(f, format, args);
     va_end(args);
     fputc('\n', f);
-    if (fflush(f))
+    int failed = 0;
+    on_disk([&] { failed = fflush(f); });
+    if (failed)
         fatal("cannot write a log in --out-dir: %s. --resume 1 goes on from the newest checkpoint", strerror(errno));
 }
 
@@ -5794,10 +5978,9 @@ static Dims choose_dims(const Config* c, const Loader* train) {
     if (!known) {
         if (access(c->model, R_OK))
             fatal("--model is \"%s\": neither a readable file nor one of d6, d12, d24, d36, d48, d60, lh30", c->model);
-        int fd;
-        bool bf16;
-        model_file_open(c->model, &fd, &d, &bf16);
-        close(fd);
+        ModelFile f = model_file_open(c->model);
+        d = f.dims;
+        close(f.fd);
         if (c->depth || c->channels || c->heads || c->vocab_size)
             fatal("--depth, --channels, --heads and --vocab-size go with a descriptor; the sizes of %s are in the file",
                   c->model);
@@ -5944,7 +6127,6 @@ struct Trainer {
     int recompute;                             // Run's
     Batch* ready;                              // the next micro-step's batch, if it was read ahead
     int64_t saved;                             // the step of the newest checkpoint that is known to be whole, or -1
-    int not_finite;                            // steps in a row, up to now, whose loss or gradient norm was not
     double val_loss;                           // of the last validation, or NAN
     double clock;                              // when the step that runs now began
     double device_flops, started, wall_before; // wall_before: of the run before this process
@@ -6224,11 +6406,12 @@ static int64_t checkpoints_to_come(const Config* c, int64_t steps, const int64_t
 // All processes must write into one folder. Whether they can shows here, not only at the first checkpoint.
 static void check_shared(const Config* c) {
     char* path = text("%s/ckpt_probe", c->out_dir);
-    NewFile probe = new_file(path);
+    NewFile probe = new_file(path, 0);
     barrier();
     close(probe.fd);
     if (procs.rank == 0) unlink(probe.partial);
     free(path); free(probe.path); free(probe.partial);
+    writing_file = 0;
 }
 
 static void setup_directory(const Config* c, const Model* m, int64_t steps) {
@@ -6358,6 +6541,7 @@ static void setup(Trainer* t, int argc, char** argv) {
         char* json = json_string(path);
         log_line(t->logs.jsonl, "{\"event\":\"resume\",\"step\":%ld,\"file\":%s}", s->step, json);
         free(json);
+        checkpoint_prune(c, s);  // which a run that was killed may not have come to
     }
     free(path);
 }
@@ -6457,7 +6641,7 @@ static void save_checkpoint(Trainer* t) {
     checkpoint_write(&t->model, path, &t->state, lines);
     free(lines);
     t->saved = t->state.step;
-    if (procs.rank == 0) checkpoint_prune(c);
+    checkpoint_prune(c, &t->state);
     progress_clear(&t->logs);
     say("step %ld | checkpoint %s (%.2f GiB, %.1f s)\n", t->state.step, path, gib(checkpoint_bytes(&t->model)),
         seconds() - start);
@@ -6516,20 +6700,19 @@ static void read_batch(Trainer* t, int64_t micro) {
     int64_t rows = t->config.seq_len / procs.cp, B = t->config.batch_size;
     Batch* batch = &t->model.batch[t->ready == &t->model.batch[0]];
     event_wait(&batch->copied);
-    for (int64_t b = 0; b < B; b++)
-        loader_sequence(&t->train, t->state.sequences + (micro * procs.dp + procs.dp_rank) * B + b,
-                        batch->tokens + b * rows, batch->targets + b * rows);
+    int64_t first = t->state.sequences + (micro * procs.dp + procs.dp_rank) * B;
+    on_disk([&] {
+        for (int64_t b = 0; b < B; b++)
+            loader_sequence(&t->train, first + b, batch->tokens + b * rows, batch->targets + b * rows);
+    });
     t->ready = batch;
 }
 
-// Skipping steps whose loss or gradient norm is not finite helps against data that makes them so. After so many in a
-// row it is the weights, which no step changes any more.
-static const int NOT_FINITE_LIMIT = 10;
-
 // One optimizer step: the micro-steps, the gradient norm, the update, one line. The host queues a micro-step, reads the
 // next batch while the device works, and waits once, for the loss and the norm. The update runs while the host goes on:
-// a step is timed from wait to wait.
-static void train_step(Trainer* t) {
+// a step is timed from wait to wait. Returns false if a signal stopped it before its last micro-step: what a checkpoint
+// holds has then not changed since the step before.
+static bool train_step(Trainer* t) {
     const Config* c = &t->config;
     Model* m = &t->model;
     RunState* s = &t->state;
@@ -6543,6 +6726,7 @@ static void train_step(Trainer* t) {
     device_zero(m->sums, 2 * sizeof(double));
     if (!t->ready) read_batch(t, 0);
     for (int64_t micro = 0; micro < t->accumulation; micro++) {
+        if (micro > 0 && stop_asked()) return false;
         r.first = micro == 0;
         r.last = micro == t->accumulation - 1;
         model_micro_step(m, t->ready, r, 1.0f / total);
@@ -6560,14 +6744,14 @@ static void train_step(Trainer* t) {
 
     double loss_z = detector_score(&s->loss, loss), norm_z = detector_score(&s->norm, norm);
     bool finite = isfinite(loss) && isfinite(norm);
-    t->not_finite = finite ? 0 : t->not_finite + 1;
+    s->not_finite = finite ? 0 : s->not_finite + 1;
     if (!finite && !(c->skip_loss_z > 0 || c->skip_grad_z > 0))
         fatal("step %ld: the loss is %g and the gradient norm %g. The checkpoints are as they were; resume from one "
               "with a lower --learning-rate, or let --skip-grad-z pass over such steps", s->step + 1, loss, norm);
-    if (t->not_finite == NOT_FINITE_LIMIT)
-        fatal("step %ld: the loss is %g and the gradient norm %g, and neither was finite in any of %d steps: it is not "
-              "the data but the weights. The checkpoints are of before; resume from one with a lower --learning-rate",
-              s->step + 1, loss, norm, t->not_finite);
+    if (s->not_finite == NOT_FINITE_LIMIT)
+        fatal("step %ld: the loss is %g and the gradient norm %g, and neither was finite in any of %ld steps: it is "
+              "not the data but the weights. Resume from a checkpoint of step %ld or before with a lower "
+              "--learning-rate", s->step + 1, loss, norm, s->not_finite, s->step + 1 - s->not_finite);
     bool skip = !finite || (c->skip_loss_z > 0 && loss_z > c->skip_loss_z) ||
                 (c->skip_grad_z > 0 && norm_z > c->skip_grad_z);
     double grad_scale = c->grad_clip > 0 && norm > c->grad_clip ? c->grad_clip / norm : 1;
@@ -6595,6 +6779,7 @@ static void train_step(Trainer* t) {
              "\"train_s\":%.6f,\"wall_s\":%.6f,\"skipped\":%s}", s->step, json_number(loss).s, lr, json_number(norm).s,
              elapsed * 1e3, (now - queued) * 1e3, total / elapsed, mfu, phase_name[phase], s->step * total, s->train_s,
              wall_seconds(t), skip ? "true" : "false");
+    return !stop_asked();
 }
 
 static void finish(Trainer* t) {
@@ -6641,6 +6826,7 @@ int main(int argc, char** argv) {
         if (!sigaction(number, NULL, &before) && before.sa_handler != SIG_IGN) sigaction(number, &action, NULL);
     signal(SIGBUS, on_bus_error);
     signal(SIGXFSZ, SIG_IGN);  // a file past its size limit then fails with a message
+    signal(SIGPIPE, SIG_IGN);  // whoever reads standard output may leave: tee, at a Ctrl-C, does before the checkpoint
     setup(t, argc, argv);
     const Config* c = &t->config;
     RunState* s = &t->state;
@@ -6664,11 +6850,9 @@ int main(int argc, char** argv) {
                              at_switch || (c->copy_every && s->step % (c->val_every * c->copy_every) == 0));
         if (stop) break;
         if (c->sample_every && s->step > 0 && s->step % c->sample_every == 0) write_sample(t);
-        train_step(t);
-        stop = stop_asked();
+        stop = !train_step(t);
         bool due = c->checkpoint_every && s->step % c->checkpoint_every == 0;
-        // While steps are not finite the weights may be lost; their checkpoint would push out an older, better one.
-        if (s->step == t->steps || (due && !t->not_finite)) save_checkpoint(t);
+        if (s->step == t->steps || (due && !s->not_finite && t->saved != s->step)) save_checkpoint(t);
     }
     if (s->step == t->steps) stop = !validate(t, phase_at(t, t->steps > 0 ? t->steps - 1 : 0), true);
     if (stop) {

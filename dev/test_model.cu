@@ -173,6 +173,21 @@ static void test_file(const char* path) {
                 check(!memcmp(first, mine, n * 4), text("%s recompute %.3g", name, (double)recompute / m->dims.L), "same bits as recompute 0");
             }
         }
+        // The head in chunks of 128 rows, whose gradients add up; above it had all rows in one.
+        int64_t usual = head_chunk_bytes;
+        head_chunk_bytes = 1;
+        Run r = {(int)B, T, (Phase)phase, true, 0, false, true};
+        poison(m->grads, m->padded * 4);
+        begin_gradients(m);
+        device_zero(m->sums, 2 * sizeof(double));
+        model_micro_step(m, batch, r, 1.0f / N);
+        loss = loss_sum(m) / N;
+        get_all_gradients(m, mine);
+        error = relative_error(mine, grads[phase], m->size[WTE]);
+        check(head_rows(m, N) < N && same_loss(loss, reference[1 + phase]) && (error < BOUND || !compare),
+              text("%s %s head in %lld chunks", path, kind, (long long)ceil_div(N, head_rows(m, N))),
+              text("loss %.6f; WTE's gradient differs by %.1e", loss, error));
+        head_chunk_bytes = usual;
     }
 }
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from test_trainer import (ENV, ROOT, Lab, checkpoint, checkpoint_body, checkpoints, events, execute, little_memory,
-                          model_bytes, programs, step_events, write_shard, write_tokenizer)
+from test_trainer import (CALLS, ENV, ROOT, Lab, calls_in_order, checkpoint, checkpoint_body, checkpoints, events, execute,
+                          little_memory, model_bytes, preload, programs, step_events, write_shard, write_tokenizer)
 
 T, STEPS, SWITCH = 128, 20, 11
 BATCH = 12  # sequences of a step, which 1, 2, 3 and 4 data-parallel ranks can share
@@ -240,6 +240,13 @@ def test_ranks_share_the_search_for_bad_ids(lab):
                  f"{name}{shard}: token {30 * T} is id 300, but the vocabulary has 257 ids (0 to 256)")
 
 
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_sums_are_in_the_order_of_the_ranks(lab, ranks):
+    """Of numbers whose sum depends on the order, on the host and of pieces of tensors: the same everywhere."""
+    result = execute([*mpirun(ranks), lab.programs["units"], "ranks"])
+    assert result.code == 0 and result.out.count("\n8 passed, 0 failed") + result.out.startswith("8 passed") == ranks, result.out
+
+
 # ---- 2. files
 
 def test_checkpoints_go_from_any_number_of_ranks_to_any_other(lab, reference):
@@ -287,6 +294,52 @@ def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(lab, reference):
     same_losses(folder, reference(), since=5)
 
 
+def test_the_order_of_calls_of_several_ranks(lab, monkeypatch):
+    """As of one rank; and nobody opens a file before it has its size, or reads it back before all have synced it."""
+    preload(lab, CALLS, monkeypatch)
+    monkeypatch.setitem(ENV, "CALLS", str(lab.folder / "calls"))
+    lab.train("run", ranks=3, batch_size=1, steps=2, switch_step=1, checkpoint_every=1, keep_last=1)
+    calls = [line.split() for line in (lab.folder / "calls").read_text().splitlines()]
+    calls = [(int(rank), call, file) for rank, call, file in calls]
+    for step in (1, 2):
+        calls_in_order(lab, calls, checkpoint(Path(), step).name, 3, [checkpoint(Path(), 1).name] if step > 1 else [])
+    calls_in_order(lab, calls, "model.bin", 3, [])
+
+
+LYING_DISK = r'''
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+ssize_t pwrite(int fd, const void* data, size_t bytes, off_t at) {  // of rank 1, what lies at a byte of a file goes elsewhere
+    ssize_t (*real)(int, const void*, size_t, off_t) = dlsym(RTLD_NEXT, "pwrite");
+    char link[64], path[4096] = "";
+    const char* rank = getenv("OMPI_COMM_WORLD_RANK");
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    int n = readlink(link, path, sizeof path - 1);
+    if (n < 0 || !strstr(path, getenv("LYING_FILE")) || !rank || strcmp(rank, "1")) return real(fd, data, bytes, at);
+    char* changed = malloc(bytes);
+    memcpy(changed, data, bytes);
+    changed[bytes / 2] ^= 1;
+    ssize_t done = real(fd, changed, bytes, at);
+    free(changed);
+    return done;
+}
+'''
+
+
+@pytest.mark.parametrize("file", ["ckpt_00000002", "model"])
+def test_what_reads_back_otherwise_gets_no_name(lab, monkeypatch, file):
+    """A disk, or a shared file system, that keeps something else than was written: the run ends, the earlier file stays."""
+    preload(lab, LYING_DISK, monkeypatch)
+    monkeypatch.setitem(ENV, "LYING_FILE", file)
+    lab.ends(lab.command("run", ranks=2, batch_size=2, steps=2, switch_step=1, checkpoint_every=1, keep_last=1), 30,
+             f"{file}.bin.partial is damaged: wrong checksum", "though it was just written", "Earlier checkpoints are untouched")
+    assert checkpoints(lab.folder / "run") == ([1] if file != "model" else [2]) and not (lab.folder / "run/model.bin").exists()
+
+
 # ---- 3. ranks that die, hang or are stopped
 
 class Job:
@@ -297,13 +350,14 @@ class Job:
                                         stderr=subprocess.STDOUT, universal_newlines=True, errors="replace")
         self.output = ""
 
-    def wait_for_step(self, step):
+    def wait_for(self, what):
+        """Until a line begins with this, or is of this step or a later one."""
         for line in self.process.stdout:
             self.output += line
             done = re.search(r"step +(\d+)/", line)
-            if done and int(done.group(1)) >= step:
+            if line.startswith(what) if isinstance(what, str) else done and int(done.group(1)) >= what:
                 return
-        raise AssertionError(f"the job ended before step {step}: {self.output}")
+        raise AssertionError(f"the job ended before {what}: {self.output}")
 
     def pid_of(self, rank):
         started = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
@@ -320,6 +374,29 @@ class Job:
         return self.process.returncode, self.output
 
 
+OTHER_LOGITS = r'''
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <string.h>
+double exp(double x) {  // on rank 1 chances are others; what is trained takes expf
+    double (*real)(double) = dlsym(RTLD_NEXT, "exp");
+    const char* rank = getenv("OMPI_COMM_WORLD_RANK");
+    return real(rank && !strcmp(rank, "1") ? 3 * x : x);
+}
+'''
+
+
+def test_one_rank_draws_the_samples(lab, monkeypatch):
+    """Groups whose logits differ would draw other tokens and leave the loop at other times: rank 0's tokens are everybody's."""
+    preload(lab, OTHER_LOGITS, monkeypatch)
+    folder = lab.train("run", ranks=2, batch_size=2, steps=2, switch_step=1, sample_every=1, sample_tokens=64, rank_logs=1)
+    samples = [re.findall(r"\| sample: (.*)", (folder / f"rank_{r}.log").read_text(errors="replace")) for r in range(2)]
+    assert samples[0] == samples[1] and len(samples[0]) == 2
+    plain = lab.train("plain", ranks=1, batch_size=2, steps=2, switch_step=1, sample_every=1, sample_tokens=64)
+    assert [e["text"] for e in events(folder, "sample")] == [e["text"] for e in events(plain, "sample")]
+
+
 def signal_rank(job, rank, number):
     """Sends a rank a signal; returns its process id."""
     pid = job.pid_of(rank)
@@ -333,7 +410,7 @@ def test_a_killed_rank_ends_the_job_and_the_run_goes_on(lab, reference):
     options = dict(ranks=4, cp=2, checkpoint_every=1, resume=1)
     for step in (chance.randrange(1, SWITCH - 3), SWITCH - 1, chance.randrange(SWITCH + 1, STEPS - 6)):
         job, rank = Job(lab.command("run", **options)), chance.randrange(4)
-        job.wait_for_step(step)
+        job.wait_for(step)
         time.sleep(chance.uniform(0, 0.02))  # a step with its checkpoint takes about as long, and six more must follow
         signal_rank(job, rank, signal.SIGKILL)
         code, output = job.end(10)
@@ -346,7 +423,7 @@ def test_a_killed_rank_ends_the_job_and_the_run_goes_on(lab, reference):
 def test_a_hanging_rank_is_named(lab, rank):
     """SIGSTOP of one rank: the others wait for --hang-timeout and no longer, and say for whom."""
     job = Job(lab.command("run", ranks=3, batch_size=2, steps=2000, hang_timeout=5))
-    job.wait_for_step(3)
+    job.wait_for(3)
     signal_rank(job, rank, signal.SIGSTOP)
     code, output = job.end(30)
     named = set(re.findall(r"no sign of (.*?) for the 5 s", output))
@@ -356,7 +433,7 @@ def test_a_hanging_rank_is_named(lab, rank):
 def test_waiting_within_the_limit_is_no_hang(lab, reference):
     """A rank that stands still for less than --hang-timeout costs its time and nothing else."""
     job = Job(lab.command("run", ranks=2, cp=2, hang_timeout=30))
-    job.wait_for_step(3)
+    job.wait_for(3)
     signal_rank(job, 1, signal.SIGSTOP)
     time.sleep(2)
     signal_rank(job, 1, signal.SIGCONT)
@@ -368,7 +445,7 @@ def test_waiting_within_the_limit_is_no_hang(lab, reference):
 def test_a_suspended_job_is_no_hang(lab, reference):
     """All ranks stopped, for longer than --hang-timeout, and woken: as a scheduler does it. None hung."""
     job = Job(lab.command("run", ranks=2, batch_size=2, hang_timeout=2, steps=2000))
-    job.wait_for_step(3)
+    job.wait_for(3)
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for rank in (0, 1):
             signal_rank(job, rank, number)
@@ -378,11 +455,55 @@ def test_a_suspended_job_is_no_hang(lab, reference):
     assert code != 0 and "stopped by signal at step" in output, output
 
 
+SLOW_DISK = r'''
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+static void wait_on(const char* call) {  // rank 1's disk takes its time, once for each kind of call
+    static char done[16];
+    const char *slow = getenv("SLOW_CALL"), *rank = getenv("OMPI_COMM_WORLD_RANK");
+    if (!slow || !rank || strcmp(slow, call) || strcmp(rank, "1") || !strcmp(done, call)) return;
+    strcpy(done, call);
+    sleep(8);
+}
+int fsync(int fd) {
+    wait_on("fsync");
+    return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(fd);
+}
+ssize_t pread(int fd, void* buffer, size_t bytes, off_t at) {
+    wait_on("pread");
+    return ((ssize_t (*)(int, void*, size_t, off_t))dlsym(RTLD_NEXT, "pread"))(fd, buffer, bytes, at);
+}
+'''
+
+
+def test_a_rank_that_does_not_start_is_no_endless_wait(lab):
+    """MPI's own start waits inside the library: --hang-timeout holds there too, however it is written."""
+    for option in ("--hang-timeout=3", "--hang-timeout 3"):
+        job = together(lab, lab.command("run") + option.split(), ["sleep", 60])
+        lab.ends(job, 20, "did not come to the start of MPI", "--hang-timeout")
+
+
+@pytest.mark.parametrize("call", ["pread", "fsync"])
+def test_a_slow_disk_is_no_hang(lab, reference, call):
+    """One rank's disk takes four times --hang-timeout, at the start or amid a checkpoint: the others are told, and wait."""
+    (lab.folder / "slow.c").write_text(SLOW_DISK)
+    subprocess.run(["gcc", "-shared", "-fPIC", "slow.c", "-o", "slow.so", "-ldl"], cwd=lab.folder, check=True)
+    command = lab.command("run", ranks=3, batch_size=2, hang_timeout=2)
+    command[1:1] = ["-x", f"LD_PRELOAD={lab.folder / 'slow.so'}", "-x", f"SLOW_CALL={call}"]
+    result = execute(command)
+    assert result.code == 0, result.err
+    assert re.search(r"note: rank [02]: rank 1 \(pid \d+ on .*\) has been waiting for its disk", result.err), result.err
+    same_losses(lab.folder / "run", reference())
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_mpirun_leaves_a_checkpoint(lab, reference, how):
     """As a preempted job gets it: the ranks finish the step, write, leave; another number of ranks goes on."""
     job = Job(lab.command("run", ranks=4, cp=2))
-    job.wait_for_step(5)
+    job.wait_for(5)
     job.process.send_signal(how)
     code, output = job.end(20)
     step, = checkpoints(lab.folder / "run")
@@ -395,8 +516,7 @@ def test_a_signal_to_one_rank_breaks_off_a_validation(lab):
     """All ranks leave a long validation at the same batch, with a checkpoint."""
     long = write_shard(lab.folder / "long.bin", np.arange(50000 * T + 1) % 250)
     job = Job(lab.command("run", ranks=3, batch_size=1, val_data=long, val_batches=50000, val_every=3, resume=1))
-    while "speed " not in job.output:
-        job.output += job.process.stdout.readline()
+    job.wait_for("speed ")
     time.sleep(0.5)
     signal_rank(job, 1, signal.SIGUSR1)
     code, output = job.end(20)

@@ -144,7 +144,7 @@ def checkpoint(path, config, tensors, offset=8192, **changes):
     sums = [sum_of_words(body[at:at + chunk]) for at in range(0, len(body), chunk)]
     front = b"\xaa" * 24 + struct.pack(f"<{len(sums)}Q", *sums)
     head = bytearray(4096)
-    struct.pack_into("<2i", head, 0, changes.get("magic", 20260511), changes.get("version", 2))
+    struct.pack_into("<2i", head, 0, changes.get("magic", 20260511), changes.get("version", model_file.CHECKPOINT_VERSION))
     head[1024:2048] = changes.get("model", model_file.pack_header(config))
     struct.pack_into("<5qQ", head, 2048, changes.get("at", offset), changes.get("count", len(weights) // 4),
                      changes.get("file_bytes", offset + len(body)), 24, len(sums), fnv(front))
@@ -253,7 +253,7 @@ def test_checkpoint_weights(tmp_path, positions):
 
 
 @pytest.mark.parametrize("changes,message", [
-    (dict(version=1), "the checkpoint's version is 1, wanted 2"),
+    (dict(version=1), "the checkpoint's version is 1, wanted 3"),
     (dict(count=5), "the checkpoint has 5 weights, wanted "),
     (dict(at=100), "the weights begin at byte 100, wanted at least 4096"),
     (dict(size=3000), "the size is 3000 bytes, a checkpoint has a header of 4096"),
@@ -285,6 +285,22 @@ def test_damaged_checkpoint(tmp_path, monkeypatch, where, message):
     raw[{"last weight": end - 1, "behind them": end}.get(where, where)] ^= 16
     path.write_bytes(raw)
     with pytest.raises(model_file.FileError, match=r"c\.bin is damaged: " + message + "$"):
+        model_file.read_model(path)
+
+
+def test_checksum_of_a_model_file(tmp_path, monkeypatch):
+    """The trainer's model.bin has a checksum of its weights' sums in what are zeros elsewhere; one bit is noticed."""
+    monkeypatch.setattr(model_file, "CHUNK_BYTES", 50000)
+    config, path = config_of(), tmp_path / "model.bin"
+    model_file.write_model(path, config, random_tensors(config).items())
+    raw = bytearray(path.read_bytes())
+    sums = [sum_of_words(raw[at:min(at + 50000, len(raw))]) for at in range(1024, len(raw), 50000)]
+    raw[40:48] = struct.pack("<Q", fnv(struct.pack(f"<{len(sums)}Q", *sums)) | 1)
+    path.write_bytes(raw)
+    model_file.read_model(path)
+    raw[-3] ^= 16
+    path.write_bytes(raw)
+    with pytest.raises(model_file.FileError, match="model.bin is damaged: wrong checksum of the weights"):
         model_file.read_model(path)
 
 

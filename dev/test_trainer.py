@@ -17,6 +17,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -24,6 +25,8 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import model_file
 ENV = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", OMPI_ALLOW_RUN_AS_ROOT="1",
            OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
 LIGHTHOUSE_OPTIONS = {"levels", "pool", "topk", "tile", "dense-layers", "switch-step"}
@@ -101,6 +104,13 @@ class Lab:
         for word in words:
             assert str(word) in result.err, f"{word!r} is not in {result.err!r}"
         return result
+
+
+def preload(lab, source, monkeypatch):
+    """Lets the programs find this C code's functions before the system's."""
+    (lab.folder / "preload.c").write_text(source)
+    subprocess.run(["gcc", "-shared", "-fPIC", "preload.c", "-o", "preload.so", "-ldl"], cwd=lab.folder, check=True)
+    monkeypatch.setitem(ENV, "LD_PRELOAD", str(lab.folder / "preload.so"))
 
 
 LITTLE_MEMORY = r'''
@@ -314,22 +324,90 @@ def test_killed_runs_go_on_to_the_same_end(lab, case, how):
     assert checkpoint_body(checkpoint(killed, LONG)) == checkpoint_body(checkpoint(whole, LONG))
 
 
+def started(lab, **options):
+    """A run whose set-up is done, with standard output to be read."""
+    process = subprocess.Popen([str(c) for c in lab.command("run", **options)], env=ENV, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, universal_newlines=True)
+    while not process.stdout.readline().startswith("speed "):
+        assert process.poll() is None
+    return process
+
+
 def test_a_second_signal(lab):
     """At once it counts as the first, since timeout(1) sends each to the process and to its group. Later, while a long
-    step leaves the first unanswered, it ends the process."""
-    for steps, pause in [(10 ** 6, 0.005)] * 5 + [(1, 1.3)]:
+    micro-step leaves the first unanswered, it ends the process."""
+    for pause in [0.005] * 5 + [1.3]:
         shutil.rmtree(lab.folder / "run", ignore_errors=True)
-        options = dict(SLOW, total_batch_size=12 * T * 10 ** 5) if steps == 1 else SLOW
-        command = [str(c) for c in lab.command("run", steps=steps, checkpoint_every=0, **options)]
-        process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL)
-        while not (lab.folder / "run" / "log.jsonl").exists() or steps > 1 and len(step_events(lab.folder / "run")) < 3:
-            time.sleep(0.01)
+        large = dict(channels=64, batch_size=3000, total_batch_size=0) if pause > 1 else SLOW
+        process = started(lab, steps=10 ** 6, checkpoint_every=0, **large)
+        while pause < 1 and " 3/" not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(0.5 * (pause > 1))
         for wait in (pause, 0):
             process.send_signal(signal.SIGTERM)
             time.sleep(wait)
-        code = process.wait(timeout=60)
-        assert code == (128 + signal.SIGTERM if steps > 1 else -signal.SIGTERM)
-        assert len(checkpoints(lab.folder / "run")) == (steps > 1)
+        process.communicate(timeout=60)
+        assert process.returncode == (128 + signal.SIGTERM if pause < 1 else -signal.SIGTERM)
+        assert len(checkpoints(lab.folder / "run")) == (pause < 1)
+
+
+SLOW_FSYNC = r'''
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <unistd.h>
+int fsync(int fd) {
+    for (int left = atoi(getenv("FSYNC_SECONDS")); left > 0;) left = sleep(left);
+    return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(fd);
+}
+'''
+
+
+def test_a_second_signal_leaves_a_checkpoint_whole(lab, monkeypatch):
+    """Signals that come while a file is written do not end the process: what was begun becomes whole."""
+    preload(lab, SLOW_FSYNC, monkeypatch)
+    monkeypatch.setitem(ENV, "FSYNC_SECONDS", "2")
+    process = started(lab, steps=10 ** 6, checkpoint_every=0)
+    process.send_signal(signal.SIGTERM)
+    for _ in range(2):
+        time.sleep(1.2)
+        process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    step = int(re.search(r"stopped by signal at step (\d+);", output).group(1))
+    assert process.returncode == 128 + signal.SIGTERM and checkpoints(lab.folder / "run") == [step]
+
+
+def test_a_stop_inside_a_step(lab):
+    """A signal is heeded between micro-steps; the step that was broken off leaves no trace in what is trained."""
+    options = dict(total_batch_size=2000 * T, learning_rate=1e-2, warmup_steps=0, checkpoint_every=2)
+    whole = lab.train("whole", **options, steps=3, lr_schedule="constant")
+    step_s = events(whole, "step")[1]["ms"] / 1e3
+    reached = []
+    for share in (0.3, 1.5, 0.6):
+        process = started(lab, **options, steps=3, lr_schedule="constant", resume=1)
+        time.sleep(share * step_s)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == 128 + signal.SIGTERM and time.monotonic() - began < max(0.35 * step_s, 0.3), output
+        reached.append(int(re.search(r"stopped by signal at step (\d+);", output).group(1)))
+        assert checkpoints(lab.folder / "run")[-1] == reached[-1]
+    assert reached == sorted(reached) and reached[0] == 0 and reached[-1] < 3
+    run = lab.train("run", **options, steps=3, lr_schedule="constant", resume=1)
+    assert model_bytes(run) == model_bytes(whole) and main_log(run) == main_log(whole)
+    assert checkpoint_body(checkpoint(run, 3)) == checkpoint_body(checkpoint(whole, 3))
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_reader_that_leaves_ends_no_run(lab, stops):
+    """Standard output closed amid the run, as by a tee that Ctrl-C ends first: the run goes on, and stops with its checkpoint."""
+    process = started(lab, steps=10 ** 6 if stops else 200, checkpoint_every=0)
+    process.stdout.close()
+    time.sleep(0.3)
+    if stops:
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == (128 + signal.SIGTERM if stops else 0)
+    assert len(checkpoints(lab.folder / "run")) == 1 and (lab.folder / "run/model.bin").exists() != stops
 
 
 @pytest.mark.parametrize("step", [0, 3, 6])
@@ -481,7 +559,8 @@ def test_a_resume_that_moves_the_switch_says_so(lab):
         assert [e["step"] for e in events(folder, "switch")] == [6]
         assert [(e["step"], e["loss_lighthouse"] is not None) for e in events(folder, "eval")] == [(6, lighthouse), (8, False)]
         state = checkpoint(folder, 8).read_bytes()[4096:]  # step, sequences, updates, two times, of two phases: steps, times; values
-        assert struct.unpack("<q", state[72 + 128 * 8:80 + 128 * 8]) == (2,), "the losses seen since the switch"
+        for detector in (STATE["loss_seen"], STATE["norm_seen"]):
+            assert struct.unpack("<q", state[detector:detector + 8]) == (2,), "losses and norms seen since the switch"
 
 
 # ---- 2. checkpoints
@@ -508,7 +587,7 @@ def resumed_from(lab, saved, name, damage, steps=(2, 4), **options):
 def falls_back(lab, saved, name, damage):
     folder, result = resumed_from(lab, saved, name, damage)
     assert result.code == 0, (name, result.err)
-    assert re.search(r"warning: .*ckpt_00000004\.bin .*trying the one before", result.out), (name, result.out)
+    assert re.search(r"warning: .*ckpt_00000004\.bin\b.*trying the one before", result.out), (name, result.out)
     assert [e["step"] for e in events(folder, "resume")] == [2], name
     assert model_bytes(folder) == model_bytes(saved), name
     shutil.rmtree(folder)
@@ -564,24 +643,96 @@ ssize_t pread(int fd, void* buffer, size_t bytes, off_t at) {  // the checkpoint
 '''
 
 
-def test_an_unreadable_checkpoint_is_passed_over(lab, saved, monkeypatch):
-    """A newest checkpoint that opens but gives an error on reading, in any of its parts, or is a folder, is like a damaged one."""
+def test_an_unreadable_checkpoint_ends_the_run(lab, saved, monkeypatch):
+    """A disk that fails is no damage of the file: the run ends with its name and the reason, and nothing is renamed."""
     whole = checkpoint(saved, 4).read_bytes()
     offset = struct.unpack("<q", whole[2048:2056])[0]
-    (lab.folder / "unreadable.c").write_text(UNREADABLE)
-    subprocess.run(["gcc", "-shared", "-fPIC", "unreadable.c", "-o", "unreadable.so", "-ldl"], cwd=lab.folder, check=True)
-    monkeypatch.setitem(ENV, "LD_PRELOAD", str(lab.folder / "unreadable.so"))
+    preload(lab, UNREADABLE, monkeypatch)
     for byte in (0, 4096, offset, offset + 100000, len(whole) - 1):
         monkeypatch.setitem(ENV, "UNREADABLE_FROM", str(byte))
-        falls_back(lab, saved, f"from_{byte}", lambda path: None)
-    monkeypatch.delitem(ENV, "LD_PRELOAD")
-    run = lab.folder / "run"
-    run.mkdir()
-    shutil.copy(checkpoint(saved, 2), run)
-    checkpoint(run, 3).mkdir()
-    result = lab.run("run", depth=1, steps=4, dense_layers="none", resume=1)
-    assert result.code == 0 and re.search(r"warning: .*ckpt_00000003\.bin.*trying the one before", result.out), result.err
-    assert model_bytes(run) == model_bytes(saved)
+        folder, result = resumed_from(lab, saved, f"from_{byte}", lambda path: None)
+        lab.fails(result, "ckpt_00000004.bin", "Input/output error")
+        assert checkpoints(folder) == [2, 4] and not list(folder.glob("*.unusable"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_no_file_is_refused(lab, saved, kind):
+    """A folder or a pipe under a checkpoint's, model's, tokenizer's or shard's name is named, and not waited for."""
+    make = dict(folder=os.mkdir, pipe=os.mkfifo)[kind]
+    folder, result = resumed_from(lab, saved, "run", lambda path: (path.unlink(), make(path)))
+    lab.fails(result, "ckpt_00000004.bin", "no regular file")
+    assert checkpoints(folder) == [2, 4]
+    path = lab.folder / "other.bin"
+    make(path)
+    for options in (from_file(path), dict(train_data=path), dict(val_data=path), dict(tokenizer=path, sample_every=1)):
+        lab.refused(path, "no regular file", **options)
+
+
+def crafted(data, state=(), **words):
+    """A checkpoint with other numbers in it and every checksum right again."""
+    data = bytearray(data)
+    for name, value in words.items():
+        at, kind = dict(T=(1032, "i"), layers=(1040, "i"), channels=(1048, "i"), weights_offset=(2048, "q"), parameters=(2056, "q"),
+                        file_bytes=(2064, "q"), state_bytes=(2072, "q"), chunks=(2080, "q"))[name]
+        struct.pack_into("<" + kind, data, at, value)
+    for at, value in state:
+        struct.pack_into("<q" if isinstance(value, int) else "<d", data, 4096 + at, value)
+    state_bytes, chunks = struct.unpack("<qq", data[2072:2088])
+    front = data[4096:4096 + state_bytes + 8 * chunks] if 0 < state_bytes + 8 * chunks < len(data) else b""
+    struct.pack_into("<Q", data, 2088, model_file.checksum(bytes(front[:len(front) // 8 * 8])))
+    struct.pack_into("<Q", data, 4088, model_file.checksum(bytes(data[:4088])))
+    return bytes(data)
+
+
+STATE = dict(step=0, sequences=8, updates=16, train_s=24, lighthouse_steps=40, dense_steps=48, loss_seen=72 + 1024,
+             norm_seen=72 + 1032 + 1024, seq_len=72 + 2 * 1032, total_batch=80 + 2 * 1032, not_finite=120 + 2 * 1032)
+
+
+def test_a_crafted_checkpoint_is_refused(lab, saved):
+    """Right checksums make no sense of impossible numbers: each is named as damage, and the checkpoint before is used."""
+    data = checkpoint(saved, 4).read_bytes()
+    assert crafted(data) == data, "the checksums are the program's"
+    size = len(data)
+    for name, value in [("chunks", 0), ("chunks", -1), ("chunks", 2 ** 60), ("chunks", 2), ("state_bytes", 0), ("state_bytes", -8),
+                        ("state_bytes", 2 ** 62), ("parameters", 0), ("parameters", -1), ("parameters", 2 ** 62), ("weights_offset", 0),
+                        ("weights_offset", -4096), ("weights_offset", size), ("T", 2 ** 31 - 1), ("layers", 2), ("channels", 2 ** 31 - 1)]:
+        falls_back(lab, saved, f"{name}_{value}", lambda path: path.write_bytes(crafted(data, **{name: value})))
+    for name, value in [("step", -4), ("step", 5), ("step", 2 ** 62), ("sequences", -1), ("sequences", 2 ** 62), ("updates", -1),
+                        ("updates", 5), ("train_s", math.nan), ("train_s", -1.0), ("lighthouse_steps", -1), ("dense_steps", 9),
+                        ("loss_seen", -3), ("norm_seen", -2 ** 62), ("seq_len", 0), ("seq_len", -T), ("total_batch", 0),
+                        ("total_batch", 2 ** 62), ("not_finite", -1), ("not_finite", 10)]:
+        changed = crafted(data, state=[(STATE[name], value)])
+        falls_back(lab, saved, f"{name}_{value}", lambda path: path.write_bytes(changed))
+    folder, result = resumed_from(lab, saved, "name", lambda path: path.rename(checkpoint(path.parent, 9)))
+    assert result.code == 0 and "ckpt_00000009.bin holds step 4; trying the one before" in result.out
+    assert [e["step"] for e in events(folder, "resume")] == [2]
+
+
+UNLISTABLE = r'''
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <dlfcn.h>
+#include <errno.h>
+struct dirent* readdir(DIR* d) { return errno = EIO, (struct dirent*)0; }
+'''
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(lab, saved, monkeypatch):
+    """An error of readdir ends the run: taken for an empty folder, a new run would write over the earlier one's checkpoints."""
+    folder = shutil.copytree(saved, lab.folder / "run")
+    (folder / "model.bin").unlink()
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    preload(lab, UNLISTABLE, monkeypatch)
+    for resume in (0, 1):
+        lab.fails(lab.run("run", depth=1, steps=4, dense_layers="none", resume=resume), "cannot list", folder, "Input/output error")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_what_a_killed_run_did_not_remove_goes_at_the_next_start(lab, saved):
+    """Killed between the last checkpoint's name and the removal of the older one: --keep-last holds after the resume."""
+    folder, result = resumed_from(lab, saved, "run", lambda path: (path.parent / "ckpt_00000009.bin.partial").write_bytes(b"torn"),
+                                  keep_last=1)
+    assert result.code == 0 and sorted(p.name for p in folder.glob("ckpt*")) == ["ckpt_00000004.bin"]
 
 
 def test_no_whole_checkpoint_is_an_error(lab, saved):
@@ -628,6 +779,86 @@ def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(lab, saved):
     checkpoint(folder, 4).unlink()
     lab.train("run", depth=1, dense_layers="none", steps=6, resume=1, checkpoint_every=4, keep_last=3)
     assert checkpoints(folder) == [2, 4, 6]
+
+
+CALLS = r'''
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+#define REAL(name, type) ((type)dlsym(RTLD_NEXT, name))
+static void note(const char* call, const char* path) {  // one line a call, of files in the run's folder
+    char line[4200];
+    const char *rank = getenv("OMPI_COMM_WORLD_RANK"), *name = strstr(path, "/run/");
+    if (!name && (strlen(path) < 4 || strcmp(path + strlen(path) - 4, "/run"))) return;
+    int log = REAL("open", int (*)(const char*, int, ...))(getenv("CALLS"), O_WRONLY | O_APPEND | O_CREAT, 0666);
+    int n = snprintf(line, sizeof line, "%s %s %s\n", rank ? rank : "0", call, name ? name + 5 : ".");
+    if (write(log, line, n) < 0) abort();
+    close(log);
+}
+static const char* path_of(int fd) {
+    static __thread char path[4096];
+    char link[64];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    int n = readlink(link, path, sizeof path - 1);
+    path[n > 0 ? n : 0] = 0;
+    return path;
+}
+int open(const char* path, int flags, ...) {
+    va_list more;
+    va_start(more, flags);
+    int mode = va_arg(more, int);
+    if (strstr(path, ".partial")) note((flags & O_ACCMODE) == O_RDONLY ? "read" : (flags & O_ACCMODE) == O_WRONLY ? "open" : "open+", path);
+    return REAL("open", int (*)(const char*, int, ...))(path, flags, mode);
+}
+int ftruncate(int fd, off_t size) { note("size", path_of(fd)); return REAL("ftruncate", int (*)(int, off_t))(fd, size); }
+ssize_t pwrite(int fd, const void* data, size_t bytes, off_t at) {
+    note("write", path_of(fd));
+    return REAL("pwrite", ssize_t (*)(int, const void*, size_t, off_t))(fd, data, bytes, at);
+}
+int fsync(int fd) { note("sync", path_of(fd)); return REAL("fsync", int (*)(int))(fd); }
+int unlink(const char* path) { note("remove", path); return REAL("unlink", int (*)(const char*))(path); }
+int rename(const char* from, const char* to) {
+    note("rename", from);
+    return REAL("rename", int (*)(const char*, const char*))(from, to);
+}
+'''
+
+
+def calls_in_order(lab, calls, name, ranks, removed):
+    """What these ranks did for one file: sized before another rank opens it, never opened to read and write, every part
+    written and synced before any rank reads it back, read back by all before it gets its name, its name on the disk before
+    an older file goes."""
+    partial = f"{name}.partial"
+    def at(call, file=partial, rank=None):
+        return [i for i, (r, c, f) in enumerate(calls) if c == call and f == file and rank in (None, r)]
+    assert not at("open+") and len(at("size")) == 1 and len(at("rename")) == 1
+    opened, renamed = at("open"), at("rename")[0]
+    assert len(opened) == ranks and opened[0] < at("size")[0] < ([*opened[1:], 10 ** 9])[0]
+    for rank in range(ranks):
+        assert at("write", rank=rank) and at("sync", rank=rank) and max(at("write", rank=rank)) < min(at("sync", rank=rank))
+        assert at("read", rank=rank), "every rank reads back what another wrote"
+    assert max(at("sync")) < min(at("read")) and max(at("read")) < renamed
+    folder = [i for i in at("sync", ".") if i > renamed]
+    assert folder, "the folder is synced behind the rename"
+    for file in removed:
+        assert at("remove", file) and at("remove", file)[0] > folder[0]
+
+
+def test_the_order_of_calls(lab, monkeypatch):
+    """What keeps a run through a crash at any moment is the order of its calls: they are recorded, and looked at."""
+    preload(lab, CALLS, monkeypatch)
+    monkeypatch.setitem(ENV, "CALLS", str(lab.folder / "calls"))
+    lab.train("run", steps=3, depth=1, dense_layers="none", checkpoint_every=1, keep_last=1)
+    calls = [line.split() for line in (lab.folder / "calls").read_text().splitlines()]
+    calls = [(int(rank), call, file) for rank, call, file in calls]
+    for step in (1, 2, 3):
+        calls_in_order(lab, calls, checkpoint(Path(), step).name, 1, [checkpoint(Path(), step - 1).name] if step > 1 else [])
+    calls_in_order(lab, calls, "model.bin", 1, [])
 
 
 @pytest.mark.parametrize("last, every, expected", [(1, 0, [12]), (3, 0, [10, 11, 12]), (0, 0, list(range(1, 13))),
@@ -1263,11 +1494,51 @@ def test_a_diverged_run_ends(lab):
     assert len(checkpoints(lab.folder / "run")) == 2 and checkpoints(lab.folder / "run")[-1] < skipped[0]
 
 
+def test_steps_that_are_not_finite_push_out_no_checkpoint(lab):
+    """A run that ends, or stops, while no step is finite writes its state beside the good one; a resume goes on counting."""
+    options = dict(learning_rate=10, weight_decay=10, lr_schedule="constant", warmup_steps=0, skip_grad_z=3, grad_clip=0, keep_last=1)
+    assert lab.run("all", steps=100, checkpoint_every=2, **options).code != 0
+    first = [e["step"] for e in step_events(lab.folder / "all") if e["skipped"]][0]
+    good = (first - 1) // 2 * 2
+    run = lab.train("run", steps=first + 3, checkpoint_every=2, **options)
+    assert checkpoints(run) == [good, first + 3]
+    result = lab.run("run", steps=100, checkpoint_every=2, resume=1, **options)
+    assert result.code != 0 and re.search(rf"step {first + 9}: .* in any of 10 steps: .* of step {first - 1} or before", result.err), result.err
+    assert checkpoints(run) == [good, first + 3]
+
+
 def test_closed_standard_streams(lab):
     """No log takes the place of a closed standard output or error."""
     command = shlex.join(str(c) for c in lab.command("run", steps=3))
     assert subprocess.run(["sh", "-c", command + " <&- >&- 2>&-"], env=ENV).returncode == 0
     assert len(step_events(lab.folder / "run")) == 3 and len(main_log(lab.folder / "run")) == 3
+
+
+def sections(path):
+    """A checkpoint's weights and moments, in double precision."""
+    return np.frombuffer(checkpoint_body(path), "<f4").astype(float).reshape(3, -1)
+
+
+def by_hand(before, after, lr, update, norm, beta1=0.9, beta2=0.999, eps=1e-8, clip=0):
+    """That one step leads from one checkpoint's sections to another's, by AdamW's equations without decay; the gradient is
+    what the first moment's change tells, and its norm is what the log says."""
+    (w0, m0, v0), (w1, m1, v1) = before, after
+    g = (m1 - beta1 * m0) / (1 - beta1)
+    scale = clip / norm if 0 < clip < norm else 1
+    assert math.isclose(np.linalg.norm(g), norm * scale, rel_tol=1e-4)
+    assert np.allclose(v1, beta2 * v0 + (1 - beta2) * g ** 2, rtol=1e-3, atol=1e-6 * v1.max())
+    moved = -lr * (m1 / (1 - beta1 ** update)) / (np.sqrt(v1 / (1 - beta2 ** update)) + eps)
+    assert np.linalg.norm(w1 - w0 - moved) < 1e-3 * np.linalg.norm(moved) > 0
+
+
+@pytest.mark.parametrize("clip", [0, 0.05])
+def test_steps_by_hand(lab, clip):
+    """Three steps from checkpoint to checkpoint, worked out from AdamW's equations with two different betas, and with clipping."""
+    folder = lab.train("run", steps=4, batch_size=2, total_batch_size=6 * T, learning_rate=1e-2, weight_decay=0, beta2=0.999, adam_eps=1e-6,
+                       lr_schedule="linear", warmup_steps=0, grad_clip=clip, checkpoint_every=1, keep_last=0)
+    for step, e in enumerate(step_events(folder)[1:], 2):
+        assert e["lr"] == pytest.approx(1e-2 * (1 - 0.9 * (step - 1) / 4))
+        by_hand(sections(checkpoint(folder, step - 1)), sections(checkpoint(folder, step)), e["lr"], step, e["norm"], eps=1e-6, clip=clip)
 
 
 OUTLIER = dict(depth=1, steps=260, shuffle=0, dense_layers="none", learning_rate=1e-2, lr_schedule="constant", warmup_steps=0)
@@ -1294,6 +1565,28 @@ def test_an_outlier_is_skipped(lab, option):
     lab.train("resumed", **options, **z, resume=1)
     assert model_bytes(resumed) == model_bytes(folder)
     assert [e["step"] for e in events(resumed, "step") if e["skipped"]] == [251]
+
+
+def test_updates_are_counted_and_not_steps(lab):
+    """After a skipped step the bias correction is that of the updates made: a beta of 0.999 shows it in the update's size."""
+    options = dict(OUTLIER, steps=252, train_data=lab.data.outlier, program="dense", dense_layers=None, beta2=0.999, weight_decay=0,
+                   grad_clip=0)
+    folder = lab.train("run", **options, skip_loss_z=6, checkpoint_every=1, keep_last=2)
+    steps = step_events(folder)
+    assert [e["step"] for e in steps if e["skipped"]] == [251]
+    by_hand(*(sections(checkpoint(folder, step)) for step in (251, 252)), steps[251]["lr"], 251, steps[251]["norm"])
+
+
+def test_an_unusually_low_loss_is_no_outlier(lab):
+    """A window far easier than those before, after 128 of them, is trained on like any other."""
+    tokens = np.where(np.random.RandomState(1).rand(160 * T + 1) < 0.5, 0, np.random.RandomState(2).randint(1, 64, 160 * T + 1))
+    tokens[140 * T + 1:141 * T + 1] = 0
+    path = write_shard(lab.folder / "easy.bin", tokens)
+    options = dict(OUTLIER, steps=150, train_data=path, program="dense", dense_layers=None)
+    folder = lab.train("run", **options, skip_loss_z=6, skip_grad_z=100)
+    losses = [e["loss"] for e in step_events(folder)]
+    mean, deviation = np.mean(losses[12:140]), np.std(losses[12:140])
+    assert (losses[140] - mean) / deviation < -6 and not any(e["skipped"] for e in step_events(folder)), losses[140]
 
 
 def test_the_detector_starts_anew_at_the_switch(lab):
@@ -1350,6 +1643,7 @@ def test_accumulation_is_a_larger_batch(lab, program):
 def broken_model(lab, value=math.nan):
     data = bytearray(model_bytes(lab.train("start", steps=0)))
     data[-4:] = struct.pack("<f", value)  # the last bias
+    data[40:48] = bytes(8)  # no checksum
     path = lab.folder / "broken.bin"
     path.write_bytes(data)
     return dict(model=path, depth=None, channels=None, heads=None)
@@ -1589,6 +1883,7 @@ def test_a_long_table_of_positions_at_a_short_length(lab):
     wte = 384 * 128 * 4
     header = bytearray(data[:1024])
     header[8:12] = struct.pack("<i", 16)
+    header[40:48] = bytes(8)  # no checksum
     body = data[1024:1024 + wte + 16 * 512] + data[1024 + wte + 2048 * 512:]
     (lab.folder / "short.bin").write_bytes(bytes(header) + body)
     options = dict(steps=5, seq_len=16, program="dense", learning_rate=1e-2, grad_clip=0, weight_decay=0)
@@ -1622,7 +1917,13 @@ def test_damaged_model_files_are_refused(lab):
     bad(header(version=3), "bytes")  # the wrong kind of positions: the size is another
     for name, value in [("T", 0), ("V", 0), ("V", 385), ("L", 0), ("L", -1), ("L", 2000), ("H", 0), ("H", 3), ("C", 0), ("C", -16), ("Vp", 0)]:
         bad(header(**{name: value}), "impossible sizes")
-    bad(header(C=2 ** 30, H=1), "bytes")
+    for name, value in [("T", 2 ** 30 + 1), ("V", 2 ** 24 + 1), ("Vp", 2 ** 31 - 1), ("C", 65538)]:
+        bad(header(**{name: value}), "impossible sizes")
+    bad(header(C=65536, H=1, L=1024, T=2 ** 30, V=2 ** 24, Vp=2 ** 25), "bytes")
+    path.write_bytes(whole[:-100] + b"x" + whole[-99:])
+    lab.fails(lab.run("flipped", **from_file(path)), "bad.bin is damaged: wrong checksum of the weights")
+    path.write_bytes(whole[:40] + bytes(8) + whole[48:-100] + b"x" + whole[-99:])  # llm.c writes no checksum
+    lab.train("unsigned", **from_file(path))
     lab.refused("neither a readable file", "nothing.bin", **from_file(lab.folder / "nothing.bin"))
     lab.fails(execute(lab.command("x", **from_file(lab.folder)) + ["--dry-run"]))  # a folder
 

@@ -145,6 +145,28 @@ static void test_loader() {
     free(pattern);
 }
 
+// Another token in any of a few windows, or in the last of many, is other data.
+static void test_fingerprint() {
+    char path[] = "/tmp/test_units_XXXXXX";
+    close(mkstemp(path));
+    const int64_t T = 4;
+    auto of = [&](int64_t windows, int64_t first, int64_t end) {  // of which these have another first token
+        write_shard(path, windows * T + 1, 0, 2);
+        int fd = open(path, O_WRONLY);
+        uint16_t other = 300;
+        for (int64_t w = first; w < end; w++) if (pwrite(fd, &other, 2, 1024 + w * T * 2) != 2) fatal("cannot write %s", path);
+        close(fd);
+        Loader d;
+        loader_open(&d, path, T, false, 1);
+        return loader_fingerprint(&d);
+    };
+    bool noticed = true;
+    for (int64_t w = 0; w < 9; w++) noticed &= of(9, w, w + 1) != of(9, 0, 0);
+    check(noticed, "fingerprint: another token in any of 9 windows is noticed");
+    check(of(5000, 4995, 5000) != of(5000, 0, 0), "fingerprint: and in the last thousandth of many");
+    unlink(path);
+}
+
 // ---- the detector
 
 static void test_detector() {
@@ -240,13 +262,47 @@ static void test_words() {
     struct { const char* text; int length; } cases[] = {
         {"the cat", 3}, {" the", 4}, {"  the", 1}, {"   ", 3}, {" ", 1}, {"\n\nx", 1}, {"\n", 1}, {"\nx", 1}, {" \n x", 2},
         {"it's", 2}, {"'s", 2}, {"'ll go", 3}, {"'x", 1}, {" 's", 2}, {"''s", 2}, {"12ab", 2}, {" 12ab", 3}, {"ab12", 2}, {"!?a", 2},
-        {" !?a", 3}, {"a!", 1}, {"caf\xC3\xA9 x", 5}, {"\xC3\xA9t\xC3\xA9.", 5}, {"_x", 1}};
+        {" !?a", 3}, {"a!", 1},
+        {"'t", 2}, {"'rex", 3}, {"'ve", 3}, {"'m", 2}, {"'llx", 3}, {"'d", 2}, {"'r", 1}, {"'v e", 1}, {"'l", 1}, {"'e", 1},
+        {"'S", 1}, {" 'll", 2}, {"caf\xC3\xA9 x", 5}, {"\xC3\xA9t\xC3\xA9.", 5}, {"_x", 1}};
     for (auto& c : cases) {
         int n = word_length(c.text);
         char* shown = json_string(c.text);
         check(n == c.length, "first word of %s: %d bytes (%d)", shown, c.length, n);
         free(shown);
     }
+}
+
+// ---- sampling
+
+// Chances at every 1/4096 against what top-k and the temperature say: shares of the softmax, written out.
+static void test_draws() {
+    const int V = 50, N = 4096;
+    float logits[V], sorted[V];
+    for (int v = 0; v < V; v++) logits[v] = (float)(4 * uniform(3, v));
+    for (int64_t k : {0, 1, 2, 7, V - 1, V, 2 * V})
+        for (double temperature : {0.25, 1.0, 3.0}) {
+            double share[V], sum = 0;
+            int drawn[V] = {0}, kept = 0;
+            for (int v = 0; v < V; v++) {
+                int above = 0;
+                for (int u = 0; u < V; u++) above += logits[u] > logits[v];
+                share[v] = k == 0 || above < k ? exp(logits[v] / temperature) : 0;
+                sum += share[v];
+                kept += share[v] > 0;
+            }
+            for (int i = 0; i < N; i++) drawn[draw_token(logits, sorted, V, k, temperature, (i + 0.5) / N)]++;
+            double worst = 0;
+            bool within = kept == (k == 0 ? V : std::min<int64_t>(k, V));
+            for (int v = 0; v < V; v++) {
+                worst = std::max(worst, fabs(drawn[v] - N * share[v] / sum));
+                within &= share[v] > 0 || drawn[v] == 0;
+            }
+            check(within && worst < 1.01, "draws: top %ld at temperature %g (the worst token is %.2f of %d off)", (long)k, temperature, worst, N);
+        }
+    for (int v = 0; v < V; v++) logits[v] = NAN;
+    int next = draw_token(logits, sorted, V, 7, 1, 0.5);
+    check(next >= 0 && next < V, "draws: of a model that is lost, some token");
 }
 
 // ---- JSON strings
@@ -263,6 +319,21 @@ static void test_json() {
         check(!strcmp(s, c.out), "JSON %s (%s)", c.out, s);
         free(s);
     }
+}
+
+// ---- operations of a step, from the sizes: 2 a multiply-add, forward once and backward twice, half of the attention square
+
+static void test_flops() {
+    static Model m;
+    const int L = 5, C = 32, T = 256;
+    model_layout(&m, {T, 300, 384, L, 4, C, true, 10000});
+    m.shape.S = 96;
+    for (int l = 0; l < L; l++) m.lighthouse_layer[l] = l == 1 || l == 2;
+    double matrices = 2.0 * (L * (C * 3 * C + C * C + C * 4 * C + 4 * C * C) + C * 384), tokens = 3 * T;  // the head last
+    auto attention = [&](double rows) { return 2 * (2 * rows * rows * C) / 2; };  // scores, and their products with v
+    double dense = 3 * (matrices * tokens + L * 3 * attention(T)), lighthouse = 3 * (matrices * tokens + 3 * 3 * attention(T) + 2 * 3 * attention(96));
+    check(fabs(step_flops(&m, DENSE, T, tokens) / dense - 1) < 1e-12, "operations of a dense step: %.6g (%.6g)", dense, step_flops(&m, DENSE, T, tokens));
+    check(fabs(step_flops(&m, LIGHTHOUSE, T, tokens) / lighthouse - 1) < 1e-12, "operations of a Lighthouse step: %.6g", lighthouse);
 }
 
 // ---- checksum, random numbers
@@ -412,17 +483,40 @@ static int print_json() {
     return 0;
 }
 
+// Under mpirun: sums whose result depends on the order of the ranks are the same everywhere, in rank order.
+static int print_rank_sums(int* argc, char*** argv) {
+    processes_start(argc, argv);
+    const double values[] = {1e16, 1, -1e16, 1};
+    double x = values[procs.rank % 4], expected = 0;
+    for (int r = 0; r < procs.world; r++) expected += values[r % 4];
+    check(all_sum(x) == expected, "rank %d: sum in rank order", procs.rank);
+    std::vector<float> rows(2 * procs.world * 3), sums(2);
+    for (float& y : rows) y = (float)(procs.rank % 4 == 1 || procs.rank % 4 == 3 ? 1 : procs.rank % 4 ? -1e8 : 1e8);
+    for (int r = 0; r < procs.world; r++) sums[0] += (float)(r % 4 == 1 || r % 4 == 3 ? 1 : r % 4 ? -1e8 : 1e8);
+    reduce_scatter_start(rows.data(), 2, procs.world * 3);
+    for (int row = 0; row < 2; row++)
+        for (int i = 0; i < 3; i++) check(rows[(row * procs.world + procs.rank) * 3 + i] == sums[0], "rank %d: sums of pieces in rank order", procs.rank);
+    check(all_max(procs.rank == 1 ? 7 : -procs.rank) == 7, "rank %d: maximum", procs.rank);
+    processes_end();
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed > 0;
+}
+
 int main(int argc, char** argv) {
+    if (argc == 2 && !strcmp(argv[1], "ranks")) return print_rank_sums(&argc, &argv);
     if (argc == 2 && !strcmp(argv[1], "options")) return print_options();
     if (argc == 3 && !strcmp(argv[1], "encode")) return print_encoded(argv[2]);
     if (argc == 2 && !strcmp(argv[1], "json")) return print_json();
     test_permutation();
     test_loader();
+    test_fingerprint();
     test_detector();
     test_schedules();
     test_checkpoints_to_come();
     test_words();
+    test_draws();
     test_json();
+    test_flops();
     test_checksum();
     test_sums();
     test_layout();

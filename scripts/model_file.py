@@ -19,7 +19,7 @@ except ImportError:
 
 MODEL_MAGIC = 20240326
 CHECKPOINT_MAGIC = 20260511
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 TOKENIZER_MAGIC = 20240328
 HEADER_BYTES = 1024
 CHECKPOINT_HEADER_BYTES = 4096
@@ -191,6 +191,11 @@ def read_model(path):
                         f"({config.describe()}): " + ("the file is cut off" if size < wanted else "it is too long"))
     if not exact:
         check_weights(path, head, offset, parameter_count(config))
+    elif config.dtype == "float32" and any(head[40:48]):  # other programs write no checksum
+        words = np.memmap(path, "<u4", "r", offset)
+        sums = [chunk_sum(words[at:at + CHUNK_BYTES // 4]) for at in range(0, len(words), CHUNK_BYTES // 4)]
+        if checksum(np.array(sums, "<u8").tobytes()) | 1 != int.from_bytes(head[40:48], "little"):
+            raise FileError(f"{path} is damaged: wrong checksum of the weights")
     tensors, storage = {}, STORAGE[config.dtype]
     for name, shape in tensor_shapes(config):
         tensors[name] = np.memmap(path, storage, "r", offset, shape)
