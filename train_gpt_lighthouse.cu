@@ -491,6 +491,7 @@ static void device_name(char* name, size_t size) {
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
+#include <cub/device/device_radix_sort.cuh>
 #ifndef FLOATX_FP32
 #include <cudnn.h>
 #endif
@@ -1555,137 +1556,70 @@ static void encoder_forward(floatX* out /*(B,T,C)*/, const int* tokens /*(B,T)*/
 }
 
 // dwte sums the rows of dout that hold the same token, anything from none to all of them (bytes: N/257 on average).
-// So the rows are sorted by token, stably, and the sorted list is cut into pieces of equal length, whatever the tokens.
-// A block adds up the runs of equal tokens of its piece. A run inside the piece is complete and goes to dwte. Of a run
-// that crosses the piece's borders the sum is kept, and a second kernel adds those up. Every row of dwte is written by
+// So the rows are sorted by token, stably, and the sorted list is cut into ranges of equal length, whatever the tokens.
+// A block adds up the runs of equal tokens of its range. A run inside the range is complete and goes to dwte. Of a run
+// that crosses the range's borders the sum is kept, and a second kernel adds those up. Every row of dwte is written by
 // one block only.
-constexpr int SORT_TILE = 2048;       // tokens that a block sorts
-constexpr int SORT_BITS = 9;          // of the token in one pass: a byte vocabulary, 257 tokens, takes one
-constexpr int SORT_DIGITS = 1 << SORT_BITS;
-constexpr int ENCODER_PIECE = 32;     // least rows a piece
-constexpr int ENCODER_PIECES = 8192;  // most pieces: several waves of blocks, and little scratch memory
+constexpr int ENCODER_RANGE = 32;     // least rows a range
+constexpr int ENCODER_RANGES = 8192;  // most ranges: several waves of blocks, and little scratch memory
 
 struct EncoderScratch {
-    int64_t tiles, pieces;
-    int piece;     // rows a piece
-    int* key[2];   // (N) tokens, sorted by one more digit each pass
-    int* row[2];   // (N) their rows of dout
-    int* counts;   // (SORT_DIGITS, tiles) tokens of each digit in each tile, then where they start within the digit
-    int* totals;   // (SORT_DIGITS)
-    float* head;   // (pieces, C) sum of the piece's part of a run that began before it
-    float* tail;   // (pieces, C) sum of the piece's part of a run that begins in it and goes on behind it
-    size_t bytes;
+    int64_t ranges;
+    int range;            // rows a range
+    int *unsorted, *row;  // (N) rows of dout: 0, 1, 2 ..., and in the order of their tokens
+    int* key;             // (N) the tokens in order
+    float* head;          // (ranges, C) sum of the range's part of a run that began before it
+    float* tail;          // (ranges, C) sum of the range's part of a run that begins in it and goes on behind it
+    void* sort;           // what CUB's radix sort needs, asked for with the most bits that a token has
+    size_t sort_bytes, bytes;
 };
 
 static EncoderScratch encoder_scratch(char* base, int64_t N, int C) {
-    EncoderScratch s;
-    s.tiles = ceil_div(N, SORT_TILE);
-    s.piece = std::max(ENCODER_PIECE, (int)ceil_div(N, ENCODER_PIECES));
-    s.pieces = ceil_div(N, s.piece);
+    opRequire(N > 0 && N <= INT32_MAX, "encoder_backward: %ld rows, outside 1 to 2^31 - 1", N);
+    EncoderScratch s = {};
+    s.range = std::max(ENCODER_RANGE, (int)ceil_div(N, ENCODER_RANGES));
+    s.ranges = ceil_div(N, s.range);
+    cudaCheck(cub::DeviceRadixSort::SortPairs(NULL, s.sort_bytes, s.key, s.key, s.row, s.row, (int)N, 0, 31));
     Arena a = {base, 0};
-    for (int i = 0; i < 2; i++) {
-        s.key[i] = TAKE(&a, int, N);
-        s.row[i] = TAKE(&a, int, N);
-    }
-    s.counts = TAKE(&a, int, SORT_DIGITS * s.tiles);
-    s.totals = TAKE(&a, int, SORT_DIGITS);
-    s.head = TAKE(&a, float, s.pieces * C);
-    s.tail = TAKE(&a, float, s.pieces * C);
+    s.unsorted = TAKE(&a, int, N);
+    s.row = TAKE(&a, int, N);
+    s.key = TAKE(&a, int, N);
+    s.head = TAKE(&a, float, s.ranges * C);
+    s.tail = TAKE(&a, float, s.ranges * C);
+    s.sort = TAKE(&a, char, s.sort_bytes);
     s.bytes = a.used;
     return s;
 }
 
 static size_t encoder_backward_scratch_bytes(int64_t N, int C) { return encoder_scratch(NULL, N, C).bytes; }
 
-// One pass of a radix sort, by the SORT_BITS bits from shift on: count, prefix sums, move.
-__global__ void __launch_bounds__(SORT_DIGITS) sort_count_kernel(int* counts /*(SORT_DIGITS,tiles)*/, const int* key,
-                                                                 int64_t n, int shift) {
-    __shared__ int bins[SORT_DIGITS];
-    bins[threadIdx.x] = 0;
-    __syncthreads();
-    int64_t end = min(n, (int64_t)(blockIdx.x + 1) * SORT_TILE);
-    for (int64_t i = (int64_t)blockIdx.x * SORT_TILE + threadIdx.x; i < end; i += SORT_DIGITS) {
-        // integers: the order of the additions does not show
-        atomicAdd(&bins[(key[i] >> shift) & (SORT_DIGITS - 1)], 1);
-    }
-    __syncthreads();
-    counts[(int64_t)threadIdx.x * gridDim.x + blockIdx.x] = bins[threadIdx.x];
-}
-
-// A warp a digit: the counts of its tiles become the number of tokens in the tiles before.
-__global__ void __launch_bounds__(256) sort_prefix_kernel(int* counts /*(SORT_DIGITS,tiles)*/,
-                                                          int* totals /*(SORT_DIGITS)*/, int64_t tiles) {
-    int digit = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
-    int before = 0;
-    for (int64_t t = lane; t - lane < tiles; t += 32) {
-        int count = t < tiles ? counts[digit * tiles + t] : 0;
-        int sum = warp_prefix(count);
-        if (t < tiles) counts[digit * tiles + t] = before + sum - count;
-        before += __shfl_sync(0xffffffffu, sum, 31);
-    }
-    if (lane == 0) totals[digit] = before;
-}
-
-__global__ void __launch_bounds__(SORT_DIGITS) sort_move_kernel(int* key_out, int* row_out, const int* key,
-                                                                const int* row /*or NULL: as they stand*/,
-                                                                const int* counts, const int* totals, int64_t n,
-                                                                int shift) {
-    constexpr int WARPS = SORT_DIGITS / 32;
-    __shared__ int next[WARPS][SORT_DIGITS];  // counts of each warp's tokens of this round, then where they go
-    __shared__ int warp_totals[WARPS];
-    int d = threadIdx.x, lane = d % 32, warp = d / 32;  // thread d looks after digit d
-    int before = warp_prefix(totals[d]);
-    if (lane == 31) warp_totals[warp] = before;
-    for (int w = 0; w < WARPS; w++) next[w][d] = 0;
-    __syncthreads();
-    before -= totals[d];  // tokens with smaller digits
-    for (int w = 0; w < warp; w++) before += warp_totals[w];
-    int at = before + counts[(int64_t)d * gridDim.x + blockIdx.x];  // where the next token with digit d goes
-    int64_t begin = (int64_t)blockIdx.x * SORT_TILE, end = min(n, begin + SORT_TILE);
-    for (int64_t i0 = begin; i0 < end; i0 += SORT_DIGITS) {
-        int64_t i = i0 + threadIdx.x;
-        int k = i < end ? key[i] : 0;
-        int digit = i < end ? (k >> shift) & (SORT_DIGITS - 1) : SORT_DIGITS;
-        unsigned peers = __match_any_sync(0xffffffffu, digit);
-        int rank = __popc(peers & ((1u << lane) - 1));  // equal digits keep their order: the sort is stable
-        if (rank == 0 && i < end) next[warp][digit] = __popc(peers);
-        __syncthreads();
-        for (int w = 0; w < WARPS; w++) {
-            int count = next[w][d];
-            next[w][d] = at;
-            at += count;
-        }
-        __syncthreads();
-        if (i < end) {
-            int to = next[warp][digit] + rank;
-            key_out[to] = k;
-            row_out[to] = row ? row[i] : (int)i;
-        }
-        __syncthreads();
-        for (int w = 0; w < WARPS; w++) next[w][d] = 0;
-        __syncthreads();
-    }
+__global__ void __launch_bounds__(256) count_up_kernel(int* x, int64_t n) {
+    int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x;
+    if (i < n) x[i] = (int)i;
 }
 
 __global__ void __launch_bounds__(256) encoder_backward_kernel(float* dwte, float* head, float* tail,
                                                                const floatX* dout, const int* key /*(n) sorted*/,
-                                                               const int* row /*(n)*/, int64_t n, int piece, int C) {
+                                                               const int* row /*(n)*/, int64_t n, int range, int C) {
     constexpr int U = 2;  // more rows at a time take registers, so fewer blocks fit: slower
     int c = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
     if (c >= C) return;
-    int64_t begin = (int64_t)blockIdx.x * piece, end = min(n, begin + piece);
-    bool from_before = begin > 0 && key[begin - 1] == key[begin];  // the run that we are in began before the piece
+    int64_t begin = (int64_t)blockIdx.x * range, end = min(n, begin + range);
+    bool from_before = begin > 0 && key[begin - 1] == key[begin];  // the run that we are in began before the range
     bool goes_on = end < n && key[end - 1] == key[end];            // the last run goes on behind it
     float sum[8] = {};
+
     for (int64_t i0 = begin; i0 < end; i0 += U) {
         int k[U + 1];
         bool ends[U], to_head[U], complete[U];
         Pack8<floatX> x[U];
         Pack8<float> old[U];
+
+        // All loads before the first use, those of dwte too.
 #pragma unroll
         for (int u = 0; u <= U; u++) k[u] = i0 + u < end ? key[i0 + u] : -1;
 #pragma unroll
-        for (int u = 0; u < U; u++) {  // all loads before the first use, those of dwte too
+        for (int u = 0; u < U; u++) {
             x[u] = {};
             if (i0 + u < end) x[u] = load8_stream(dout + (int64_t)row[i0 + u] * C + c);
             ends[u] = k[u] != k[u + 1];
@@ -1694,6 +1628,8 @@ __global__ void __launch_bounds__(256) encoder_backward_kernel(float* dwte, floa
             if (complete[u]) old[u] = load8(dwte + (int64_t)k[u] * C + c);
             from_before = from_before && !ends[u];
         }
+
+        // Where a run ends, its sum goes out: to dwte, or what the range has of it to head or tail.
 #pragma unroll
         for (int u = 0; u < U; u++) {
             for (int j = 0; j < 8; j++) sum[j] += (float)x[u].v[j];
@@ -1709,34 +1645,35 @@ __global__ void __launch_bounds__(256) encoder_backward_kernel(float* dwte, floa
     }
 }
 
-// Adds up the runs that cross pieces: the tail of the piece where the run begins and the heads of the following ones. A
-// block looks at 8 pieces and takes 256 columns; of a run's heads each of its 8 warps adds every eighth.
+// Adds up the runs that cross ranges: the tail of the range where the run begins and the heads of the following ones. A
+// block looks at 8 ranges and takes 256 columns; of a run's heads each of its 8 warps adds every eighth.
 __global__ void __launch_bounds__(256) encoder_backward_join_kernel(float* dwte, const float* head, const float* tail,
-                                                                    const int* key, int64_t n, int piece,
-                                                                    int64_t pieces, int C) {
+                                                                    const int* key, int64_t n, int range,
+                                                                    int64_t ranges, int C) {
     __shared__ __align__(16) float sums[8][256];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int c = blockIdx.y * 256 + lane * 8;
-    int64_t p = (int64_t)blockIdx.x * 8 + lane, begin = p * piece, end = begin + piece;
+
+    int64_t p = (int64_t)blockIdx.x * 8 + lane, begin = p * range, end = begin + range;
     bool joins = lane < 8 && end < n && key[end - 1] == key[end] &&
-                 (begin == 0 || key[begin - 1] != key[end]);  // else the run began in an earlier piece
+                 (begin == 0 || key[begin - 1] != key[end]);  // else the run began in an earlier range
     unsigned todo = __ballot_sync(0xffffffffu, joins);
     for (; todo; todo &= todo - 1) {
         p = (int64_t)blockIdx.x * 8 + __ffs(todo) - 1;
-        int k = key[p * piece + piece - 1];
+        int k = key[p * range + range - 1];
         float sum[8] = {};
         if (c < C) {
             if (warp == 0) {
                 Pack8<float> x = load8(tail + p * C + c);
                 for (int j = 0; j < 8; j++) sum[j] = x.v[j];
             }
-            for (int64_t q0 = p + 1 + warp; q0 < pieces && key[q0 * piece] == k; q0 += 32) {
+            for (int64_t q0 = p + 1 + warp; q0 < ranges && key[q0 * range] == k; q0 += 32) {
                 Pack8<float> x[4];
 #pragma unroll
                 for (int u = 0; u < 4; u++) {
                     int64_t q = q0 + 8 * u;
                     x[u] = {};
-                    if (q < pieces && key[q * piece] == k) x[u] = load8(head + q * C + c);
+                    if (q < ranges && key[q * range] == k) x[u] = load8(head + q * C + c);
                 }
 #pragma unroll
                 for (int u = 0; u < 4; u++) {
@@ -1744,6 +1681,7 @@ __global__ void __launch_bounds__(256) encoder_backward_join_kernel(float* dwte,
                 }
             }
         }
+
         store8(&sums[warp][lane * 8], to_pack8<float>(sum));
         __syncthreads();
         int column = blockIdx.y * 256 + threadIdx.x;
@@ -1776,23 +1714,17 @@ static void encoder_backward(float* dwte /*(Vp,C) +=*/, float* dwpe /*(maxT,C) +
                              int64_t t0, int Vp) {
     opRequireRows("encoder_backward", C);
     int64_t N = B * T;
-    opRequire(N > 0 && N <= INT32_MAX, "encoder_backward: %ld rows, outside 1 to 2^31 - 1", N);
     EncoderScratch s = encoder_scratch((char*)scratch(encoder_backward_scratch_bytes(N, C), "encoder_backward"), N, C);
-    const int *key = tokens, *row = NULL;
-    int into = 0;
-    for (int shift = 0; shift == 0 || (Vp - 1) >> shift; shift += SORT_BITS) {
-        sort_count_kernel<<<(int)s.tiles, SORT_DIGITS, 0, main_stream>>>(s.counts, key, N, shift);
-        sort_prefix_kernel<<<SORT_DIGITS / 8, 256, 0, main_stream>>>(s.counts, s.totals, s.tiles);
-        sort_move_kernel<<<(int)s.tiles, SORT_DIGITS, 0, main_stream>>>(s.key[into], s.row[into], key, row, s.counts,
-                                                                        s.totals, N, shift);
-        key = s.key[into];
-        row = s.row[into];
-        into ^= 1;
-    }
+    int bits = 1;
+    while ((Vp - 1) >> bits) bits++;
+    count_up_kernel<<<grid_for(N, 256), 256, 0, main_stream>>>(s.unsorted, N);
+    cudaCheck(cub::DeviceRadixSort::SortPairs(s.sort, s.sort_bytes, tokens, s.key, s.unsorted, s.row, (int)N, 0, bits,
+                                              main_stream));
     int threads = std::min(256, (int)ceil_div(C / 8, 32) * 32);
-    dim3 pieces(s.pieces, ceil_div(C / 8, threads)), joins(ceil_div(s.pieces, 8), ceil_div(C, 256));
-    encoder_backward_kernel<<<pieces, threads, 0, main_stream>>>(dwte, s.head, s.tail, dout, key, row, N, s.piece, C);
-    encoder_backward_join_kernel<<<joins, 256, 0, main_stream>>>(dwte, s.head, s.tail, key, N, s.piece, s.pieces, C);
+    dim3 ranges(s.ranges, ceil_div(C / 8, threads)), joins(ceil_div(s.ranges, 8), ceil_div(C, 256));
+    encoder_backward_kernel<<<ranges, threads, 0, main_stream>>>(dwte, s.head, s.tail, dout, s.key, s.row, N, s.range,
+                                                                 C);
+    encoder_backward_join_kernel<<<joins, 256, 0, main_stream>>>(dwte, s.head, s.tail, s.key, N, s.range, s.ranges, C);
     cudaCheck(cudaGetLastError());
     if (dwpe) {
         encoder_backward_wpe_kernel<<<grid_for(T, 8), dim3(32, 8), 0, main_stream>>>(dwpe, dout, B, T, C, t0);
