@@ -1390,12 +1390,12 @@ using namespace cpu;
 // On a CPU the operations take every shape and need no memory beside their tensors.
 static void operations_open(int, int, int, bool) {}
 static void lighthouse_open(const LighthouseShape*) {}
-// With --plan-memory what a GPU's take, whose functions of these names are further down: the encoder's backward or the
-// choice of matrix products, and attention's sums of dQ and dO O. cuDNN itself has asked for nothing more on any card.
-static size_t operations_bytes(int64_t N, int C, int Vp) {
+// With --plan-memory what a GPU's take, whose functions of these names are further down: the encoder's or LayerNorm's
+// backward, and attention's sums of dQ and dO O. cuDNN itself has asked for nothing more on any card.
+static size_t operations_bytes(int64_t N, int C) {
     if (floatx_bytes == sizeof(floatX)) return 0;
-    int64_t pieces = std::min(ceil_div(N, 32), (int64_t)8192);
-    return (32 << 20) + std::max(17 * N + 8 * pieces * C, 4 * (int64_t)C * std::max(4 * C, Vp));
+    int64_t ranges = std::min(ceil_div(N, 32), (int64_t)8192);
+    return (32 << 20) + std::max(21 * N + 8 * ranges * C, (int64_t)12288 * C);
 }
 static size_t sdpa_prepare(int B, int64_t T, int H, int D, bool, bool backward) {
     return floatx_bytes == sizeof(floatX) || !backward ? 0 : 4 * (int64_t)B * H * T * (D + 1);
@@ -1887,15 +1887,14 @@ struct MatmulPlan {
     cublasLtMatrixLayout_t a, b, d;
     cublasLtMatmulAlgo_t algo;
     int proposals;  // how many kernels cuBLASLt knows; 2: that many or more
-    bool tuned;
 };
-constexpr int MATMUL_PLANS = 256, MATMUL_CANDIDATES = 8;
+constexpr int MATMUL_PLANS = 256;
 static MatmulPlan matmul_plans[MATMUL_PLANS];
 static int64_t matmul_plan_count;
 
-// cuBLASLt's kernels for a plan, the one that it takes for the best first. Returns how many were found: at least one,
-// except for dgelu, which can do without.
-static int matmul_candidates(const MatmulPlan* p, cublasLtMatmulHeuristicResult_t* found, int wanted) {
+// Takes the kernel that cuBLASLt proposes first: the one that it holds for the fastest. There is at least one, except
+// for dgelu, which can do without.
+static void matmul_choose(MatmulPlan* p) {
     cublasLtMatmulPreference_t preference;
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
     cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
@@ -1905,16 +1904,16 @@ static int matmul_candidates(const MatmulPlan* p, cublasLtMatmulHeuristicResult_
                        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES}) {
         cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, which, &alignment, sizeof(alignment)));
     }
-    int count = 0;
+    cublasLtMatmulHeuristicResult_t found[2];
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(cublaslt_handle, p->desc, p->a, p->b, p->d, p->d, preference,
-                                                           wanted, found, &count);
+                                                           2, found, &p->proposals);
+    if (status != CUBLAS_STATUS_SUCCESS) p->proposals = 0;
     const MatmulShape& s = p->shape;
-    if (status != CUBLAS_STATUS_SUCCESS) count = 0;
-    opRequire(count > 0 || s.dgelu, "cuBLASLt knows no kernel for m = %ld, n = %ld, k = %ld, trans %d %d, bias %d, "
-              "operands of kind %d: %s", s.m, s.n, s.k, s.trans_a, s.trans_b, s.bias, s.operands,
+    opRequire(p->proposals > 0 || s.dgelu, "cuBLASLt knows no kernel for m = %ld, n = %ld, k = %ld, trans %d %d, "
+              "bias %d, operands of kind %d: %s", s.m, s.n, s.k, s.trans_a, s.trans_b, s.bias, s.operands,
               cublasLtGetStatusString(status));
+    if (p->proposals > 0) p->algo = found[0].algo;
     cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
-    return count;
 }
 
 static MatmulPlan* matmul_plan(const MatmulShape& s) {
@@ -1957,64 +1956,8 @@ static MatmulPlan* matmul_plan(const MatmulShape& s) {
         for (auto scale : {CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER})
             cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, scale, &cublaslt_workspace, sizeof(void*)));
     }
-    cublasLtMatmulHeuristicResult_t found[2];
-    p->proposals = matmul_candidates(p, found, 2);
-    if (p->proposals) p->algo = found[0].algo;
+    matmul_choose(p);
     return p;
-}
-
-// A sum of the elements' bits mixed with their places, modulo 2^64: the same in any order of the additions.
-__global__ void __launch_bounds__(256) hash_kernel(unsigned long long* hash, const uint32_t* x, int64_t n) {
-    unsigned long long sum = 0;
-    for (int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x; i < n; i += (int64_t)gridDim.x * 256) {
-        unsigned long long word = ((unsigned long long)i << 32 ^ x[i]) * 0xBF58476D1CE4E5B9ull;
-        sum += (word ^ word >> 31) * 0x94D049BB133111EBull;
-    }
-    atomicAdd(hash, sum);
-}
-
-// Training measures the kernels that cuBLASLt proposes on the operands of a shape's first product. Those that give the
-// same bits as its first proposal are free to choose from, so a resumed run, or another rank, may choose differently.
-// Whether a kernel takes the operands shows only when it starts.
-static bool matmul_tuning;             // set by what trains; the tests take the first proposal
-static const double MATMUL_TUNE_FLOPS = 1e10;  // below, a product is too short to matter
-static size_t matmul_tune_scratch_bytes(int64_t m, int64_t n) { return 256 + m * n * sizeof(float); }
-
-template <class Multiply> static void matmul_tune(MatmulPlan* p, void* d, Multiply multiply /*(algo, d)*/) {
-    const MatmulShape& s = p->shape;
-    p->tuned = true;
-    if (2.0 * s.m * s.n * s.k < MATMUL_TUNE_FLOPS) return;
-    cublasLtMatmulHeuristicResult_t found[MATMUL_CANDIDATES];
-    int count = matmul_candidates(p, found, MATMUL_CANDIDATES);
-    size_t bytes = (size_t)s.m * s.n * (s.float_out ? sizeof(float) : sizeof(floatX));
-    auto* hash = (unsigned long long*)scratch(s.float_out ? matmul_tune_scratch_bytes(s.m, s.n) : 256, "matmul_tune");
-    if (s.float_out) d = (char*)hash + 256;  // gradients are added to: a test sum must not be
-    cudaEvent_t from, to;
-    cudaCheck(cudaEventCreate(&from));
-    cudaCheck(cudaEventCreate(&to));
-    unsigned long long first_hash = 0, this_hash;
-    float best = INFINITY;
-    for (int i = 0; i < count; i++) {
-        if (s.float_out) device_zero(d, bytes);
-        device_zero(hash, sizeof *hash);
-        if (multiply(&found[i].algo, d) != CUBLAS_STATUS_SUCCESS && i > 0) continue;
-        hash_kernel<<<device_sms * 8, 256, 0, main_stream>>>(hash, (uint32_t*)d, bytes / 4);
-        cudaCheck(cudaGetLastError());
-        copy_to_host(&this_hash, hash, sizeof this_hash);
-        if (i == 0) first_hash = this_hash;
-        if (this_hash != first_hash) continue;
-        for (int repeat = 0; repeat < 3; repeat++) {
-            cudaCheck(cudaEventRecord(from, main_stream));
-            cublasCheck(multiply(&found[i].algo, d));
-            cudaCheck(cudaEventRecord(to, main_stream));
-            cudaCheck(cudaEventSynchronize(to));
-            float ms;
-            cudaCheck(cudaEventElapsedTime(&ms, from, to));
-            if (ms < best) best = ms, p->algo = found[i].algo;
-        }
-    }
-    cudaCheck(cudaEventDestroy(from));
-    cudaCheck(cudaEventDestroy(to));
 }
 
 // add may be D itself where D is float. In FP8, what a and b point to is multiplied by numbers in device memory.
@@ -2037,14 +1980,9 @@ static void matmul_cublaslt(MatmulShape s, void* d, const void* a, const void* b
         cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &b_scale,
                                                    sizeof(b_scale)));
     }
-    auto multiply = [&](const cublasLtMatmulAlgo_t* algo, void* to) {
-        const float one = 1.0f, beta = add ? 1.0f : 0.0f;
-        const void* c = add && add != d ? add : to;
-        return cublasLtMatmul(cublaslt_handle, p->desc, &one, a, p->a, b, p->b, &beta, c, p->d, to, p->d, algo,
-                              cublaslt_workspace, cublaslt_workspace_bytes, main_stream);
-    };
-    if (matmul_tuning && !p->tuned) matmul_tune(p, d, multiply);
-    cublasCheck(multiply(&p->algo, d));
+    const float one = 1.0f, beta = add ? 1.0f : 0.0f;
+    cublasCheck(cublasLtMatmul(cublaslt_handle, p->desc, &one, a, p->a, b, p->b, &beta, add ? add : d, p->d, d, p->d,
+                               &p->algo, cublaslt_workspace, cublaslt_workspace_bytes, main_stream));
 }
 
 static void matmul_forward(floatX* out /*(N,OC)*/, const floatX* inp /*(N,C)*/, const floatX* weight /*(OC,C)*/,
@@ -3068,15 +3006,13 @@ static void operations_open(int C, int NH, int Vp, bool deterministic) {
     if (D != 64 && D != 128)
         fatal("--channels %d with --heads %d makes heads of %d channels; on the GPU they have 64 or 128", C, NH, D);
     sdpa_deterministic = deterministic;
-    matmul_tuning = true;
 }
 
 // Bytes for the operations of a pass over N rows.
-static size_t operations_bytes(int64_t N, int C, int Vp) {
+static size_t operations_bytes(int64_t N, int C) {
     size_t need[] = {encoder_backward_scratch_bytes(N, C), layernorm_backward_scratch_bytes(C),
-                     column_sums_scratch_bytes(4 * C), sum_scratch_bytes(),
-                     matmul_tune_scratch_bytes(C, std::max(4 * C, Vp))};
-    return *std::max_element(need, need + 5) + cublaslt_workspace_bytes;
+                     column_sums_scratch_bytes(4 * C), sum_scratch_bytes()};
+    return *std::max_element(need, need + 4) + cublaslt_workspace_bytes;
 }
 
 // Takes the most that operations_bytes() and sdpa_prepare() said of any pass.
@@ -4594,7 +4530,7 @@ static Plan memory_plan(const Model* m, const Config* c, int64_t sample_T, int r
     for (int i = 0; i < passes.count; i++) {
         Run r = passes.run[i];
         activations = std::max(activations, activations_bytes(m, r));
-        operations = std::max(operations, operations_bytes(run_rows(r), m->dims.C, m->dims.Vp));
+        operations = std::max(operations, operations_bytes(run_rows(r), m->dims.C));
         for (int l = 0; l < m->dims.L; l++) {  // on a GPU this builds cuDNN's plans
             AttentionRows at = attention_rows(m, l, r);
             if (at.kind == LIGHTHOUSE) at = {LIGHTHOUSE, false, m->shape.S, m->shape.S, 0, m->shape.H, D};

@@ -522,35 +522,6 @@ void check_matmul_large() {
     free_device_arrays();
 }
 
-// The kernels that training chooses by measuring give the same bits as cuBLASLt's first proposal, and measuring leaves
-// the results alone: gradients that were there are added to once.
-void check_matmul_tuning(int64_t N, int C, int OC) {
-    std::string shape = format("N=%lld C=%d OC=%d", (long long)N, C, OC);
-    need_scratch(std::max(column_sums_scratch_bytes(OC), matmul_tune_scratch_bytes(C, OC)));
-    floatX *inp = device_random<floatX>(N * C, {1, 1, 0}), *weight = device_random<floatX>((int64_t)OC * C, {2, 0.1f, 0}),
-           *bias = device_random<floatX>(OC, {3, 1, 0}), *gelu_inp = device_random<floatX>(N * C, {4, 1, 0}),
-           *out = device_array<floatX>(N * OC), *dinp = device_array<floatX>(N * C);
-    float* dweight = device_array<float>((int64_t)OC * C);
-    auto run = [&] {
-        fill_kernel<<<grid_for((int64_t)OC * C, 256), 256, 0, main_stream>>>(dweight, (int64_t)OC * C,
-                                                                             Random{5, 1, 0});
-        matmul_forward(out, inp, weight, bias, NULL, N, C, OC);
-        matmul_backward(dinp, dweight, false, NULL, out, inp, weight, gelu_inp, N, C, OC);
-        Floats all = floats_to_host(out, N * OC), a = floats_to_host(dinp, N * C),
-               b = floats_to_host(dweight, (int64_t)OC * C);
-        all.insert(all.end(), a.begin(), a.end());
-        all.insert(all.end(), b.begin(), b.end());
-        return all;
-    };
-    Floats first = run();
-    matmul_tuning = true;
-    Floats tuning = run(), tuned = run();
-    matmul_tuning = false;
-    report(!memcmp(first.data(), tuning.data(), first.size() * 4) && !memcmp(first.data(), tuned.data(), first.size() * 4),
-           "matmul tuning " + shape + ": the same bits before, while and after kernels are measured");
-    free_device_arrays();
-}
-
 // ---- gelu -----------------------------------------------------------------------------------------------------------
 void check_gelu(int64_t n) {
     std::string shape = format("n=%lld", (long long)n);
@@ -1074,9 +1045,6 @@ void check_all() {
             check_matmul(257, 768, 50304, false, false, true);
             check_matmul(20000, 64, 1024, true, false, true);
             check_matmul_large();
-            check_matmul_tuning(8192, 768, 3072);
-            check_matmul_tuning(32768, 1024, 1024);
-            check_matmul_tuning(4100, 1600, 4800);
         }
     }
     if (is_wanted("gelu")) {
