@@ -3640,54 +3640,6 @@ static void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const float
     });
 }
 
-// A slot of level l gives each of its c_l tokens 1/c_l of its gradient, so the sums of dqkv's columns are those of the
-// slots' gradients, of which there are far fewer. A block takes a range of the slots of all sequences, of one head;
-// neighbouring blocks take the other heads.
-template <int D>
-__global__ void __launch_bounds__(256) lighthouse_bias_backward_kernel(
-        float* partial /*(ranges,3,H,D)*/, const floatX* __restrict__ dslots, const int32_t* __restrict__ index,
-        const float* __restrict__ rope, int64_t rows, LighthouseShape s, int64_t t0, int64_t range) {
-    constexpr int LANES = D / 8, GROUPS = 256 / LANES;
-    __shared__ float sums[GROUPS][3 * D];
-    int h = blockIdx.x % s.H, lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
-    int64_t at = blockIdx.x / s.H, end = min(rows, (at + 1) * range), part = (int64_t)s.H * D;
-    int64_t b = (at * range + group) / s.S, r = (at * range + group) % s.S;
-    float sum[3][8] = {};
-    for (int64_t row = at * range + group; row < end; row += GROUPS) {
-        int32_t flat = index[(b * s.H + h) * s.S + r];
-        int l = entry_level(s, flat);
-        int64_t position = t0 + ((int64_t)(flat - s.off[l] + 1) << (l * pool_bits(s))) - 1;
-        slot_gradient<D>(dslots + row * 3 * part + h * D + lane * 8, part, rope, position, lane,
-                         [&](int which, const float (&y)[8]) {
-#pragma unroll
-            for (int d = 0; d < 8; d++) sum[which][d] += y[d];
-        });
-        for (r += GROUPS; r >= s.S; b++) r -= s.S;
-    }
-    for (int which = 0; which < 3; which++) {
-        for (int d = 0; d < 8; d++) sums[group][which * D + lane * 8 + d] = sum[which][d];
-    }
-    __syncthreads();
-    for (int c = threadIdx.x; c < 3 * D; c += 256) {
-        float total = 0.0f;
-        for (int g = 0; g < GROUPS; g++) total += sums[g][c];
-        partial[at * 3 * part + c / D * part + h * D + c % D] = total;
-    }
-}
-
-static void lighthouse_bias_backward(float* dbias /*(3,H,D) += the sums of dqkv's columns*/,
-                                     const floatX* dslots /*(B,S,3,H,D)*/, const int32_t* index /*(B,H,S)*/,
-                                     const float* rope /*table or NULL*/, int B, const LighthouseShape* s,
-                                     int64_t t0 /*position of token 0*/) {
-    int OC = 3 * s->H * s->D;
-    int64_t rows = B * s->S, most = std::min(4 * device_sms / s->H, BIAS_MAX_BLOCKS * 256 / OC);
-    float* partial = (float*)scratch(column_sums_scratch_bytes(OC), "column sums");
-    int64_t range = ceil_div(rows, std::max((int64_t)1, std::min(most, ceil_div(rows, 64))));
-    int64_t ranges = ceil_div(rows, range);
-    WITH_HEAD_SIZE(s->D, lighthouse_bias_backward_kernel<HEAD><<<grid_for(ranges * s->H, 1), 256, 0, main_stream>>>(
-                             partial, dslots, index, rope, rows, *s, t0, range));
-    add_partials({{dbias}, 1}, partial, (int)ranges, OC);
-}
 #endif
 
 struct LighthouseBuffers {  // of one layer; E entries of all levels, S slots. Where slots are exchanged, E/W and S/W
@@ -4160,13 +4112,11 @@ static void lighthouse_forward(Model* m, LayerActs* y, Run r, bool again, bool r
 }
 
 // dout and dqkv are of own tokens and all heads where slots are exchanged, else of all tokens and own heads.
-static void lighthouse_backward(Model* m, LayerActs* y, Run r, floatX* dqkv,
-                                float* dbias /*(3C) += the sums of dqkv's columns, or NULL*/, const floatX* dout) {
+static void lighthouse_backward(Model* m, LayerActs* y, Run r, floatX* dqkv, const floatX* dout) {
     LighthouseBuffers* b = &y->lh;
     const LighthouseShape *all = &m->shape, *s = m->exchange_slots ? &m->own_shape : all;
     const floatX* halo = NULL;
     int C = m->dims.C;
-    int64_t t0 = m->exchange_slots ? first_token(r) : 0;
     if (m->exchange_slots) {
         int64_t rows = s->T / s->n[s->levels - 1] - 1;  // fewer than T/W: a tile has several coarsest entries
         for (int i = 0; i < r.B; i++)
@@ -4177,8 +4127,7 @@ static void lighthouse_backward(Model* m, LayerActs* y, Run r, floatX* dqkv,
     if (m->exchange_slots) rows_to_heads(b->dattn, b->dattn, y->gelu, r.B, all->S, 1, C);
     sdpa_backward(b->dslots, b->dattn, b->slots, b->attn, b->stats, r.B, all->S, all->H, all->D);
     if (m->exchange_slots) heads_to_rows(b->dslots, b->dslots, y->gelu, r.B, all->S, 3, C);
-    lighthouse_gather_backward(dqkv, b->dslots, b->slot, m->rope, r.B, s, t0);
-    if (dbias) lighthouse_bias_backward(dbias, b->dslots, b->index, m->rope, r.B, s, t0);
+    lighthouse_gather_backward(dqkv, b->dslots, b->slot, m->rope, r.B, s, m->exchange_slots ? first_token(r) : 0);
 }
 
 // ---- the matrix products of the layers, in floatX or with FP8 operands
@@ -4307,8 +4256,7 @@ static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
 }
 
 // dres comes in as the gradient of the block's output and leaves as that of its input. The gradient of the bias of a
-// product into the residual stream is the sums of dres, which LayerNorm's backward makes while it writes dres. QKV's
-// comes from the slots in a Lighthouse layer, where those are of all heads and FP8's quantization does not make it.
+// product into the residual stream is the sums of dres, which LayerNorm's backward makes while it writes dres.
 static void block_backward(Model* m, int l, Run r) {
     const Dims* d = &m->dims;
     int64_t N = run_rows(r);
@@ -4327,11 +4275,9 @@ static void block_backward(Model* m, int l, Run r) {
 
     product_backward(m, l, ATTPROJ, r, a->dbtc, NULL, a->dres);
     floatX* dqkv = a->dwide;
-    float* dbias = gradient(m, QKVB, l);
-    bool from_slots = lighthouse && procs.cp == 1 && !r.fp8;
     if (at.exchange) rows_to_heads(a->dbtc, a->dbtc, y->gelu, r.B, r.T, 1, C);
     if (lighthouse) {
-        lighthouse_backward(m, y, r, dqkv, from_slots ? dbias : NULL, a->dbtc);
+        lighthouse_backward(m, y, r, dqkv, a->dbtc);
     } else {
         each_window(r.B, at.T, at.span, [&](int64_t row, int sequences, int64_t length) {
             int64_t i = row * at.heads * at.D;
@@ -4341,7 +4287,7 @@ static void block_backward(Model* m, int l, Run r) {
         if (d->rope) rope_rotate(dqkv, m->rope, -1, r.B, at.T, at.heads, at.D, at.t0);
     }
     if (at.exchange) heads_to_rows(dqkv, dqkv, y->gelu, r.B, r.T, 3, C);
-    product_backward(m, l, QKV, r, a->dbtc, from_slots ? NULL : dbias, dqkv);
+    product_backward(m, l, QKV, r, a->dbtc, gradient(m, QKVB, l), dqkv);
     layernorm_backward(a->dres, gradient(m, LN1W, l), gradient(m, LN1B, l), l > 0 ? gradient(m, FCPROJB, l - 1) : NULL,
                        a->dbtc, y->x, weight(m, LN1W, l), y->ln1_mean, y->ln1_rstd, N, C);
 }
