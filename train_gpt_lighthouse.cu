@@ -2614,14 +2614,91 @@ static void cudnn_check(cudnnStatus_t status, const char* call, const char* file
 static cudnnHandle_t cudnn_handle;
 typedef cudnnBackendDescriptor_t CudnnNode;  // a tensor, an operation, a graph, a plan
 
-// Tensors that the caller passes, by their cuDNN id. Ids above these belong to the values inside a graph.
+// The tensors of the graphs, by their cuDNN id: those that the caller passes, then the values inside.
 enum SdpaTensor {
-    SDPA_Q = 1, SDPA_K, SDPA_V, SDPA_O, SDPA_STATS, SDPA_DO, SDPA_DQ, SDPA_DK, SDPA_DV,
+    SDPA_NONE, SDPA_Q, SDPA_K, SDPA_V, SDPA_O, SDPA_STATS, SDPA_DO, SDPA_DQ, SDPA_DK, SDPA_DV,
     SDPA_DQ_SUM,                        // (B,H,T,D) fp32: dQ is summed here by several blocks
     SDPA_DOT,                           // (B,H,T) fp32: sum over d of dO O
     SDPA_SCALE, SDPA_MASKED, SDPA_ONE,  // scalars, in host memory
+    SDPA_PASSED,
+    SDPA_SCORES = SDPA_PASSED, SDPA_SCALED, SDPA_ROW, SDPA_COLUMN, SDPA_SEEN, SDPA_CAUSAL, SDPA_TOP, SDPA_SHIFTED,
+    SDPA_EXP, SDPA_SUM, SDPA_LOG_SUM, SDPA_WEIGHTS,
+    SDPA_DO_O, SDPA_DO_O_SUM, SDPA_WEIGHTS_T, SDPA_DWEIGHTS, SDPA_DSHIFTED, SDPA_DSCALED, SDPA_DS, SDPA_DS_T,
+    SDPA_K_ROWS,
     SDPA_TENSORS
 };
+
+// An operation of a graph: y = mode(x, b); a select takes x where t is true and b elsewhere.
+enum SdpaKind { SDPA_MATMUL, SDPA_POINTWISE, SDPA_REDUCTION, SDPA_RESHAPE };
+struct SdpaOp {
+    SdpaKind kind;
+    int mode;
+    SdpaTensor y, x, b, t;
+    int64_t axis;
+};
+
+// The operations must come in this form and order: anything else is not recognized as attention, or is twice slower.
+// Scores above the diagonal become minus infinity: x where row >= column, else the scalar.
+#define SDPA_CAUSAL_OPS(x) \
+    {SDPA_POINTWISE, CUDNN_POINTWISE_GEN_INDEX, SDPA_ROW, x, SDPA_NONE, SDPA_NONE, 2}, \
+    {SDPA_POINTWISE, CUDNN_POINTWISE_GEN_INDEX, SDPA_COLUMN, x, SDPA_NONE, SDPA_NONE, 3}, \
+    {SDPA_POINTWISE, CUDNN_POINTWISE_CMP_GE, SDPA_SEEN, SDPA_ROW, SDPA_COLUMN}, \
+    {SDPA_POINTWISE, CUDNN_POINTWISE_BINARY_SELECT, SDPA_CAUSAL, x, SDPA_MASKED, SDPA_SEEN}
+
+static const SdpaOp sdpa_forward_ops[] = {
+    {SDPA_MATMUL, 0, SDPA_SCORES, SDPA_Q, SDPA_K},
+    {SDPA_POINTWISE, CUDNN_POINTWISE_MUL, SDPA_SCALED, SDPA_SCORES, SDPA_SCALE},
+    SDPA_CAUSAL_OPS(SDPA_SCALED),
+    {SDPA_REDUCTION, CUDNN_REDUCE_TENSOR_MAX, SDPA_TOP, SDPA_CAUSAL},
+    {SDPA_POINTWISE, CUDNN_POINTWISE_SUB, SDPA_SHIFTED, SDPA_CAUSAL, SDPA_TOP},
+    {SDPA_POINTWISE, CUDNN_POINTWISE_EXP, SDPA_EXP, SDPA_SHIFTED},
+    {SDPA_REDUCTION, CUDNN_REDUCE_TENSOR_ADD, SDPA_SUM, SDPA_EXP},
+    {SDPA_POINTWISE, CUDNN_POINTWISE_LOG, SDPA_LOG_SUM, SDPA_SUM},
+    {SDPA_POINTWISE, CUDNN_POINTWISE_ADD, SDPA_STATS, SDPA_TOP, SDPA_LOG_SUM},
+    {SDPA_POINTWISE, CUDNN_POINTWISE_DIV, SDPA_WEIGHTS, SDPA_EXP, SDPA_SUM},
+    {SDPA_MATMUL, 0, SDPA_O, SDPA_WEIGHTS, SDPA_V}};
+
+// P = exp(S - stats), dV = P^T dO, dS = scale P (dO V^T - dot), dK = dS^T Q, dQ = dS K. The engine adds up dQ in fp32
+// from several blocks, in any order; told to write dQ itself it keeps all of dS instead and becomes deterministic.
+static const SdpaOp sdpa_backward_ops[] = {
+    {SDPA_POINTWISE, CUDNN_POINTWISE_MUL, SDPA_DO_O, SDPA_DO, SDPA_O},
+    {SDPA_REDUCTION, CUDNN_REDUCE_TENSOR_ADD, SDPA_DO_O_SUM, SDPA_DO_O},
+    {SDPA_POINTWISE, CUDNN_POINTWISE_MUL, SDPA_DOT, SDPA_DO_O_SUM, SDPA_ONE},
+    {SDPA_MATMUL, 0, SDPA_SCORES, SDPA_Q, SDPA_K},
+    {SDPA_POINTWISE, CUDNN_POINTWISE_MUL, SDPA_SCALED, SDPA_SCORES, SDPA_SCALE},
+    {SDPA_POINTWISE, CUDNN_POINTWISE_SUB, SDPA_SHIFTED, SDPA_SCALED, SDPA_STATS},
+    SDPA_CAUSAL_OPS(SDPA_SHIFTED),
+    {SDPA_POINTWISE, CUDNN_POINTWISE_EXP, SDPA_EXP, SDPA_CAUSAL},
+    {SDPA_RESHAPE, 0, SDPA_WEIGHTS_T, SDPA_EXP},
+    {SDPA_MATMUL, 0, SDPA_DV, SDPA_WEIGHTS_T, SDPA_DO},
+    {SDPA_MATMUL, 0, SDPA_DWEIGHTS, SDPA_DO, SDPA_V},
+    {SDPA_POINTWISE, CUDNN_POINTWISE_SUB, SDPA_DSHIFTED, SDPA_DWEIGHTS, SDPA_DOT},
+    {SDPA_POINTWISE, CUDNN_POINTWISE_MUL, SDPA_DSCALED, SDPA_DSHIFTED, SDPA_EXP},
+    {SDPA_POINTWISE, CUDNN_POINTWISE_MUL, SDPA_DS, SDPA_DSCALED, SDPA_SCALE},
+    {SDPA_RESHAPE, 0, SDPA_DS_T, SDPA_DS},
+    {SDPA_MATMUL, 0, SDPA_DK, SDPA_DS_T, SDPA_Q},
+    {SDPA_RESHAPE, 0, SDPA_K_ROWS, SDPA_K},
+    {SDPA_MATMUL, 0, SDPA_DQ_SUM, SDPA_DS, SDPA_K_ROWS},  // or SDPA_DQ,
+    {SDPA_POINTWISE, CUDNN_POINTWISE_IDENTITY, SDPA_DQ, SDPA_DQ_SUM}};  // without this
+
+// What cuDNN calls the parts of an operation.
+static const struct {
+    cudnnBackendDescriptorType_t kind, op;
+    cudnnBackendAttributeName_t precision, mode;  // of the kind
+    cudnnBackendAttributeType_t mode_type;
+    cudnnBackendAttributeName_t of_kind, y, x, b;  // of the operation
+} sdpa_kinds[] = {
+    {CUDNN_BACKEND_MATMUL_DESCRIPTOR, CUDNN_BACKEND_OPERATION_MATMUL_DESCRIPTOR, CUDNN_ATTR_MATMUL_COMP_TYPE, {}, {},
+     CUDNN_ATTR_OPERATION_MATMUL_DESC, CUDNN_ATTR_OPERATION_MATMUL_CDESC, CUDNN_ATTR_OPERATION_MATMUL_ADESC,
+     CUDNN_ATTR_OPERATION_MATMUL_BDESC},
+    {CUDNN_BACKEND_POINTWISE_DESCRIPTOR, CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR, CUDNN_ATTR_POINTWISE_MATH_PREC,
+     CUDNN_ATTR_POINTWISE_MODE, CUDNN_TYPE_POINTWISE_MODE, CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR,
+     CUDNN_ATTR_OPERATION_POINTWISE_YDESC, CUDNN_ATTR_OPERATION_POINTWISE_XDESC, CUDNN_ATTR_OPERATION_POINTWISE_BDESC},
+    {CUDNN_BACKEND_REDUCTION_DESCRIPTOR, CUDNN_BACKEND_OPERATION_REDUCTION_DESCRIPTOR, CUDNN_ATTR_REDUCTION_COMP_TYPE,
+     CUDNN_ATTR_REDUCTION_OPERATOR, CUDNN_TYPE_REDUCTION_OPERATOR_TYPE, CUDNN_ATTR_OPERATION_REDUCTION_DESC,
+     CUDNN_ATTR_OPERATION_REDUCTION_YDESC, CUDNN_ATTR_OPERATION_REDUCTION_XDESC},
+    {{}, CUDNN_BACKEND_OPERATION_RESHAPE_DESCRIPTOR, {}, {}, {}, {}, CUDNN_ATTR_OPERATION_RESHAPE_YDESC,
+     CUDNN_ATTR_OPERATION_RESHAPE_XDESC}};
 
 // A plan is for one shape. The tensors may be one head of a wider tensor: heads sets the strides, H the work.
 struct SdpaPlan {
@@ -2630,18 +2707,16 @@ struct SdpaPlan {
     bool backward, stats, deterministic;
     CudnnNode plan;
     int64_t workspace;              // bytes that cuDNN asks for
-    int64_t ids[SDPA_TENSORS];      // the tensors that a call must pass
+    int64_t ids[SDPA_PASSED];       // the tensors that a call must pass
     int ids_count;
 };
 
 // What a graph is made of while it is built; the plan outlives it.
 struct SdpaGraph {
     SdpaPlan* plan;
-    CudnnNode made[160], ops[24];
+    CudnnNode made[160], tensor[SDPA_TENSORS], ops[24];
     int made_count, ops_count;
-    int64_t next_id;
 };
-struct SdpaLayout { int64_t dims[4], strides[4]; };
 
 static void cudnn_set(CudnnNode d, cudnnBackendAttributeName_t name, cudnnBackendAttributeType_t type, int64_t count,
                       const void* value) {
@@ -2658,180 +2733,73 @@ static CudnnNode cudnn_new(SdpaGraph* g, cudnnBackendDescriptorType_t type) {
     return d;
 }
 
-static CudnnNode sdpa_tensor(SdpaGraph* g, int64_t id /*0: a value inside the graph*/, SdpaLayout layout,
-                             cudnnDataType_t type) {
-    CudnnNode d = cudnn_new(g, CUDNN_BACKEND_TENSOR_DESCRIPTOR);
-    const SdpaPlan* p = g->plan;
+struct SdpaLayout {
+    cudnnDataType_t type;
+    int64_t dims[4], strides[4];
+};
+static SdpaLayout sdpa_layout(const SdpaPlan* p, SdpaTensor id) {
+    const cudnnDataType_t F32 = CUDNN_DATA_FLOAT, BF16 = CUDNN_DATA_BFLOAT16;
+    int64_t B = p->B, H = p->H, T = p->T, D = p->D, C = (int64_t)p->heads * D;
+    SdpaLayout packed = {BF16, {B, H, T, D}, {3 * C * T, D, 3 * C, 1}};
+    SdpaLayout packed_t = {BF16, {B, H, D, T}, {3 * C * T, D, 1, 3 * C}};
+    SdpaLayout TT = {F32, {B, H, T, T}, {H * T * T, T * T, T, 1}};
+    switch (id) {
+        case SDPA_Q: case SDPA_DQ: case SDPA_DK: case SDPA_DV: case SDPA_K_ROWS: return packed;
+        case SDPA_K: return packed_t;
+        case SDPA_V: return p->backward ? packed_t : packed;
+        case SDPA_O: case SDPA_DO: return {BF16, {B, H, T, D}, {C * T, D, C, 1}};
+        case SDPA_DO_O: case SDPA_DQ_SUM: return {F32, {B, H, T, D}, {H * T * D, T * D, D, 1}};
+        case SDPA_STATS: return {F32, {B, H, T, 1}, {p->heads * T, T, 1, 1}};
+        case SDPA_TOP: case SDPA_SUM: case SDPA_LOG_SUM: case SDPA_DO_O_SUM: case SDPA_DOT:
+            return {F32, {B, H, T, 1}, {H * T, T, 1, 1}};
+        case SDPA_SCALE: case SDPA_MASKED: case SDPA_ONE: return {F32, {1, 1, 1, 1}, {1, 1, 1, 1}};
+        case SDPA_WEIGHTS_T: case SDPA_DS_T: return {BF16, {B, H, T, T}, {H * T * T, T * T, 1, T}};
+        case SDPA_WEIGHTS: TT.type = BF16; return TT;
+        case SDPA_ROW: case SDPA_COLUMN: TT.type = CUDNN_DATA_INT32; return TT;
+        case SDPA_SEEN: TT.type = CUDNN_DATA_BOOLEAN; return TT;
+        default: return TT;
+    }
+}
+
+static CudnnNode sdpa_tensor(SdpaGraph* g, SdpaTensor id) {
+    if (g->tensor[id]) return g->tensor[id];
+    SdpaPlan* p = g->plan;
+    SdpaLayout layout = sdpa_layout(p, id);
+    bool yes = true, passed = id < SDPA_PASSED && (id != SDPA_STATS || p->stats), scalar = passed && id >= SDPA_SCALE;
     bool anywhere = id == SDPA_STATS && p->H < p->heads && p->T % 4;  // a head's statistics among others'
-    int64_t alignment = anywhere ? 4 : 16, unique = id ? id : g->next_id++;
-    bool yes = true, scalar = id >= SDPA_SCALE;
-    cudnn_set(d, CUDNN_ATTR_TENSOR_DATA_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &type);
+    int64_t alignment = anywhere ? 4 : 16, unique = id;
+    CudnnNode d = g->tensor[id] = cudnn_new(g, CUDNN_BACKEND_TENSOR_DESCRIPTOR);
+    cudnn_set(d, CUDNN_ATTR_TENSOR_DATA_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &layout.type);
     cudnn_set(d, CUDNN_ATTR_TENSOR_DIMENSIONS, CUDNN_TYPE_INT64, 4, layout.dims);
     cudnn_set(d, CUDNN_ATTR_TENSOR_STRIDES, CUDNN_TYPE_INT64, 4, layout.strides);
     cudnn_set(d, CUDNN_ATTR_TENSOR_UNIQUE_ID, CUDNN_TYPE_INT64, 1, &unique);
     cudnn_set(d, CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, CUDNN_TYPE_INT64, 1, &alignment);
-    if (!id) cudnn_set(d, CUDNN_ATTR_TENSOR_IS_VIRTUAL, CUDNN_TYPE_BOOLEAN, 1, &yes);
+    if (!passed) cudnn_set(d, CUDNN_ATTR_TENSOR_IS_VIRTUAL, CUDNN_TYPE_BOOLEAN, 1, &yes);
     if (scalar) cudnn_set(d, CUDNN_ATTR_TENSOR_IS_BY_VALUE, CUDNN_TYPE_BOOLEAN, 1, &yes);
     cudnnCheck(cudnnBackendFinalize(d));
-    if (id) g->plan->ids[g->plan->ids_count++] = id;
+    if (passed) p->ids[p->ids_count++] = id;
     return d;
 }
 
-static void sdpa_finish_op(SdpaGraph* g, CudnnNode op) {
+static void sdpa_op(SdpaGraph* g, const SdpaOp& o) {
+    const auto& name = sdpa_kinds[o.kind];
+    CudnnNode op = cudnn_new(g, name.op);
+    if (o.kind != SDPA_RESHAPE) {
+        CudnnNode kind = cudnn_new(g, name.kind);
+        bool compares = o.kind == SDPA_POINTWISE && o.mode == CUDNN_POINTWISE_CMP_GE;
+        cudnnDataType_t precision = compares ? CUDNN_DATA_BOOLEAN : CUDNN_DATA_FLOAT;
+        cudnn_set(kind, name.precision, CUDNN_TYPE_DATA_TYPE, 1, &precision);
+        if (o.kind != SDPA_MATMUL) cudnn_set(kind, name.mode, name.mode_type, 1, &o.mode);
+        if (o.axis) cudnn_set(kind, CUDNN_ATTR_POINTWISE_AXIS, CUDNN_TYPE_INT64, 1, &o.axis);
+        cudnnCheck(cudnnBackendFinalize(kind));
+        cudnn_set_descriptor(op, name.of_kind, kind);
+    }
+    cudnn_set_descriptor(op, name.x, sdpa_tensor(g, o.x));
+    if (o.b) cudnn_set_descriptor(op, name.b, sdpa_tensor(g, o.b));
+    if (o.t) cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_POINTWISE_TDESC, sdpa_tensor(g, o.t));
+    cudnn_set_descriptor(op, name.y, sdpa_tensor(g, o.y));
     cudnnCheck(cudnnBackendFinalize(op));
     g->ops[g->ops_count++] = op;
-}
-
-static void sdpa_matmul(SdpaGraph* g, CudnnNode a, CudnnNode b, CudnnNode c) {
-    cudnnDataType_t f32 = CUDNN_DATA_FLOAT;
-    CudnnNode kind = cudnn_new(g, CUDNN_BACKEND_MATMUL_DESCRIPTOR);
-    cudnn_set(kind, CUDNN_ATTR_MATMUL_COMP_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &f32);
-    cudnnCheck(cudnnBackendFinalize(kind));
-    CudnnNode op = cudnn_new(g, CUDNN_BACKEND_OPERATION_MATMUL_DESCRIPTOR);
-    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_MATMUL_DESC, kind);
-    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_MATMUL_ADESC, a);
-    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_MATMUL_BDESC, b);
-    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_MATMUL_CDESC, c);
-    sdpa_finish_op(g, op);
-}
-
-// y = mode(x), mode(x, b), or mode(x, b) where the mask t says so. Returns y.
-static CudnnNode sdpa_pointwise(SdpaGraph* g, cudnnPointwiseMode_t mode, CudnnNode y, CudnnNode x, CudnnNode b = NULL,
-                                CudnnNode t = NULL, int64_t axis = -1, cudnnDataType_t precision = CUDNN_DATA_FLOAT) {
-    CudnnNode kind = cudnn_new(g, CUDNN_BACKEND_POINTWISE_DESCRIPTOR);
-    cudnn_set(kind, CUDNN_ATTR_POINTWISE_MODE, CUDNN_TYPE_POINTWISE_MODE, 1, &mode);
-    cudnn_set(kind, CUDNN_ATTR_POINTWISE_MATH_PREC, CUDNN_TYPE_DATA_TYPE, 1, &precision);
-    if (axis >= 0) cudnn_set(kind, CUDNN_ATTR_POINTWISE_AXIS, CUDNN_TYPE_INT64, 1, &axis);
-    cudnnCheck(cudnnBackendFinalize(kind));
-    CudnnNode op = cudnn_new(g, CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR);
-    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR, kind);
-    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_POINTWISE_XDESC, x);
-    if (b) cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_POINTWISE_BDESC, b);
-    if (t) cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_POINTWISE_TDESC, t);
-    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_POINTWISE_YDESC, y);
-    sdpa_finish_op(g, op);
-    return y;
-}
-
-static CudnnNode sdpa_reduce(SdpaGraph* g, cudnnReduceTensorOp_t mode, CudnnNode y, CudnnNode x) {
-    cudnnDataType_t f32 = CUDNN_DATA_FLOAT;
-    CudnnNode kind = cudnn_new(g, CUDNN_BACKEND_REDUCTION_DESCRIPTOR);
-    cudnn_set(kind, CUDNN_ATTR_REDUCTION_OPERATOR, CUDNN_TYPE_REDUCTION_OPERATOR_TYPE, 1, &mode);
-    cudnn_set(kind, CUDNN_ATTR_REDUCTION_COMP_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &f32);
-    cudnnCheck(cudnnBackendFinalize(kind));
-    CudnnNode op = cudnn_new(g, CUDNN_BACKEND_OPERATION_REDUCTION_DESCRIPTOR);
-    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_REDUCTION_DESC, kind);
-    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_REDUCTION_XDESC, x);
-    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_REDUCTION_YDESC, y);
-    sdpa_finish_op(g, op);
-    return y;
-}
-
-static CudnnNode sdpa_reshape(SdpaGraph* g, CudnnNode y, CudnnNode x) {
-    CudnnNode op = cudnn_new(g, CUDNN_BACKEND_OPERATION_RESHAPE_DESCRIPTOR);
-    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_RESHAPE_XDESC, x);
-    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_RESHAPE_YDESC, y);
-    sdpa_finish_op(g, op);
-    return y;
-}
-
-static SdpaLayout sdpa_contiguous(int64_t a, int64_t b, int64_t c, int64_t d) {
-    return {{a, b, c, d}, {b * c * d, c * d, d, 1}};
-}
-static SdpaLayout sdpa_transposed(SdpaLayout l) {
-    return {{l.dims[0], l.dims[1], l.dims[3], l.dims[2]}, {l.strides[0], l.strides[1], l.strides[3], l.strides[2]}};
-}
-
-// Scores above the diagonal become minus infinity: x where row >= column, else the scalar.
-static CudnnNode sdpa_causal(SdpaGraph* g, SdpaLayout TT, CudnnNode x) {
-    const cudnnDataType_t I32 = CUDNN_DATA_INT32, BOOLEAN = CUDNN_DATA_BOOLEAN, F32 = CUDNN_DATA_FLOAT;
-    CudnnNode masked = sdpa_tensor(g, SDPA_MASKED, sdpa_contiguous(1, 1, 1, 1), F32);
-    CudnnNode row = sdpa_tensor(g, 0, TT, I32), column = sdpa_tensor(g, 0, TT, I32);
-    sdpa_pointwise(g, CUDNN_POINTWISE_GEN_INDEX, row, x, NULL, NULL, 2);
-    sdpa_pointwise(g, CUDNN_POINTWISE_GEN_INDEX, column, x, NULL, NULL, 3);
-    CudnnNode seen = sdpa_pointwise(g, CUDNN_POINTWISE_CMP_GE, sdpa_tensor(g, 0, TT, BOOLEAN), row, column,
-                                    NULL, -1, BOOLEAN);
-    return sdpa_pointwise(g, CUDNN_POINTWISE_BINARY_SELECT, sdpa_tensor(g, 0, TT, F32), x, masked, seen);
-}
-
-// The operations must come in this form and order: anything else is not recognized as attention, or is twice slower.
-static void sdpa_forward_graph(SdpaGraph* g) {
-    const SdpaPlan* p = g->plan;
-    const cudnnDataType_t F32 = CUDNN_DATA_FLOAT, BF16 = CUDNN_DATA_BFLOAT16;
-    int64_t B = p->B, H = p->H, T = p->T, D = p->D, C = (int64_t)p->heads * D;
-    SdpaLayout packed = {{B, H, T, D}, {3 * C * T, D, 3 * C, 1}}, plain = {{B, H, T, D}, {C * T, D, C, 1}};
-    SdpaLayout TT = sdpa_contiguous(B, H, T, T), T1 = sdpa_contiguous(B, H, T, 1);
-    SdpaLayout stats_layout = {{B, H, T, 1}, {p->heads * T, T, 1, 1}};
-    #define VALUE(layout) sdpa_tensor(g, 0, layout, F32)
-    CudnnNode q = sdpa_tensor(g, SDPA_Q, packed, BF16);
-    CudnnNode kt = sdpa_tensor(g, SDPA_K, sdpa_transposed(packed), BF16);
-    CudnnNode v = sdpa_tensor(g, SDPA_V, packed, BF16);
-    CudnnNode o = sdpa_tensor(g, SDPA_O, plain, BF16);
-    CudnnNode stats = sdpa_tensor(g, p->stats ? SDPA_STATS : 0, stats_layout, F32);
-    CudnnNode scale = sdpa_tensor(g, SDPA_SCALE, sdpa_contiguous(1, 1, 1, 1), F32);
-
-    CudnnNode s = VALUE(TT);
-    sdpa_matmul(g, q, kt, s);
-    s = sdpa_pointwise(g, CUDNN_POINTWISE_MUL, VALUE(TT), s, scale);
-    s = sdpa_causal(g, TT, s);
-    CudnnNode top = sdpa_reduce(g, CUDNN_REDUCE_TENSOR_MAX, VALUE(T1), s);
-    CudnnNode e = sdpa_pointwise(g, CUDNN_POINTWISE_SUB, VALUE(TT), s, top);
-    e = sdpa_pointwise(g, CUDNN_POINTWISE_EXP, VALUE(TT), e);
-    CudnnNode sum = sdpa_reduce(g, CUDNN_REDUCE_TENSOR_ADD, VALUE(T1), e);
-    CudnnNode log_sum = sdpa_pointwise(g, CUDNN_POINTWISE_LOG, VALUE(T1), sum);
-    sdpa_pointwise(g, CUDNN_POINTWISE_ADD, stats, top, log_sum);
-    CudnnNode weights = sdpa_tensor(g, 0, TT, BF16);
-    sdpa_pointwise(g, CUDNN_POINTWISE_DIV, weights, e, sum);
-    sdpa_matmul(g, weights, v, o);
-}
-
-// P = exp(S - stats), dV = P^T dO, dS = scale P (dO V^T - dot), dK = dS^T Q, dQ = dS K. The engine adds up dQ in fp32
-// from several blocks, in any order; told to write dQ itself it keeps all of dS instead and becomes deterministic.
-static void sdpa_backward_graph(SdpaGraph* g) {
-    const SdpaPlan* p = g->plan;
-    const cudnnDataType_t F32 = CUDNN_DATA_FLOAT, BF16 = CUDNN_DATA_BFLOAT16;
-    int64_t B = p->B, H = p->H, T = p->T, D = p->D, C = (int64_t)p->heads * D;
-    SdpaLayout packed = {{B, H, T, D}, {3 * C * T, D, 3 * C, 1}}, plain = {{B, H, T, D}, {C * T, D, C, 1}};
-    SdpaLayout TT = sdpa_contiguous(B, H, T, T), T1 = sdpa_contiguous(B, H, T, 1), TD = sdpa_contiguous(B, H, T, D);
-    SdpaLayout TT_columns = {{B, H, T, T}, {H * T * T, T * T, 1, T}};
-    SdpaLayout stats_layout = {{B, H, T, 1}, {p->heads * T, T, 1, 1}}, one_value = sdpa_contiguous(1, 1, 1, 1);
-    CudnnNode q = sdpa_tensor(g, SDPA_Q, packed, BF16);
-    CudnnNode kt = sdpa_tensor(g, SDPA_K, sdpa_transposed(packed), BF16);
-    CudnnNode vt = sdpa_tensor(g, SDPA_V, sdpa_transposed(packed), BF16);
-    CudnnNode o = sdpa_tensor(g, SDPA_O, plain, BF16), d_o = sdpa_tensor(g, SDPA_DO, plain, BF16);
-    CudnnNode stats = sdpa_tensor(g, SDPA_STATS, stats_layout, F32);
-    CudnnNode dq = sdpa_tensor(g, SDPA_DQ, packed, BF16), dk = sdpa_tensor(g, SDPA_DK, packed, BF16);
-    CudnnNode dv = sdpa_tensor(g, SDPA_DV, packed, BF16);
-    CudnnNode scale = sdpa_tensor(g, SDPA_SCALE, one_value, F32);
-    CudnnNode one = sdpa_tensor(g, SDPA_ONE, one_value, F32);
-
-    CudnnNode dot = sdpa_pointwise(g, CUDNN_POINTWISE_MUL, VALUE(TD), d_o, o);
-    dot = sdpa_reduce(g, CUDNN_REDUCE_TENSOR_ADD, VALUE(T1), dot);
-    dot = sdpa_pointwise(g, CUDNN_POINTWISE_MUL, sdpa_tensor(g, SDPA_DOT, T1, F32), dot, one);
-    CudnnNode s = VALUE(TT);
-    sdpa_matmul(g, q, kt, s);
-    s = sdpa_pointwise(g, CUDNN_POINTWISE_MUL, VALUE(TT), s, scale);
-    s = sdpa_pointwise(g, CUDNN_POINTWISE_SUB, VALUE(TT), s, stats);
-    s = sdpa_causal(g, TT, s);
-    CudnnNode weights = sdpa_pointwise(g, CUDNN_POINTWISE_EXP, VALUE(TT), s);
-    CudnnNode weights_t = sdpa_reshape(g, sdpa_tensor(g, 0, TT_columns, BF16), weights);
-    sdpa_matmul(g, weights_t, d_o, dv);
-    CudnnNode ds = VALUE(TT);
-    sdpa_matmul(g, d_o, vt, ds);
-    ds = sdpa_pointwise(g, CUDNN_POINTWISE_SUB, VALUE(TT), ds, dot);
-    ds = sdpa_pointwise(g, CUDNN_POINTWISE_MUL, VALUE(TT), ds, weights);
-    ds = sdpa_pointwise(g, CUDNN_POINTWISE_MUL, VALUE(TT), ds, scale);
-    CudnnNode ds_t = sdpa_reshape(g, sdpa_tensor(g, 0, TT_columns, BF16), ds);
-    sdpa_matmul(g, ds_t, q, dk);
-    CudnnNode k = sdpa_reshape(g, sdpa_tensor(g, 0, packed, BF16), kt);
-    if (p->deterministic) {
-        sdpa_matmul(g, ds, k, dq);
-    } else {
-        CudnnNode dq_sum = sdpa_tensor(g, SDPA_DQ_SUM, TD, F32);
-        sdpa_matmul(g, ds, k, dq_sum);
-        sdpa_pointwise(g, CUDNN_POINTWISE_IDENTITY, dq, dq_sum);
-    }
-    #undef VALUE
 }
 
 static void sdpa_build(SdpaPlan* p) {
@@ -2843,8 +2811,13 @@ static void sdpa_build(SdpaPlan* p) {
         cudnnCheck(cudnnCreate(&cudnn_handle));
         cudnnCheck(cudnnSetStream(cudnn_handle, main_stream));
     }
-    SdpaGraph graph = {p, {}, {}, 0, 0, SDPA_TENSORS}, *g = &graph;
-    if (p->backward) sdpa_backward_graph(g); else sdpa_forward_graph(g);
+    SdpaGraph graph = {p}, *g = &graph;
+    if (!p->backward) for (SdpaOp o : sdpa_forward_ops) sdpa_op(g, o);
+    else for (SdpaOp o : sdpa_backward_ops) {
+        if (p->deterministic && o.x == SDPA_DQ_SUM) continue;
+        if (p->deterministic && o.y == SDPA_DQ_SUM) o.y = SDPA_DQ;
+        sdpa_op(g, o);
+    }
 
     CudnnNode operations = cudnn_new(g, CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR);
     cudnn_set(operations, CUDNN_ATTR_OPERATIONGRAPH_OPS, CUDNN_TYPE_BACKEND_DESCRIPTOR, g->ops_count, g->ops);
@@ -2929,7 +2902,7 @@ static int64_t sdpa_prepare(int B, int64_t T, int H, int D, bool need_stats, boo
 }
 
 // at[id] is where tensor id lies.
-static void sdpa_run(const SdpaPlan* p, void* (&at)[SDPA_TENSORS]) {
+static void sdpa_run(const SdpaPlan* p, void* (&at)[SDPA_PASSED]) {
     int64_t bytes = sdpa_plan_bytes(p);
     opRequire(bytes <= (int64_t)sdpa_workspace_bytes, "attention over B = %d, T = %ld, H = %d, D = %d needs %ld bytes "
               "of workspace, the plan took %zu: sdpa_prepare() was not asked for this shape", p->B, p->T, p->H, p->D,
@@ -2941,7 +2914,7 @@ static void sdpa_run(const SdpaPlan* p, void* (&at)[SDPA_TENSORS]) {
     at[SDPA_DQ_SUM] = sdpa_workspace;
     at[SDPA_DOT] = (char*)at[SDPA_DQ_SUM] + sdpa_dq_sum_bytes(p);
     void* workspace = (char*)at[SDPA_DOT] + sdpa_dot_bytes(p);
-    void* pointers[SDPA_TENSORS];
+    void* pointers[SDPA_PASSED];
     for (int i = 0; i < p->ids_count; i++) {
         int64_t id = p->ids[i];
         pointers[i] = at[id];
@@ -2964,7 +2937,7 @@ static void sdpa_forward(floatX* out /*(B,T,H,D)*/, float* stats /*(B,H,T) or NU
                          int B, int64_t T, int H, int D) {
     SdpaPlan* p = sdpa_plan(false, stats != NULL, B, T, H, D);
     floatX* x = (floatX*)qkv;  // cuDNN's interface knows no const
-    void* at[SDPA_TENSORS] = {};
+    void* at[SDPA_PASSED] = {};
     at[SDPA_Q] = x;
     at[SDPA_K] = x + (int64_t)H * D;
     at[SDPA_V] = x + 2 * (int64_t)H * D;
@@ -2979,7 +2952,7 @@ static void sdpa_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dout /*(B,
     for (int b = 0; b < B; b += p->B) {
         for (int h = 0; h < H; h += p->H) {
             int64_t C = (int64_t)H * D, row = b * T * C + h * (int64_t)D, row3 = b * T * 3 * C + h * (int64_t)D;
-            void* at[SDPA_TENSORS] = {};
+            void* at[SDPA_PASSED] = {};
             for (int part = 0; part < 3; part++) {
                 at[SDPA_Q + part] = (floatX*)qkv + row3 + part * C;
                 at[SDPA_DQ + part] = dqkv + row3 + part * C;
