@@ -523,6 +523,7 @@ static void device_name(char* name, size_t size) {
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
+#include <cub/device/device_radix_sort.cuh>
 #ifndef FLOATX_FP32
 #include <cudnn.h>
 #endif
@@ -1458,12 +1459,12 @@ using namespace cpu;
 // On a CPU the operations take every shape and need no memory beside their tensors.
 static void operations_open(int, int, int, bool) {}
 static void lighthouse_open(const LighthouseShape*) {}
-// With --plan-memory what a GPU's take, whose functions of these names are further down: the encoder's backward or the
-// choice of matrix products, and attention's sums of dQ and dO O. cuDNN itself has asked for nothing more on any card.
-static size_t operations_bytes(int64_t N, int C, int Vp) {
+// With --plan-memory what a GPU's take, whose functions of these names are further down: the encoder's or LayerNorm's
+// backward, and attention's sums of dQ and dO O. cuDNN itself has asked for nothing more on any card.
+static size_t operations_bytes(int64_t N, int C) {
     if (floatx_bytes == sizeof(floatX)) return 0;
-    int64_t pieces = std::min(ceil_div(N, 32), (int64_t)8192);
-    return (32 << 20) + std::max(17 * N + 8 * pieces * C, 4 * (int64_t)C * std::max(4 * C, Vp));
+    int64_t ranges = std::min(ceil_div(N, 32), (int64_t)8192);
+    return (32 << 20) + std::max(21 * N + 8 * ranges * C, (int64_t)12288 * C);
 }
 static size_t sdpa_prepare(int B, int64_t T, int H, int D, bool, bool backward) {
     return floatx_bytes == sizeof(floatX) || !backward ? 0 : 4 * (int64_t)B * H * T * (D + 1);
@@ -1624,137 +1625,70 @@ static void encoder_forward(floatX* out /*(B,T,C)*/, const int* tokens /*(B,T)*/
 }
 
 // dwte sums the rows of dout that hold the same token, anything from none to all of them (bytes: N/257 on average).
-// So the rows are sorted by token, stably, and the sorted list is cut into pieces of equal length, whatever the tokens.
-// A block adds up the runs of equal tokens of its piece. A run inside the piece is complete and goes to dwte. Of a run
-// that crosses the piece's borders the sum is kept, and a second kernel adds those up. Every row of dwte is written by
+// So the rows are sorted by token, stably, and the sorted list is cut into ranges of equal length, whatever the tokens.
+// A block adds up the runs of equal tokens of its range. A run inside the range is complete and goes to dwte. Of a run
+// that crosses the range's borders the sum is kept, and a second kernel adds those up. Every row of dwte is written by
 // one block only.
-constexpr int SORT_TILE = 2048;       // tokens that a block sorts
-constexpr int SORT_BITS = 9;          // of the token in one pass: a byte vocabulary, 257 tokens, takes one
-constexpr int SORT_DIGITS = 1 << SORT_BITS;
-constexpr int ENCODER_PIECE = 32;     // least rows a piece
-constexpr int ENCODER_PIECES = 8192;  // most pieces: several waves of blocks, and little scratch memory
+constexpr int ENCODER_RANGE = 32;     // least rows a range
+constexpr int ENCODER_RANGES = 8192;  // most ranges: several waves of blocks, and little scratch memory
 
 struct EncoderScratch {
-    int64_t tiles, pieces;
-    int piece;     // rows a piece
-    int* key[2];   // (N) tokens, sorted by one more digit each pass
-    int* row[2];   // (N) their rows of dout
-    int* counts;   // (SORT_DIGITS, tiles) tokens of each digit in each tile, then where they start within the digit
-    int* totals;   // (SORT_DIGITS)
-    float* head;   // (pieces, C) sum of the piece's part of a run that began before it
-    float* tail;   // (pieces, C) sum of the piece's part of a run that begins in it and goes on behind it
-    size_t bytes;
+    int64_t ranges;
+    int range;            // rows a range
+    int *unsorted, *row;  // (N) rows of dout: 0, 1, 2 ..., and in the order of their tokens
+    int* key;             // (N) the tokens in order
+    float* head;          // (ranges, C) sum of the range's part of a run that began before it
+    float* tail;          // (ranges, C) sum of the range's part of a run that begins in it and goes on behind it
+    void* sort;           // what CUB's radix sort needs, asked for with the most bits that a token has
+    size_t sort_bytes, bytes;
 };
 
 static EncoderScratch encoder_scratch(char* base, int64_t N, int C) {
-    EncoderScratch s;
-    s.tiles = ceil_div(N, SORT_TILE);
-    s.piece = std::max(ENCODER_PIECE, (int)ceil_div(N, ENCODER_PIECES));
-    s.pieces = ceil_div(N, s.piece);
+    opRequire(N > 0 && N <= INT32_MAX, "encoder_backward: %ld rows, outside 1 to 2^31 - 1", N);
+    EncoderScratch s = {};
+    s.range = std::max(ENCODER_RANGE, (int)ceil_div(N, ENCODER_RANGES));
+    s.ranges = ceil_div(N, s.range);
+    cudaCheck(cub::DeviceRadixSort::SortPairs(NULL, s.sort_bytes, s.key, s.key, s.row, s.row, (int)N, 0, 31));
     Arena a = {base, 0, SIZE_MAX};
-    for (int i = 0; i < 2; i++) {
-        s.key[i] = TAKE(&a, int, N);
-        s.row[i] = TAKE(&a, int, N);
-    }
-    s.counts = TAKE(&a, int, SORT_DIGITS * s.tiles);
-    s.totals = TAKE(&a, int, SORT_DIGITS);
-    s.head = TAKE(&a, float, s.pieces * C);
-    s.tail = TAKE(&a, float, s.pieces * C);
+    s.unsorted = TAKE(&a, int, N);
+    s.row = TAKE(&a, int, N);
+    s.key = TAKE(&a, int, N);
+    s.head = TAKE(&a, float, s.ranges * C);
+    s.tail = TAKE(&a, float, s.ranges * C);
+    s.sort = TAKE(&a, char, s.sort_bytes);
     s.bytes = a.used;
     return s;
 }
 
 static size_t encoder_backward_scratch_bytes(int64_t N, int C) { return encoder_scratch(NULL, N, C).bytes; }
 
-// One pass of a radix sort, by the SORT_BITS bits from shift on: count, prefix sums, move.
-__global__ void __launch_bounds__(SORT_DIGITS) sort_count_kernel(int* counts /*(SORT_DIGITS,tiles)*/, const int* key,
-                                                                 int64_t n, int shift) {
-    __shared__ int bins[SORT_DIGITS];
-    bins[threadIdx.x] = 0;
-    __syncthreads();
-    int64_t end = min(n, (int64_t)(blockIdx.x + 1) * SORT_TILE);
-    for (int64_t i = (int64_t)blockIdx.x * SORT_TILE + threadIdx.x; i < end; i += SORT_DIGITS) {
-        // integers: the order of the additions does not show
-        atomicAdd(&bins[(key[i] >> shift) & (SORT_DIGITS - 1)], 1);
-    }
-    __syncthreads();
-    counts[(int64_t)threadIdx.x * gridDim.x + blockIdx.x] = bins[threadIdx.x];
-}
-
-// A warp a digit: the counts of its tiles become the number of tokens in the tiles before.
-__global__ void __launch_bounds__(256) sort_prefix_kernel(int* counts /*(SORT_DIGITS,tiles)*/,
-                                                          int* totals /*(SORT_DIGITS)*/, int64_t tiles) {
-    int digit = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
-    int before = 0;
-    for (int64_t t = lane; t - lane < tiles; t += 32) {
-        int count = t < tiles ? counts[digit * tiles + t] : 0;
-        int sum = warp_prefix(count);
-        if (t < tiles) counts[digit * tiles + t] = before + sum - count;
-        before += __shfl_sync(0xffffffffu, sum, 31);
-    }
-    if (lane == 0) totals[digit] = before;
-}
-
-__global__ void __launch_bounds__(SORT_DIGITS) sort_move_kernel(int* key_out, int* row_out, const int* key,
-                                                                const int* row /*or NULL: as they stand*/,
-                                                                const int* counts, const int* totals, int64_t n,
-                                                                int shift) {
-    constexpr int WARPS = SORT_DIGITS / 32;
-    __shared__ int next[WARPS][SORT_DIGITS];  // counts of each warp's tokens of this round, then where they go
-    __shared__ int warp_totals[WARPS];
-    int d = threadIdx.x, lane = d % 32, warp = d / 32;  // thread d looks after digit d
-    int before = warp_prefix(totals[d]);
-    if (lane == 31) warp_totals[warp] = before;
-    for (int w = 0; w < WARPS; w++) next[w][d] = 0;
-    __syncthreads();
-    before -= totals[d];  // tokens with smaller digits
-    for (int w = 0; w < warp; w++) before += warp_totals[w];
-    int at = before + counts[(int64_t)d * gridDim.x + blockIdx.x];  // where the next token with digit d goes
-    int64_t begin = (int64_t)blockIdx.x * SORT_TILE, end = min(n, begin + SORT_TILE);
-    for (int64_t i0 = begin; i0 < end; i0 += SORT_DIGITS) {
-        int64_t i = i0 + threadIdx.x;
-        int k = i < end ? key[i] : 0;
-        int digit = i < end ? (k >> shift) & (SORT_DIGITS - 1) : SORT_DIGITS;
-        unsigned peers = __match_any_sync(0xffffffffu, digit);
-        int rank = __popc(peers & ((1u << lane) - 1));  // equal digits keep their order: the sort is stable
-        if (rank == 0 && i < end) next[warp][digit] = __popc(peers);
-        __syncthreads();
-        for (int w = 0; w < WARPS; w++) {
-            int count = next[w][d];
-            next[w][d] = at;
-            at += count;
-        }
-        __syncthreads();
-        if (i < end) {
-            int to = next[warp][digit] + rank;
-            key_out[to] = k;
-            row_out[to] = row ? row[i] : (int)i;
-        }
-        __syncthreads();
-        for (int w = 0; w < WARPS; w++) next[w][d] = 0;
-        __syncthreads();
-    }
+__global__ void __launch_bounds__(256) count_up_kernel(int* x, int64_t n) {
+    int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x;
+    if (i < n) x[i] = (int)i;
 }
 
 __global__ void __launch_bounds__(256) encoder_backward_kernel(float* dwte, float* head, float* tail,
                                                                const floatX* dout, const int* key /*(n) sorted*/,
-                                                               const int* row /*(n)*/, int64_t n, int piece, int C) {
+                                                               const int* row /*(n)*/, int64_t n, int range, int C) {
     constexpr int U = 2;  // more rows at a time take registers, so fewer blocks fit: slower
     int c = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
     if (c >= C) return;
-    int64_t begin = (int64_t)blockIdx.x * piece, end = min(n, begin + piece);
-    bool from_before = begin > 0 && key[begin - 1] == key[begin];  // the run that we are in began before the piece
+    int64_t begin = (int64_t)blockIdx.x * range, end = min(n, begin + range);
+    bool from_before = begin > 0 && key[begin - 1] == key[begin];  // the run that we are in began before the range
     bool goes_on = end < n && key[end - 1] == key[end];            // the last run goes on behind it
     float sum[8] = {};
+
     for (int64_t i0 = begin; i0 < end; i0 += U) {
         int k[U + 1];
         bool ends[U], to_head[U], complete[U];
         Pack8<floatX> x[U];
         Pack8<float> old[U];
+
+        // All loads before the first use, those of dwte too.
 #pragma unroll
         for (int u = 0; u <= U; u++) k[u] = i0 + u < end ? key[i0 + u] : -1;
 #pragma unroll
-        for (int u = 0; u < U; u++) {  // all loads before the first use, those of dwte too
+        for (int u = 0; u < U; u++) {
             x[u] = {};
             if (i0 + u < end) x[u] = load8_stream(dout + (int64_t)row[i0 + u] * C + c);
             ends[u] = k[u] != k[u + 1];
@@ -1763,6 +1697,8 @@ __global__ void __launch_bounds__(256) encoder_backward_kernel(float* dwte, floa
             if (complete[u]) old[u] = load8(dwte + (int64_t)k[u] * C + c);
             from_before = from_before && !ends[u];
         }
+
+        // Where a run ends, its sum goes out: to dwte, or what the range has of it to head or tail.
 #pragma unroll
         for (int u = 0; u < U; u++) {
             for (int j = 0; j < 8; j++) sum[j] += (float)x[u].v[j];
@@ -1778,34 +1714,35 @@ __global__ void __launch_bounds__(256) encoder_backward_kernel(float* dwte, floa
     }
 }
 
-// Adds up the runs that cross pieces: the tail of the piece where the run begins and the heads of the following ones. A
-// block looks at 8 pieces and takes 256 columns; of a run's heads each of its 8 warps adds every eighth.
+// Adds up the runs that cross ranges: the tail of the range where the run begins and the heads of the following ones. A
+// block looks at 8 ranges and takes 256 columns; of a run's heads each of its 8 warps adds every eighth.
 __global__ void __launch_bounds__(256) encoder_backward_join_kernel(float* dwte, const float* head, const float* tail,
-                                                                    const int* key, int64_t n, int piece,
-                                                                    int64_t pieces, int C) {
+                                                                    const int* key, int64_t n, int range,
+                                                                    int64_t ranges, int C) {
     __shared__ __align__(16) float sums[8][256];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int c = blockIdx.y * 256 + lane * 8;
-    int64_t p = (int64_t)blockIdx.x * 8 + lane, begin = p * piece, end = begin + piece;
+
+    int64_t p = (int64_t)blockIdx.x * 8 + lane, begin = p * range, end = begin + range;
     bool joins = lane < 8 && end < n && key[end - 1] == key[end] &&
-                 (begin == 0 || key[begin - 1] != key[end]);  // else the run began in an earlier piece
+                 (begin == 0 || key[begin - 1] != key[end]);  // else the run began in an earlier range
     unsigned todo = __ballot_sync(0xffffffffu, joins);
     for (; todo; todo &= todo - 1) {
         p = (int64_t)blockIdx.x * 8 + __ffs(todo) - 1;
-        int k = key[p * piece + piece - 1];
+        int k = key[p * range + range - 1];
         float sum[8] = {};
         if (c < C) {
             if (warp == 0) {
                 Pack8<float> x = load8(tail + p * C + c);
                 for (int j = 0; j < 8; j++) sum[j] = x.v[j];
             }
-            for (int64_t q0 = p + 1 + warp; q0 < pieces && key[q0 * piece] == k; q0 += 32) {
+            for (int64_t q0 = p + 1 + warp; q0 < ranges && key[q0 * range] == k; q0 += 32) {
                 Pack8<float> x[4];
 #pragma unroll
                 for (int u = 0; u < 4; u++) {
                     int64_t q = q0 + 8 * u;
                     x[u] = {};
-                    if (q < pieces && key[q * piece] == k) x[u] = load8(head + q * C + c);
+                    if (q < ranges && key[q * range] == k) x[u] = load8(head + q * C + c);
                 }
 #pragma unroll
                 for (int u = 0; u < 4; u++) {
@@ -1813,6 +1750,7 @@ __global__ void __launch_bounds__(256) encoder_backward_join_kernel(float* dwte,
                 }
             }
         }
+
         store8(&sums[warp][lane * 8], to_pack8<float>(sum));
         __syncthreads();
         int column = blockIdx.y * 256 + threadIdx.x;
@@ -1845,23 +1783,17 @@ static void encoder_backward(float* dwte /*(Vp,C) +=*/, float* dwpe /*(maxT,C) +
                              int64_t t0, int Vp) {
     opRequireRows("encoder_backward", C);
     int64_t N = B * T;
-    opRequire(N > 0 && N <= INT32_MAX, "encoder_backward: %ld rows, outside 1 to 2^31 - 1", N);
     EncoderScratch s = encoder_scratch((char*)scratch(encoder_backward_scratch_bytes(N, C), "encoder_backward"), N, C);
-    const int *key = tokens, *row = NULL;
-    int into = 0;
-    for (int shift = 0; shift == 0 || (Vp - 1) >> shift; shift += SORT_BITS) {
-        sort_count_kernel<<<(int)s.tiles, SORT_DIGITS, 0, main_stream>>>(s.counts, key, N, shift);
-        sort_prefix_kernel<<<SORT_DIGITS / 8, 256, 0, main_stream>>>(s.counts, s.totals, s.tiles);
-        sort_move_kernel<<<(int)s.tiles, SORT_DIGITS, 0, main_stream>>>(s.key[into], s.row[into], key, row, s.counts,
-                                                                        s.totals, N, shift);
-        key = s.key[into];
-        row = s.row[into];
-        into ^= 1;
-    }
+    int bits = 1;
+    while ((Vp - 1) >> bits) bits++;
+    count_up_kernel<<<grid_for(N, 256), 256, 0, main_stream>>>(s.unsorted, N);
+    cudaCheck(cub::DeviceRadixSort::SortPairs(s.sort, s.sort_bytes, tokens, s.key, s.unsorted, s.row, (int)N, 0, bits,
+                                              main_stream));
     int threads = std::min(256, (int)ceil_div(C / 8, 32) * 32);
-    dim3 pieces(s.pieces, ceil_div(C / 8, threads)), joins(ceil_div(s.pieces, 8), ceil_div(C, 256));
-    encoder_backward_kernel<<<pieces, threads, 0, main_stream>>>(dwte, s.head, s.tail, dout, key, row, N, s.piece, C);
-    encoder_backward_join_kernel<<<joins, 256, 0, main_stream>>>(dwte, s.head, s.tail, key, N, s.piece, s.pieces, C);
+    dim3 ranges(s.ranges, ceil_div(C / 8, threads)), joins(ceil_div(s.ranges, 8), ceil_div(C, 256));
+    encoder_backward_kernel<<<ranges, threads, 0, main_stream>>>(dwte, s.head, s.tail, dout, s.key, s.row, N, s.range,
+                                                                 C);
+    encoder_backward_join_kernel<<<joins, 256, 0, main_stream>>>(dwte, s.head, s.tail, s.key, N, s.range, s.ranges, C);
     cudaCheck(cudaGetLastError());
     if (dwpe) {
         encoder_backward_wpe_kernel<<<grid_for(T, 8), dim3(32, 8), 0, main_stream>>>(dwpe, dout, B, T, C, t0);
@@ -2024,15 +1956,14 @@ struct MatmulPlan {
     cublasLtMatrixLayout_t a, b, d;
     cublasLtMatmulAlgo_t algo;
     int proposals;  // how many kernels cuBLASLt knows; 2: that many or more
-    bool tuned;
 };
-constexpr int MATMUL_PLANS = 256, MATMUL_CANDIDATES = 8;
+constexpr int MATMUL_PLANS = 256;
 static MatmulPlan matmul_plans[MATMUL_PLANS];
 static int64_t matmul_plan_count;
 
-// cuBLASLt's kernels for a plan, the one that it takes for the best first. Returns how many were found: at least one,
-// except for dgelu, which can do without.
-static int matmul_candidates(const MatmulPlan* p, cublasLtMatmulHeuristicResult_t* found, int wanted) {
+// Takes the kernel that cuBLASLt proposes first: the one that it holds for the fastest. There is at least one, except
+// for dgelu, which can do without.
+static void matmul_choose(MatmulPlan* p) {
     cublasLtMatmulPreference_t preference;
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
     cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
@@ -2042,16 +1973,16 @@ static int matmul_candidates(const MatmulPlan* p, cublasLtMatmulHeuristicResult_
                        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES}) {
         cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, which, &alignment, sizeof(alignment)));
     }
-    int count = 0;
+    cublasLtMatmulHeuristicResult_t found[2];
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(cublaslt_handle, p->desc, p->a, p->b, p->d, p->d, preference,
-                                                           wanted, found, &count);
+                                                           2, found, &p->proposals);
+    if (status != CUBLAS_STATUS_SUCCESS) p->proposals = 0;
     const MatmulShape& s = p->shape;
-    if (status != CUBLAS_STATUS_SUCCESS) count = 0;
-    opRequire(count > 0 || s.dgelu, "cuBLASLt knows no kernel for m = %ld, n = %ld, k = %ld, trans %d %d, bias %d, "
-              "operands of kind %d: %s", s.m, s.n, s.k, s.trans_a, s.trans_b, s.bias, s.operands,
+    opRequire(p->proposals > 0 || s.dgelu, "cuBLASLt knows no kernel for m = %ld, n = %ld, k = %ld, trans %d %d, "
+              "bias %d, operands of kind %d: %s", s.m, s.n, s.k, s.trans_a, s.trans_b, s.bias, s.operands,
               cublasLtGetStatusString(status));
+    if (p->proposals > 0) p->algo = found[0].algo;
     cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
-    return count;
 }
 
 static MatmulPlan* matmul_plan(const MatmulShape& s) {
@@ -2094,64 +2025,8 @@ static MatmulPlan* matmul_plan(const MatmulShape& s) {
         for (auto scale : {CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER})
             cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, scale, &cublaslt_workspace, sizeof(void*)));
     }
-    cublasLtMatmulHeuristicResult_t found[2];
-    p->proposals = matmul_candidates(p, found, 2);
-    if (p->proposals) p->algo = found[0].algo;
+    matmul_choose(p);
     return p;
-}
-
-// A sum of the elements' bits mixed with their places, modulo 2^64: the same in any order of the additions.
-__global__ void __launch_bounds__(256) hash_kernel(unsigned long long* hash, const uint32_t* x, int64_t n) {
-    unsigned long long sum = 0;
-    for (int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x; i < n; i += (int64_t)gridDim.x * 256) {
-        unsigned long long word = ((unsigned long long)i << 32 ^ x[i]) * 0xBF58476D1CE4E5B9ull;
-        sum += (word ^ word >> 31) * 0x94D049BB133111EBull;
-    }
-    atomicAdd(hash, sum);
-}
-
-// Training measures the kernels that cuBLASLt proposes on the operands of a shape's first product. Those that give the
-// same bits as its first proposal are free to choose from, so a resumed run, or another rank, may choose differently.
-// Whether a kernel takes the operands shows only when it starts.
-static bool matmul_tuning;             // set by what trains; the tests take the first proposal
-static const double MATMUL_TUNE_FLOPS = 1e10;  // below, a product is too short to matter
-static size_t matmul_tune_scratch_bytes(int64_t m, int64_t n) { return 256 + m * n * sizeof(float); }
-
-template <class Multiply> static void matmul_tune(MatmulPlan* p, void* d, Multiply multiply /*(algo, d)*/) {
-    const MatmulShape& s = p->shape;
-    p->tuned = true;
-    if (2.0 * s.m * s.n * s.k < MATMUL_TUNE_FLOPS) return;
-    cublasLtMatmulHeuristicResult_t found[MATMUL_CANDIDATES];
-    int count = matmul_candidates(p, found, MATMUL_CANDIDATES);
-    size_t bytes = (size_t)s.m * s.n * (s.float_out ? sizeof(float) : sizeof(floatX));
-    auto* hash = (unsigned long long*)scratch(s.float_out ? matmul_tune_scratch_bytes(s.m, s.n) : 256, "matmul_tune");
-    if (s.float_out) d = (char*)hash + 256;  // gradients are added to: a test sum must not be
-    cudaEvent_t from, to;
-    cudaCheck(cudaEventCreate(&from));
-    cudaCheck(cudaEventCreate(&to));
-    unsigned long long first_hash = 0, this_hash;
-    float best = INFINITY;
-    for (int i = 0; i < count; i++) {
-        if (s.float_out) device_zero(d, bytes);
-        device_zero(hash, sizeof *hash);
-        if (multiply(&found[i].algo, d) != CUBLAS_STATUS_SUCCESS && i > 0) continue;
-        hash_kernel<<<device_sms * 8, 256, 0, main_stream>>>(hash, (uint32_t*)d, bytes / 4);
-        cudaCheck(cudaGetLastError());
-        copy_to_host(&this_hash, hash, sizeof this_hash);
-        if (i == 0) first_hash = this_hash;
-        if (this_hash != first_hash) continue;
-        for (int repeat = 0; repeat < 3; repeat++) {
-            cudaCheck(cudaEventRecord(from, main_stream));
-            cublasCheck(multiply(&found[i].algo, d));
-            cudaCheck(cudaEventRecord(to, main_stream));
-            cudaCheck(cudaEventSynchronize(to));
-            float ms;
-            cudaCheck(cudaEventElapsedTime(&ms, from, to));
-            if (ms < best) best = ms, p->algo = found[i].algo;
-        }
-    }
-    cudaCheck(cudaEventDestroy(from));
-    cudaCheck(cudaEventDestroy(to));
 }
 
 // add may be D itself where D is float. In FP8, what a and b point to is multiplied by numbers in device memory.
@@ -2174,14 +2049,9 @@ static void matmul_cublaslt(MatmulShape s, void* d, const void* a, const void* b
         cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &b_scale,
                                                    sizeof(b_scale)));
     }
-    auto multiply = [&](const cublasLtMatmulAlgo_t* algo, void* to) {
-        const float one = 1.0f, beta = add ? 1.0f : 0.0f;
-        const void* c = add && add != d ? add : to;
-        return cublasLtMatmul(cublaslt_handle, p->desc, &one, a, p->a, b, p->b, &beta, c, p->d, to, p->d, algo,
-                              cublaslt_workspace, cublaslt_workspace_bytes, main_stream);
-    };
-    if (matmul_tuning && !p->tuned) matmul_tune(p, d, multiply);
-    cublasCheck(multiply(&p->algo, d));
+    const float one = 1.0f, beta = add ? 1.0f : 0.0f;
+    cublasCheck(cublasLtMatmul(cublaslt_handle, p->desc, &one, a, p->a, b, p->b, &beta, add ? add : d, p->d, d, p->d,
+                               &p->algo, cublaslt_workspace, cublaslt_workspace_bytes, main_stream));
 }
 
 static void matmul_forward(floatX* out /*(N,OC)*/, const floatX* inp /*(N,C)*/, const floatX* weight /*(OC,C)*/,
@@ -2813,14 +2683,91 @@ static void cudnn_check(cudnnStatus_t status, const char* call, const char* file
 static cudnnHandle_t cudnn_handle;
 typedef cudnnBackendDescriptor_t CudnnNode;  // a tensor, an operation, a graph, a plan
 
-// Tensors that the caller passes, by their cuDNN id. Ids above these belong to the values inside a graph.
+// The tensors of the graphs, by their cuDNN id: those that the caller passes, then the values inside.
 enum SdpaTensor {
-    SDPA_Q = 1, SDPA_K, SDPA_V, SDPA_O, SDPA_STATS, SDPA_DO, SDPA_DQ, SDPA_DK, SDPA_DV,
+    SDPA_NONE, SDPA_Q, SDPA_K, SDPA_V, SDPA_O, SDPA_STATS, SDPA_DO, SDPA_DQ, SDPA_DK, SDPA_DV,
     SDPA_DQ_SUM,                        // (B,H,T,D) fp32: dQ is summed here by several blocks
     SDPA_DOT,                           // (B,H,T) fp32: sum over d of dO O
     SDPA_SCALE, SDPA_MASKED, SDPA_ONE,  // scalars, in host memory
+    SDPA_PASSED,
+    SDPA_SCORES = SDPA_PASSED, SDPA_SCALED, SDPA_ROW, SDPA_COLUMN, SDPA_SEEN, SDPA_CAUSAL, SDPA_TOP, SDPA_SHIFTED,
+    SDPA_EXP, SDPA_SUM, SDPA_LOG_SUM, SDPA_WEIGHTS,
+    SDPA_DO_O, SDPA_DO_O_SUM, SDPA_WEIGHTS_T, SDPA_DWEIGHTS, SDPA_DSHIFTED, SDPA_DSCALED, SDPA_DS, SDPA_DS_T,
+    SDPA_K_ROWS,
     SDPA_TENSORS
 };
+
+// An operation of a graph: y = mode(x, b); a select takes x where t is true and b elsewhere.
+enum SdpaKind { SDPA_MATMUL, SDPA_POINTWISE, SDPA_REDUCTION, SDPA_RESHAPE };
+struct SdpaOp {
+    SdpaKind kind;
+    int mode;
+    SdpaTensor y, x, b, t;
+    int64_t axis;
+};
+
+// The operations must come in this form and order: anything else is not recognized as attention, or is twice slower.
+// Scores above the diagonal become minus infinity: x where row >= column, else the scalar.
+#define SDPA_CAUSAL_OPS(x) \
+    {SDPA_POINTWISE, CUDNN_POINTWISE_GEN_INDEX, SDPA_ROW, x, SDPA_NONE, SDPA_NONE, 2}, \
+    {SDPA_POINTWISE, CUDNN_POINTWISE_GEN_INDEX, SDPA_COLUMN, x, SDPA_NONE, SDPA_NONE, 3}, \
+    {SDPA_POINTWISE, CUDNN_POINTWISE_CMP_GE, SDPA_SEEN, SDPA_ROW, SDPA_COLUMN}, \
+    {SDPA_POINTWISE, CUDNN_POINTWISE_BINARY_SELECT, SDPA_CAUSAL, x, SDPA_MASKED, SDPA_SEEN}
+
+static const SdpaOp sdpa_forward_ops[] = {
+    {SDPA_MATMUL, 0, SDPA_SCORES, SDPA_Q, SDPA_K},
+    {SDPA_POINTWISE, CUDNN_POINTWISE_MUL, SDPA_SCALED, SDPA_SCORES, SDPA_SCALE},
+    SDPA_CAUSAL_OPS(SDPA_SCALED),
+    {SDPA_REDUCTION, CUDNN_REDUCE_TENSOR_MAX, SDPA_TOP, SDPA_CAUSAL},
+    {SDPA_POINTWISE, CUDNN_POINTWISE_SUB, SDPA_SHIFTED, SDPA_CAUSAL, SDPA_TOP},
+    {SDPA_POINTWISE, CUDNN_POINTWISE_EXP, SDPA_EXP, SDPA_SHIFTED},
+    {SDPA_REDUCTION, CUDNN_REDUCE_TENSOR_ADD, SDPA_SUM, SDPA_EXP},
+    {SDPA_POINTWISE, CUDNN_POINTWISE_LOG, SDPA_LOG_SUM, SDPA_SUM},
+    {SDPA_POINTWISE, CUDNN_POINTWISE_ADD, SDPA_STATS, SDPA_TOP, SDPA_LOG_SUM},
+    {SDPA_POINTWISE, CUDNN_POINTWISE_DIV, SDPA_WEIGHTS, SDPA_EXP, SDPA_SUM},
+    {SDPA_MATMUL, 0, SDPA_O, SDPA_WEIGHTS, SDPA_V}};
+
+// P = exp(S - stats), dV = P^T dO, dS = scale P (dO V^T - dot), dK = dS^T Q, dQ = dS K. The engine adds up dQ in fp32
+// from several blocks, in any order; told to write dQ itself it keeps all of dS instead and becomes deterministic.
+static const SdpaOp sdpa_backward_ops[] = {
+    {SDPA_POINTWISE, CUDNN_POINTWISE_MUL, SDPA_DO_O, SDPA_DO, SDPA_O},
+    {SDPA_REDUCTION, CUDNN_REDUCE_TENSOR_ADD, SDPA_DO_O_SUM, SDPA_DO_O},
+    {SDPA_POINTWISE, CUDNN_POINTWISE_MUL, SDPA_DOT, SDPA_DO_O_SUM, SDPA_ONE},
+    {SDPA_MATMUL, 0, SDPA_SCORES, SDPA_Q, SDPA_K},
+    {SDPA_POINTWISE, CUDNN_POINTWISE_MUL, SDPA_SCALED, SDPA_SCORES, SDPA_SCALE},
+    {SDPA_POINTWISE, CUDNN_POINTWISE_SUB, SDPA_SHIFTED, SDPA_SCALED, SDPA_STATS},
+    SDPA_CAUSAL_OPS(SDPA_SHIFTED),
+    {SDPA_POINTWISE, CUDNN_POINTWISE_EXP, SDPA_EXP, SDPA_CAUSAL},
+    {SDPA_RESHAPE, 0, SDPA_WEIGHTS_T, SDPA_EXP},
+    {SDPA_MATMUL, 0, SDPA_DV, SDPA_WEIGHTS_T, SDPA_DO},
+    {SDPA_MATMUL, 0, SDPA_DWEIGHTS, SDPA_DO, SDPA_V},
+    {SDPA_POINTWISE, CUDNN_POINTWISE_SUB, SDPA_DSHIFTED, SDPA_DWEIGHTS, SDPA_DOT},
+    {SDPA_POINTWISE, CUDNN_POINTWISE_MUL, SDPA_DSCALED, SDPA_DSHIFTED, SDPA_EXP},
+    {SDPA_POINTWISE, CUDNN_POINTWISE_MUL, SDPA_DS, SDPA_DSCALED, SDPA_SCALE},
+    {SDPA_RESHAPE, 0, SDPA_DS_T, SDPA_DS},
+    {SDPA_MATMUL, 0, SDPA_DK, SDPA_DS_T, SDPA_Q},
+    {SDPA_RESHAPE, 0, SDPA_K_ROWS, SDPA_K},
+    {SDPA_MATMUL, 0, SDPA_DQ_SUM, SDPA_DS, SDPA_K_ROWS},  // or SDPA_DQ,
+    {SDPA_POINTWISE, CUDNN_POINTWISE_IDENTITY, SDPA_DQ, SDPA_DQ_SUM}};  // without this
+
+// What cuDNN calls the parts of an operation.
+static const struct {
+    cudnnBackendDescriptorType_t kind, op;
+    cudnnBackendAttributeName_t precision, mode;  // of the kind
+    cudnnBackendAttributeType_t mode_type;
+    cudnnBackendAttributeName_t of_kind, y, x, b;  // of the operation
+} sdpa_kinds[] = {
+    {CUDNN_BACKEND_MATMUL_DESCRIPTOR, CUDNN_BACKEND_OPERATION_MATMUL_DESCRIPTOR, CUDNN_ATTR_MATMUL_COMP_TYPE, {}, {},
+     CUDNN_ATTR_OPERATION_MATMUL_DESC, CUDNN_ATTR_OPERATION_MATMUL_CDESC, CUDNN_ATTR_OPERATION_MATMUL_ADESC,
+     CUDNN_ATTR_OPERATION_MATMUL_BDESC},
+    {CUDNN_BACKEND_POINTWISE_DESCRIPTOR, CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR, CUDNN_ATTR_POINTWISE_MATH_PREC,
+     CUDNN_ATTR_POINTWISE_MODE, CUDNN_TYPE_POINTWISE_MODE, CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR,
+     CUDNN_ATTR_OPERATION_POINTWISE_YDESC, CUDNN_ATTR_OPERATION_POINTWISE_XDESC, CUDNN_ATTR_OPERATION_POINTWISE_BDESC},
+    {CUDNN_BACKEND_REDUCTION_DESCRIPTOR, CUDNN_BACKEND_OPERATION_REDUCTION_DESCRIPTOR, CUDNN_ATTR_REDUCTION_COMP_TYPE,
+     CUDNN_ATTR_REDUCTION_OPERATOR, CUDNN_TYPE_REDUCTION_OPERATOR_TYPE, CUDNN_ATTR_OPERATION_REDUCTION_DESC,
+     CUDNN_ATTR_OPERATION_REDUCTION_YDESC, CUDNN_ATTR_OPERATION_REDUCTION_XDESC},
+    {{}, CUDNN_BACKEND_OPERATION_RESHAPE_DESCRIPTOR, {}, {}, {}, {}, CUDNN_ATTR_OPERATION_RESHAPE_YDESC,
+     CUDNN_ATTR_OPERATION_RESHAPE_XDESC}};
 
 // A plan is for one shape. The tensors may be one head of a wider tensor: heads sets the strides, H the work.
 struct SdpaPlan {
@@ -2829,18 +2776,16 @@ struct SdpaPlan {
     bool backward, stats, deterministic;
     CudnnNode plan;
     int64_t workspace;              // bytes that cuDNN asks for
-    int64_t ids[SDPA_TENSORS];      // the tensors that a call must pass
+    int64_t ids[SDPA_PASSED];       // the tensors that a call must pass
     int ids_count;
 };
 
 // What a graph is made of while it is built; the plan outlives it.
 struct SdpaGraph {
     SdpaPlan* plan;
-    CudnnNode made[160], ops[24];
+    CudnnNode made[160], tensor[SDPA_TENSORS], ops[24];
     int made_count, ops_count;
-    int64_t next_id;
 };
-struct SdpaLayout { int64_t dims[4], strides[4]; };
 
 static void cudnn_set(CudnnNode d, cudnnBackendAttributeName_t name, cudnnBackendAttributeType_t type, int64_t count,
                       const void* value) {
@@ -2857,180 +2802,73 @@ static CudnnNode cudnn_new(SdpaGraph* g, cudnnBackendDescriptorType_t type) {
     return d;
 }
 
-static CudnnNode sdpa_tensor(SdpaGraph* g, int64_t id /*0: a value inside the graph*/, SdpaLayout layout,
-                             cudnnDataType_t type) {
-    CudnnNode d = cudnn_new(g, CUDNN_BACKEND_TENSOR_DESCRIPTOR);
-    const SdpaPlan* p = g->plan;
+struct SdpaLayout {
+    cudnnDataType_t type;
+    int64_t dims[4], strides[4];
+};
+static SdpaLayout sdpa_layout(const SdpaPlan* p, SdpaTensor id) {
+    const cudnnDataType_t F32 = CUDNN_DATA_FLOAT, BF16 = CUDNN_DATA_BFLOAT16;
+    int64_t B = p->B, H = p->H, T = p->T, D = p->D, C = (int64_t)p->heads * D;
+    SdpaLayout packed = {BF16, {B, H, T, D}, {3 * C * T, D, 3 * C, 1}};
+    SdpaLayout packed_t = {BF16, {B, H, D, T}, {3 * C * T, D, 1, 3 * C}};
+    SdpaLayout TT = {F32, {B, H, T, T}, {H * T * T, T * T, T, 1}};
+    switch (id) {
+        case SDPA_Q: case SDPA_DQ: case SDPA_DK: case SDPA_DV: case SDPA_K_ROWS: return packed;
+        case SDPA_K: return packed_t;
+        case SDPA_V: return p->backward ? packed_t : packed;
+        case SDPA_O: case SDPA_DO: return {BF16, {B, H, T, D}, {C * T, D, C, 1}};
+        case SDPA_DO_O: case SDPA_DQ_SUM: return {F32, {B, H, T, D}, {H * T * D, T * D, D, 1}};
+        case SDPA_STATS: return {F32, {B, H, T, 1}, {p->heads * T, T, 1, 1}};
+        case SDPA_TOP: case SDPA_SUM: case SDPA_LOG_SUM: case SDPA_DO_O_SUM: case SDPA_DOT:
+            return {F32, {B, H, T, 1}, {H * T, T, 1, 1}};
+        case SDPA_SCALE: case SDPA_MASKED: case SDPA_ONE: return {F32, {1, 1, 1, 1}, {1, 1, 1, 1}};
+        case SDPA_WEIGHTS_T: case SDPA_DS_T: return {BF16, {B, H, T, T}, {H * T * T, T * T, 1, T}};
+        case SDPA_WEIGHTS: TT.type = BF16; return TT;
+        case SDPA_ROW: case SDPA_COLUMN: TT.type = CUDNN_DATA_INT32; return TT;
+        case SDPA_SEEN: TT.type = CUDNN_DATA_BOOLEAN; return TT;
+        default: return TT;
+    }
+}
+
+static CudnnNode sdpa_tensor(SdpaGraph* g, SdpaTensor id) {
+    if (g->tensor[id]) return g->tensor[id];
+    SdpaPlan* p = g->plan;
+    SdpaLayout layout = sdpa_layout(p, id);
+    bool yes = true, passed = id < SDPA_PASSED && (id != SDPA_STATS || p->stats), scalar = passed && id >= SDPA_SCALE;
     bool anywhere = id == SDPA_STATS && p->H < p->heads && p->T % 4;  // a head's statistics among others'
-    int64_t alignment = anywhere ? 4 : 16, unique = id ? id : g->next_id++;
-    bool yes = true, scalar = id >= SDPA_SCALE;
-    cudnn_set(d, CUDNN_ATTR_TENSOR_DATA_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &type);
+    int64_t alignment = anywhere ? 4 : 16, unique = id;
+    CudnnNode d = g->tensor[id] = cudnn_new(g, CUDNN_BACKEND_TENSOR_DESCRIPTOR);
+    cudnn_set(d, CUDNN_ATTR_TENSOR_DATA_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &layout.type);
     cudnn_set(d, CUDNN_ATTR_TENSOR_DIMENSIONS, CUDNN_TYPE_INT64, 4, layout.dims);
     cudnn_set(d, CUDNN_ATTR_TENSOR_STRIDES, CUDNN_TYPE_INT64, 4, layout.strides);
     cudnn_set(d, CUDNN_ATTR_TENSOR_UNIQUE_ID, CUDNN_TYPE_INT64, 1, &unique);
     cudnn_set(d, CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, CUDNN_TYPE_INT64, 1, &alignment);
-    if (!id) cudnn_set(d, CUDNN_ATTR_TENSOR_IS_VIRTUAL, CUDNN_TYPE_BOOLEAN, 1, &yes);
+    if (!passed) cudnn_set(d, CUDNN_ATTR_TENSOR_IS_VIRTUAL, CUDNN_TYPE_BOOLEAN, 1, &yes);
     if (scalar) cudnn_set(d, CUDNN_ATTR_TENSOR_IS_BY_VALUE, CUDNN_TYPE_BOOLEAN, 1, &yes);
     cudnnCheck(cudnnBackendFinalize(d));
-    if (id) g->plan->ids[g->plan->ids_count++] = id;
+    if (passed) p->ids[p->ids_count++] = id;
     return d;
 }
 
-static void sdpa_finish_op(SdpaGraph* g, CudnnNode op) {
+static void sdpa_op(SdpaGraph* g, const SdpaOp& o) {
+    const auto& name = sdpa_kinds[o.kind];
+    CudnnNode op = cudnn_new(g, name.op);
+    if (o.kind != SDPA_RESHAPE) {
+        CudnnNode kind = cudnn_new(g, name.kind);
+        bool compares = o.kind == SDPA_POINTWISE && o.mode == CUDNN_POINTWISE_CMP_GE;
+        cudnnDataType_t precision = compares ? CUDNN_DATA_BOOLEAN : CUDNN_DATA_FLOAT;
+        cudnn_set(kind, name.precision, CUDNN_TYPE_DATA_TYPE, 1, &precision);
+        if (o.kind != SDPA_MATMUL) cudnn_set(kind, name.mode, name.mode_type, 1, &o.mode);
+        if (o.axis) cudnn_set(kind, CUDNN_ATTR_POINTWISE_AXIS, CUDNN_TYPE_INT64, 1, &o.axis);
+        cudnnCheck(cudnnBackendFinalize(kind));
+        cudnn_set_descriptor(op, name.of_kind, kind);
+    }
+    cudnn_set_descriptor(op, name.x, sdpa_tensor(g, o.x));
+    if (o.b) cudnn_set_descriptor(op, name.b, sdpa_tensor(g, o.b));
+    if (o.t) cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_POINTWISE_TDESC, sdpa_tensor(g, o.t));
+    cudnn_set_descriptor(op, name.y, sdpa_tensor(g, o.y));
     cudnnCheck(cudnnBackendFinalize(op));
     g->ops[g->ops_count++] = op;
-}
-
-static void sdpa_matmul(SdpaGraph* g, CudnnNode a, CudnnNode b, CudnnNode c) {
-    cudnnDataType_t f32 = CUDNN_DATA_FLOAT;
-    CudnnNode kind = cudnn_new(g, CUDNN_BACKEND_MATMUL_DESCRIPTOR);
-    cudnn_set(kind, CUDNN_ATTR_MATMUL_COMP_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &f32);
-    cudnnCheck(cudnnBackendFinalize(kind));
-    CudnnNode op = cudnn_new(g, CUDNN_BACKEND_OPERATION_MATMUL_DESCRIPTOR);
-    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_MATMUL_DESC, kind);
-    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_MATMUL_ADESC, a);
-    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_MATMUL_BDESC, b);
-    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_MATMUL_CDESC, c);
-    sdpa_finish_op(g, op);
-}
-
-// y = mode(x), mode(x, b), or mode(x, b) where the mask t says so. Returns y.
-static CudnnNode sdpa_pointwise(SdpaGraph* g, cudnnPointwiseMode_t mode, CudnnNode y, CudnnNode x, CudnnNode b = NULL,
-                                CudnnNode t = NULL, int64_t axis = -1, cudnnDataType_t precision = CUDNN_DATA_FLOAT) {
-    CudnnNode kind = cudnn_new(g, CUDNN_BACKEND_POINTWISE_DESCRIPTOR);
-    cudnn_set(kind, CUDNN_ATTR_POINTWISE_MODE, CUDNN_TYPE_POINTWISE_MODE, 1, &mode);
-    cudnn_set(kind, CUDNN_ATTR_POINTWISE_MATH_PREC, CUDNN_TYPE_DATA_TYPE, 1, &precision);
-    if (axis >= 0) cudnn_set(kind, CUDNN_ATTR_POINTWISE_AXIS, CUDNN_TYPE_INT64, 1, &axis);
-    cudnnCheck(cudnnBackendFinalize(kind));
-    CudnnNode op = cudnn_new(g, CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR);
-    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR, kind);
-    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_POINTWISE_XDESC, x);
-    if (b) cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_POINTWISE_BDESC, b);
-    if (t) cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_POINTWISE_TDESC, t);
-    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_POINTWISE_YDESC, y);
-    sdpa_finish_op(g, op);
-    return y;
-}
-
-static CudnnNode sdpa_reduce(SdpaGraph* g, cudnnReduceTensorOp_t mode, CudnnNode y, CudnnNode x) {
-    cudnnDataType_t f32 = CUDNN_DATA_FLOAT;
-    CudnnNode kind = cudnn_new(g, CUDNN_BACKEND_REDUCTION_DESCRIPTOR);
-    cudnn_set(kind, CUDNN_ATTR_REDUCTION_OPERATOR, CUDNN_TYPE_REDUCTION_OPERATOR_TYPE, 1, &mode);
-    cudnn_set(kind, CUDNN_ATTR_REDUCTION_COMP_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &f32);
-    cudnnCheck(cudnnBackendFinalize(kind));
-    CudnnNode op = cudnn_new(g, CUDNN_BACKEND_OPERATION_REDUCTION_DESCRIPTOR);
-    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_REDUCTION_DESC, kind);
-    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_REDUCTION_XDESC, x);
-    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_REDUCTION_YDESC, y);
-    sdpa_finish_op(g, op);
-    return y;
-}
-
-static CudnnNode sdpa_reshape(SdpaGraph* g, CudnnNode y, CudnnNode x) {
-    CudnnNode op = cudnn_new(g, CUDNN_BACKEND_OPERATION_RESHAPE_DESCRIPTOR);
-    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_RESHAPE_XDESC, x);
-    cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_RESHAPE_YDESC, y);
-    sdpa_finish_op(g, op);
-    return y;
-}
-
-static SdpaLayout sdpa_contiguous(int64_t a, int64_t b, int64_t c, int64_t d) {
-    return {{a, b, c, d}, {b * c * d, c * d, d, 1}};
-}
-static SdpaLayout sdpa_transposed(SdpaLayout l) {
-    return {{l.dims[0], l.dims[1], l.dims[3], l.dims[2]}, {l.strides[0], l.strides[1], l.strides[3], l.strides[2]}};
-}
-
-// Scores above the diagonal become minus infinity: x where row >= column, else the scalar.
-static CudnnNode sdpa_causal(SdpaGraph* g, SdpaLayout TT, CudnnNode x) {
-    const cudnnDataType_t I32 = CUDNN_DATA_INT32, BOOLEAN = CUDNN_DATA_BOOLEAN, F32 = CUDNN_DATA_FLOAT;
-    CudnnNode masked = sdpa_tensor(g, SDPA_MASKED, sdpa_contiguous(1, 1, 1, 1), F32);
-    CudnnNode row = sdpa_tensor(g, 0, TT, I32), column = sdpa_tensor(g, 0, TT, I32);
-    sdpa_pointwise(g, CUDNN_POINTWISE_GEN_INDEX, row, x, NULL, NULL, 2);
-    sdpa_pointwise(g, CUDNN_POINTWISE_GEN_INDEX, column, x, NULL, NULL, 3);
-    CudnnNode seen = sdpa_pointwise(g, CUDNN_POINTWISE_CMP_GE, sdpa_tensor(g, 0, TT, BOOLEAN), row, column,
-                                    NULL, -1, BOOLEAN);
-    return sdpa_pointwise(g, CUDNN_POINTWISE_BINARY_SELECT, sdpa_tensor(g, 0, TT, F32), x, masked, seen);
-}
-
-// The operations must come in this form and order: anything else is not recognized as attention, or is twice slower.
-static void sdpa_forward_graph(SdpaGraph* g) {
-    const SdpaPlan* p = g->plan;
-    const cudnnDataType_t F32 = CUDNN_DATA_FLOAT, BF16 = CUDNN_DATA_BFLOAT16;
-    int64_t B = p->B, H = p->H, T = p->T, D = p->D, C = (int64_t)p->heads * D;
-    SdpaLayout packed = {{B, H, T, D}, {3 * C * T, D, 3 * C, 1}}, plain = {{B, H, T, D}, {C * T, D, C, 1}};
-    SdpaLayout TT = sdpa_contiguous(B, H, T, T), T1 = sdpa_contiguous(B, H, T, 1);
-    SdpaLayout stats_layout = {{B, H, T, 1}, {p->heads * T, T, 1, 1}};
-    #define VALUE(layout) sdpa_tensor(g, 0, layout, F32)
-    CudnnNode q = sdpa_tensor(g, SDPA_Q, packed, BF16);
-    CudnnNode kt = sdpa_tensor(g, SDPA_K, sdpa_transposed(packed), BF16);
-    CudnnNode v = sdpa_tensor(g, SDPA_V, packed, BF16);
-    CudnnNode o = sdpa_tensor(g, SDPA_O, plain, BF16);
-    CudnnNode stats = sdpa_tensor(g, p->stats ? SDPA_STATS : 0, stats_layout, F32);
-    CudnnNode scale = sdpa_tensor(g, SDPA_SCALE, sdpa_contiguous(1, 1, 1, 1), F32);
-
-    CudnnNode s = VALUE(TT);
-    sdpa_matmul(g, q, kt, s);
-    s = sdpa_pointwise(g, CUDNN_POINTWISE_MUL, VALUE(TT), s, scale);
-    s = sdpa_causal(g, TT, s);
-    CudnnNode top = sdpa_reduce(g, CUDNN_REDUCE_TENSOR_MAX, VALUE(T1), s);
-    CudnnNode e = sdpa_pointwise(g, CUDNN_POINTWISE_SUB, VALUE(TT), s, top);
-    e = sdpa_pointwise(g, CUDNN_POINTWISE_EXP, VALUE(TT), e);
-    CudnnNode sum = sdpa_reduce(g, CUDNN_REDUCE_TENSOR_ADD, VALUE(T1), e);
-    CudnnNode log_sum = sdpa_pointwise(g, CUDNN_POINTWISE_LOG, VALUE(T1), sum);
-    sdpa_pointwise(g, CUDNN_POINTWISE_ADD, stats, top, log_sum);
-    CudnnNode weights = sdpa_tensor(g, 0, TT, BF16);
-    sdpa_pointwise(g, CUDNN_POINTWISE_DIV, weights, e, sum);
-    sdpa_matmul(g, weights, v, o);
-}
-
-// P = exp(S - stats), dV = P^T dO, dS = scale P (dO V^T - dot), dK = dS^T Q, dQ = dS K. The engine adds up dQ in fp32
-// from several blocks, in any order; told to write dQ itself it keeps all of dS instead and becomes deterministic.
-static void sdpa_backward_graph(SdpaGraph* g) {
-    const SdpaPlan* p = g->plan;
-    const cudnnDataType_t F32 = CUDNN_DATA_FLOAT, BF16 = CUDNN_DATA_BFLOAT16;
-    int64_t B = p->B, H = p->H, T = p->T, D = p->D, C = (int64_t)p->heads * D;
-    SdpaLayout packed = {{B, H, T, D}, {3 * C * T, D, 3 * C, 1}}, plain = {{B, H, T, D}, {C * T, D, C, 1}};
-    SdpaLayout TT = sdpa_contiguous(B, H, T, T), T1 = sdpa_contiguous(B, H, T, 1), TD = sdpa_contiguous(B, H, T, D);
-    SdpaLayout TT_columns = {{B, H, T, T}, {H * T * T, T * T, 1, T}};
-    SdpaLayout stats_layout = {{B, H, T, 1}, {p->heads * T, T, 1, 1}}, one_value = sdpa_contiguous(1, 1, 1, 1);
-    CudnnNode q = sdpa_tensor(g, SDPA_Q, packed, BF16);
-    CudnnNode kt = sdpa_tensor(g, SDPA_K, sdpa_transposed(packed), BF16);
-    CudnnNode vt = sdpa_tensor(g, SDPA_V, sdpa_transposed(packed), BF16);
-    CudnnNode o = sdpa_tensor(g, SDPA_O, plain, BF16), d_o = sdpa_tensor(g, SDPA_DO, plain, BF16);
-    CudnnNode stats = sdpa_tensor(g, SDPA_STATS, stats_layout, F32);
-    CudnnNode dq = sdpa_tensor(g, SDPA_DQ, packed, BF16), dk = sdpa_tensor(g, SDPA_DK, packed, BF16);
-    CudnnNode dv = sdpa_tensor(g, SDPA_DV, packed, BF16);
-    CudnnNode scale = sdpa_tensor(g, SDPA_SCALE, one_value, F32);
-    CudnnNode one = sdpa_tensor(g, SDPA_ONE, one_value, F32);
-
-    CudnnNode dot = sdpa_pointwise(g, CUDNN_POINTWISE_MUL, VALUE(TD), d_o, o);
-    dot = sdpa_reduce(g, CUDNN_REDUCE_TENSOR_ADD, VALUE(T1), dot);
-    dot = sdpa_pointwise(g, CUDNN_POINTWISE_MUL, sdpa_tensor(g, SDPA_DOT, T1, F32), dot, one);
-    CudnnNode s = VALUE(TT);
-    sdpa_matmul(g, q, kt, s);
-    s = sdpa_pointwise(g, CUDNN_POINTWISE_MUL, VALUE(TT), s, scale);
-    s = sdpa_pointwise(g, CUDNN_POINTWISE_SUB, VALUE(TT), s, stats);
-    s = sdpa_causal(g, TT, s);
-    CudnnNode weights = sdpa_pointwise(g, CUDNN_POINTWISE_EXP, VALUE(TT), s);
-    CudnnNode weights_t = sdpa_reshape(g, sdpa_tensor(g, 0, TT_columns, BF16), weights);
-    sdpa_matmul(g, weights_t, d_o, dv);
-    CudnnNode ds = VALUE(TT);
-    sdpa_matmul(g, d_o, vt, ds);
-    ds = sdpa_pointwise(g, CUDNN_POINTWISE_SUB, VALUE(TT), ds, dot);
-    ds = sdpa_pointwise(g, CUDNN_POINTWISE_MUL, VALUE(TT), ds, weights);
-    ds = sdpa_pointwise(g, CUDNN_POINTWISE_MUL, VALUE(TT), ds, scale);
-    CudnnNode ds_t = sdpa_reshape(g, sdpa_tensor(g, 0, TT_columns, BF16), ds);
-    sdpa_matmul(g, ds_t, q, dk);
-    CudnnNode k = sdpa_reshape(g, sdpa_tensor(g, 0, packed, BF16), kt);
-    if (p->deterministic) {
-        sdpa_matmul(g, ds, k, dq);
-    } else {
-        CudnnNode dq_sum = sdpa_tensor(g, SDPA_DQ_SUM, TD, F32);
-        sdpa_matmul(g, ds, k, dq_sum);
-        sdpa_pointwise(g, CUDNN_POINTWISE_IDENTITY, dq, dq_sum);
-    }
-    #undef VALUE
 }
 
 static void sdpa_build(SdpaPlan* p) {
@@ -3042,8 +2880,13 @@ static void sdpa_build(SdpaPlan* p) {
         cudnnCheck(cudnnCreate(&cudnn_handle));
         cudnnCheck(cudnnSetStream(cudnn_handle, main_stream));
     }
-    SdpaGraph graph = {p, {}, {}, 0, 0, SDPA_TENSORS}, *g = &graph;
-    if (p->backward) sdpa_backward_graph(g); else sdpa_forward_graph(g);
+    SdpaGraph graph = {p}, *g = &graph;
+    if (!p->backward) for (SdpaOp o : sdpa_forward_ops) sdpa_op(g, o);
+    else for (SdpaOp o : sdpa_backward_ops) {
+        if (p->deterministic && o.x == SDPA_DQ_SUM) continue;
+        if (p->deterministic && o.y == SDPA_DQ_SUM) o.y = SDPA_DQ;
+        sdpa_op(g, o);
+    }
 
     CudnnNode operations = cudnn_new(g, CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR);
     cudnn_set(operations, CUDNN_ATTR_OPERATIONGRAPH_OPS, CUDNN_TYPE_BACKEND_DESCRIPTOR, g->ops_count, g->ops);
@@ -3128,7 +2971,7 @@ static int64_t sdpa_prepare(int B, int64_t T, int H, int D, bool need_stats, boo
 }
 
 // at[id] is where tensor id lies.
-static void sdpa_run(const SdpaPlan* p, void* (&at)[SDPA_TENSORS]) {
+static void sdpa_run(const SdpaPlan* p, void* (&at)[SDPA_PASSED]) {
     int64_t bytes = sdpa_plan_bytes(p);
     opRequire(bytes <= (int64_t)sdpa_workspace_bytes, "attention over B = %d, T = %ld, H = %d, D = %d needs %ld bytes "
               "of workspace, the plan took %zu: sdpa_prepare() was not asked for this shape", p->B, p->T, p->H, p->D,
@@ -3140,7 +2983,7 @@ static void sdpa_run(const SdpaPlan* p, void* (&at)[SDPA_TENSORS]) {
     at[SDPA_DQ_SUM] = sdpa_workspace;
     at[SDPA_DOT] = (char*)at[SDPA_DQ_SUM] + sdpa_dq_sum_bytes(p);
     void* workspace = (char*)at[SDPA_DOT] + sdpa_dot_bytes(p);
-    void* pointers[SDPA_TENSORS];
+    void* pointers[SDPA_PASSED];
     for (int i = 0; i < p->ids_count; i++) {
         int64_t id = p->ids[i];
         pointers[i] = at[id];
@@ -3163,7 +3006,7 @@ static void sdpa_forward(floatX* out /*(B,T,H,D)*/, float* stats /*(B,H,T) or NU
                          int B, int64_t T, int H, int D) {
     SdpaPlan* p = sdpa_plan(false, stats != NULL, B, T, H, D);
     floatX* x = (floatX*)qkv;  // cuDNN's interface knows no const
-    void* at[SDPA_TENSORS] = {};
+    void* at[SDPA_PASSED] = {};
     at[SDPA_Q] = x;
     at[SDPA_K] = x + (int64_t)H * D;
     at[SDPA_V] = x + 2 * (int64_t)H * D;
@@ -3178,7 +3021,7 @@ static void sdpa_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dout /*(B,
     for (int b = 0; b < B; b += p->B) {
         for (int h = 0; h < H; h += p->H) {
             int64_t C = (int64_t)H * D, row = b * T * C + h * (int64_t)D, row3 = b * T * 3 * C + h * (int64_t)D;
-            void* at[SDPA_TENSORS] = {};
+            void* at[SDPA_PASSED] = {};
             for (int part = 0; part < 3; part++) {
                 at[SDPA_Q + part] = (floatX*)qkv + row3 + part * C;
                 at[SDPA_DQ + part] = dqkv + row3 + part * C;
@@ -3205,15 +3048,13 @@ static void operations_open(int C, int NH, int Vp, bool deterministic) {
     if (D != 64 && D != 128)
         fatal("--channels %d with --heads %d makes heads of %d channels; on the GPU they have 64 or 128", C, NH, D);
     sdpa_deterministic = deterministic;
-    matmul_tuning = true;
 }
 
 // Bytes for the operations of a pass over N rows.
-static size_t operations_bytes(int64_t N, int C, int Vp) {
+static size_t operations_bytes(int64_t N, int C) {
     size_t need[] = {encoder_backward_scratch_bytes(N, C), layernorm_backward_scratch_bytes(C),
-                     column_sums_scratch_bytes(4 * C), sum_scratch_bytes(),
-                     matmul_tune_scratch_bytes(C, std::max(4 * C, Vp))};
-    return *std::max_element(need, need + 5) + cublaslt_workspace_bytes;
+                     column_sums_scratch_bytes(4 * C), sum_scratch_bytes()};
+    return *std::max_element(need, need + 4) + cublaslt_workspace_bytes;
 }
 
 // Takes the most that operations_bytes() and sdpa_prepare() said of any pass.
@@ -3841,54 +3682,6 @@ static void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const float
     });
 }
 
-// A slot of level l gives each of its c_l tokens 1/c_l of its gradient, so the sums of dqkv's columns are those of the
-// slots' gradients, of which there are far fewer. A block takes a range of the slots of all sequences, of one head;
-// neighbouring blocks take the other heads.
-template <int D>
-__global__ void __launch_bounds__(256) lighthouse_bias_backward_kernel(
-        float* partial /*(ranges,3,H,D)*/, const floatX* __restrict__ dslots, const int32_t* __restrict__ index,
-        const float* __restrict__ rope, int64_t rows, LighthouseShape s, int64_t t0, int64_t range) {
-    constexpr int LANES = D / 8, GROUPS = 256 / LANES;
-    __shared__ float sums[GROUPS][3 * D];
-    int h = blockIdx.x % s.H, lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
-    int64_t at = blockIdx.x / s.H, end = min(rows, (at + 1) * range), part = (int64_t)s.H * D;
-    int64_t b = (at * range + group) / s.S, r = (at * range + group) % s.S;
-    float sum[3][8] = {};
-    for (int64_t row = at * range + group; row < end; row += GROUPS) {
-        int32_t flat = index[(b * s.H + h) * s.S + r];
-        int l = entry_level(s, flat);
-        int64_t position = t0 + ((int64_t)(flat - s.off[l] + 1) << (l * pool_bits(s))) - 1;
-        slot_gradient<D>(dslots + row * 3 * part + h * D + lane * 8, part, rope, position, lane,
-                         [&](int which, const float (&y)[8]) {
-#pragma unroll
-            for (int d = 0; d < 8; d++) sum[which][d] += y[d];
-        });
-        for (r += GROUPS; r >= s.S; b++) r -= s.S;
-    }
-    for (int which = 0; which < 3; which++) {
-        for (int d = 0; d < 8; d++) sums[group][which * D + lane * 8 + d] = sum[which][d];
-    }
-    __syncthreads();
-    for (int c = threadIdx.x; c < 3 * D; c += 256) {
-        float total = 0.0f;
-        for (int g = 0; g < GROUPS; g++) total += sums[g][c];
-        partial[at * 3 * part + c / D * part + h * D + c % D] = total;
-    }
-}
-
-static void lighthouse_bias_backward(float* dbias /*(3,H,D) += the sums of dqkv's columns*/,
-                                     const floatX* dslots /*(B,S,3,H,D)*/, const int32_t* index /*(B,H,S)*/,
-                                     const float* rope /*table or NULL*/, int B, const LighthouseShape* s,
-                                     int64_t t0 /*position of token 0*/) {
-    int OC = 3 * s->H * s->D;
-    int64_t rows = B * s->S, most = std::min(4 * device_sms / s->H, BIAS_MAX_BLOCKS * 256 / OC);
-    float* partial = (float*)scratch(column_sums_scratch_bytes(OC), "column sums");
-    int64_t range = ceil_div(rows, std::max((int64_t)1, std::min(most, ceil_div(rows, 64))));
-    int64_t ranges = ceil_div(rows, range);
-    WITH_HEAD_SIZE(s->D, lighthouse_bias_backward_kernel<HEAD><<<grid_for(ranges * s->H, 1), 256, 0, main_stream>>>(
-                             partial, dslots, index, rope, rows, *s, t0, range));
-    add_partials({{dbias}, 1}, partial, (int)ranges, OC);
-}
 #endif
 
 struct LighthouseBuffers {  // of one layer; E entries of all levels, S slots. Where slots are exchanged, E/W and S/W
@@ -4363,13 +4156,11 @@ static void lighthouse_forward(Model* m, LayerActs* y, Run r, bool again, bool r
 }
 
 // dout and dqkv are of own tokens and all heads where slots are exchanged, else of all tokens and own heads.
-static void lighthouse_backward(Model* m, LayerActs* y, Run r, floatX* dqkv,
-                                float* dbias /*(3C) += the sums of dqkv's columns, or NULL*/, const floatX* dout) {
+static void lighthouse_backward(Model* m, LayerActs* y, Run r, floatX* dqkv, const floatX* dout) {
     LighthouseBuffers* b = &y->lh;
     const LighthouseShape *all = &m->shape, *s = m->exchange_slots ? &m->own_shape : all;
     const floatX* halo = NULL;
     int C = m->dims.C;
-    int64_t t0 = m->exchange_slots ? first_token(r) : 0;
     if (m->exchange_slots) {
         int64_t rows = s->T / s->n[s->levels - 1] - 1;  // fewer than T/W: a tile has several coarsest entries
         for (int i = 0; i < r.B; i++)
@@ -4380,8 +4171,7 @@ static void lighthouse_backward(Model* m, LayerActs* y, Run r, floatX* dqkv,
     if (m->exchange_slots) rows_to_heads(b->dattn, b->dattn, y->gelu, r.B, all->S, 1, C);
     sdpa_backward(b->dslots, b->dattn, b->slots, b->attn, b->stats, r.B, all->S, all->H, all->D);
     if (m->exchange_slots) heads_to_rows(b->dslots, b->dslots, y->gelu, r.B, all->S, 3, C);
-    lighthouse_gather_backward(dqkv, b->dslots, b->slot, m->rope, r.B, s, t0);
-    if (dbias) lighthouse_bias_backward(dbias, b->dslots, b->index, m->rope, r.B, s, t0);
+    lighthouse_gather_backward(dqkv, b->dslots, b->slot, m->rope, r.B, s, m->exchange_slots ? first_token(r) : 0);
 }
 
 // ---- the matrix products of the layers, in floatX or with FP8 operands
@@ -4510,8 +4300,7 @@ static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
 }
 
 // dres comes in as the gradient of the block's output and leaves as that of its input. The gradient of the bias of a
-// product into the residual stream is the sums of dres, which LayerNorm's backward makes while it writes dres. QKV's
-// comes from the slots in a Lighthouse layer, where those are of all heads and FP8's quantization does not make it.
+// product into the residual stream is the sums of dres, which LayerNorm's backward makes while it writes dres.
 static void block_backward(Model* m, int l, Run r) {
     const Dims* d = &m->dims;
     int64_t N = run_rows(r);
@@ -4530,11 +4319,9 @@ static void block_backward(Model* m, int l, Run r) {
 
     product_backward(m, l, ATTPROJ, r, a->dbtc, NULL, a->dres);
     floatX* dqkv = a->dwide;
-    float* dbias = gradient(m, QKVB, l);
-    bool from_slots = lighthouse && procs.cp == 1 && !r.fp8;
     if (at.exchange) rows_to_heads(a->dbtc, a->dbtc, y->gelu, r.B, r.T, 1, C);
     if (lighthouse) {
-        lighthouse_backward(m, y, r, dqkv, from_slots ? dbias : NULL, a->dbtc);
+        lighthouse_backward(m, y, r, dqkv, a->dbtc);
     } else {
         each_window(r.B, at.T, at.span, [&](int64_t row, int sequences, int64_t length) {
             int64_t i = row * at.heads * at.D;
@@ -4544,7 +4331,7 @@ static void block_backward(Model* m, int l, Run r) {
         if (d->rope) rope_rotate(dqkv, m->rope, -1, r.B, at.T, at.heads, at.D, at.t0);
     }
     if (at.exchange) heads_to_rows(dqkv, dqkv, y->gelu, r.B, r.T, 3, C);
-    product_backward(m, l, QKV, r, a->dbtc, from_slots ? NULL : dbias, dqkv);
+    product_backward(m, l, QKV, r, a->dbtc, gradient(m, QKVB, l), dqkv);
     layernorm_backward(a->dres, gradient(m, LN1W, l), gradient(m, LN1B, l), l > 0 ? gradient(m, FCPROJB, l - 1) : NULL,
                        a->dbtc, y->x, weight(m, LN1W, l), y->ln1_mean, y->ln1_rstd, N, C);
 }
@@ -4733,7 +4520,7 @@ static Plan memory_plan(const Model* m, const Config* c, int64_t sample_T, int r
     for (int i = 0; i < passes.count; i++) {
         Run r = passes.run[i];
         activations = std::max(activations, activations_bytes(m, r));
-        operations = std::max(operations, operations_bytes(run_rows(r), m->dims.C, m->dims.Vp));
+        operations = std::max(operations, operations_bytes(run_rows(r), m->dims.C));
         for (int l = 0; l < m->dims.L; l++) {  // on a GPU this builds cuDNN's plans
             AttentionRows at = attention_rows(m, l, r);
             if (at.kind == LIGHTHOUSE) at = {LIGHTHOUSE, false, m->shape.S, m->shape.S, 0, m->shape.H, D};

@@ -877,31 +877,6 @@ void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dslo
     }
 }
 
-// The sums of dqkv's columns are those of the slots' gradients: each of a slot's c_l tokens gets 1/c_l of it.
-void lighthouse_bias_backward(float* dbias /*(3,H,D) +=*/, const floatX* dslots /*(B,S,3,H,D)*/, const int32_t* index,
-                              const float* rope, int B, const LighthouseShape* s, int64_t t0 /*position of token 0*/) {
-    int64_t H = s->H, D = s->D, S = s->S;
-    #pragma omp parallel
-    {
-        float *turned = allocate_floats(D), *sum = allocate_floats(D);
-        #pragma omp for
-        for (int64_t ph = 0; ph < 3 * H; ph++) {
-            int64_t part = ph / H, h = ph % H;
-            for (int64_t d = 0; d < D; d++) sum[d] = 0;
-            for (int64_t br = 0; br < B * S; br++) {
-                int64_t i, width;
-                entry_level(&i, &width, index[(br / S * H + h) * S + br % S], s);
-                memcpy(turned, dslots + (br * 3 * H + ph) * D, D * sizeof(float));
-                if (rope && part < 2) rope_turn(turned, rope, t0 + (i + 1) * width - 1, -1, s->D);
-                for (int64_t d = 0; d < D; d++) sum[d] += turned[d];
-            }
-            for (int64_t d = 0; d < D; d++) dbias[ph * D + d] += sum[d];
-        }
-        free(turned);
-        free(sum);
-    }
-}
-
 // ---- context parallelism --------------------------------------------------------------------------------------
 // A row of all heads is W blocks of n elements, one block for each process. Packed, all rows of a process's block lie
 // together.

@@ -94,9 +94,10 @@ static void test_file(const char* path) {
     Model* m = &model;
     memset(m, 0, sizeof *m);
     model_layout(m, {T, h[4], h[5], h[6], h[7], h[8], h[9] == 0, (float)reference[0]});
-    for (int l = 0; l < h[6]; l++) m->lighthouse_layer[l] = true;
-    for (int i = 0; i < h[14]; i++) m->lighthouse_layer[h[15 + i]] = false;
-    m->has_lighthouse = true;
+    for (int l = 0; l < h[6]; l++) m->attention[l] = LIGHTHOUSE;
+    for (int i = 0; i < h[14]; i++) m->attention[h[15 + i]] = DENSE;
+    m->uses[LIGHTHOUSE] = m->uses[DENSE] = true;
+    m->windows = 1;
     char why[512];
     if (!lighthouse_shape(&m->shape, T, h[7], h[8] / h[7], h[10], h[11], h[12], h[13], why, sizeof why)) fatal("%s: %s", path, why);
     Plan plan;
@@ -118,16 +119,16 @@ static void test_file(const char* path) {
     read_at(fd, weights, n * 4, at, path); at += n * 4;
     read_at(fd, batch->tokens, N * 4, at, path); at += N * 4;
     read_at(fd, batch->targets, N * 4, at, path); at += N * 4;
-    for (int phase = DENSE; phase >= LIGHTHOUSE; phase--, at += N * V * 4) read_at(fd, logits[phase] = (float*)host_alloc(N * V * 4), N * V * 4, at, path);
-    for (int phase = LIGHTHOUSE; phase <= DENSE; phase++, at += n * 4) read_at(fd, grads[phase] = (float*)host_alloc(n * 4), n * 4, at, path);
+    for (int phase = DENSE_PHASE; phase >= FIRST_PHASE; phase--, at += N * V * 4) read_at(fd, logits[phase] = (float*)host_alloc(N * V * 4), N * V * 4, at, path);
+    for (int phase = FIRST_PHASE; phase <= DENSE_PHASE; phase++, at += n * 4) read_at(fd, grads[phase] = (float*)host_alloc(n * 4), n * 4, at, path);
     if (at != file_size(fd, path)) fatal("%s: %lld bytes, %lld were expected", path, (long long)file_size(fd, path), (long long)at);
     close(fd);
     set_all_weights(m, weights);
     fp8_weights_update(m);
 
-    for (int phase = LIGHTHOUSE; phase <= DENSE; phase++) {
+    for (int phase = FIRST_PHASE; phase <= DENSE_PHASE; phase++) {
         const char* kind = phase_name[phase];
-        Run eval = {(int)B, T, (Phase)phase, false, 0};
+        Run eval = {(int)B, T, (Phase)phase, 0, false, 0};
         float* out = (float*)host_alloc(N * V * 4);
         device_zero(m->sums, 2 * sizeof(double));
         model_trunk(m, batch->tokens, eval);
@@ -135,7 +136,7 @@ static void test_file(const char* path) {
         double error = relative_error(out, logits[phase], N * V);
         model_head(m, batch->targets, eval, 0);
         double loss = loss_sum(m) / N;
-        bool compare = sizeof(floatX) == 4 || phase == DENSE;
+        bool compare = sizeof(floatX) == 4 || phase == DENSE_PHASE;
         check((error < BOUND || !compare) && same_loss(loss, reference[1 + phase]), text("%s %s forward", path, kind),
               text("loss %.6f, PyTorch %.6f; logits differ by %.1e", loss, reference[1 + phase], error));
         free(out);
@@ -144,7 +145,7 @@ static void test_file(const char* path) {
             bool fp8 = pass >= sums;
             const char* name = text("%s %s%s", path, kind, fp8 ? " FP8" : "");
             double bound = fp8 ? 0.3 : BOUND, loss_bound = fp8 ? 0.02 * reference[1 + phase] : 0;
-            Run r = {(int)B, T, (Phase)phase, true, recompute, fp8};
+            Run r = {(int)B, T, (Phase)phase, 0, true, recompute, fp8};
             poison(m->arena.base, plan_part(&plan, "activations"));
             device_zero(m->grads, m->padded * 4);
             r.first = recompute > 0;  // from the second pass on gradients are begun as a step begins them, over rubbish
@@ -158,7 +159,7 @@ static void test_file(const char* path) {
             get_all_gradients(m, mine);
             if (recompute == 0) {
                 double worst = 0;
-                bool compare_gradients = compare && !(fp8 && phase == LIGHTHOUSE);
+                bool compare_gradients = compare && !(fp8 && phase == FIRST_PHASE);
                 for (int t = 0; t < TENSORS; t++) {
                     if (m->size[t] == 0) continue;
                     double e = relative_error(mine + m->file_offset[t], grads[phase] + m->file_offset[t], m->size[t]);
