@@ -883,10 +883,10 @@ void check_crossentropy_large(int64_t N, int V, int Vp) {
 // ---- RoPE -----------------------------------------------------------------------------------------------------------
 void check_rope(int B, int64_t T, int H, int D, bool large) {
     std::string shape = format("B=%d T=%lld H=%d D=%d", B, (long long)T, H, D);
-    int64_t row = 3 * (int64_t)H * D, N = B * T, table_size = (1024 + (T + 1023) / 1024) * D;
+    int64_t row = 3 * (int64_t)H * D, N = B * T, table_size = (1024 + (2 * T + 1023) / 1024) * D;
     Floats table(table_size), twin(table_size);
-    rope_table(table.data(), T, D, 10000.0);
-    cpu::rope_table(twin.data(), T, D, 10000.0);
+    rope_table(table.data(), 2 * T, D, 10000.0);
+    cpu::rope_table(twin.data(), 2 * T, D, 10000.0);
     report(relative_error(table, twin) < 1e-7, "rope_table " + shape);
     float* device_table = to_device(table);
     Random input = {1, 1, 0};
@@ -897,14 +897,15 @@ void check_rope(int B, int64_t T, int H, int D, bool large) {
         for (size_t i = 0; i < rows.size(); i++) {
             for (int h = 0; h < 2 * H; h++) cpu::rope_turn(&y[i * row + h * D], table.data(), rows[i] % T, 1, D);
         }
-        rope_rotate(qkv, device_table, 1, B, T, H, D);
+        rope_rotate(qkv, device_table, 1, B, T, H, D, 0);
         check_sample("rope_rotate " + shape, "qkv", device_rows(qkv, rows, row), y, TOLERANCE);
     } else {
         for (int direction : {1, -1}) {
             Floats y = host_random<floatX>(N * row, input);
-            cpu::rope_rotate(y.data(), table.data(), direction, B, T, H, D);
+            int64_t t0 = direction == 1 ? 0 : T;  // of the first token
+            cpu::rope_rotate(y.data(), table.data(), direction, B, T, H, D, t0);
             check(format("rope_rotate %+d ", direction) + shape, {updated("qkv", qkv, input, y)},
-                  [&] { rope_rotate(qkv, device_table, direction, B, T, H, D); });
+                  [&] { rope_rotate(qkv, device_table, direction, B, T, H, D, t0); });
         }
     }
     free_device_arrays();
@@ -1272,7 +1273,7 @@ void time_rope(int64_t T, int H, int D) {
     float* device_table = to_device(table);
     floatX* qkv = device_random<floatX>(T * 3 * H * D, {1, 1, 0});
     time_bytes(format("rope_rotate T=%lld H=%d D=%d", (long long)T, H, D), 2.0 * T * 2 * H * D * sizeof(floatX),
-               [&] { rope_rotate(qkv, device_table, 1, 1, T, H, D); });
+               [&] { rope_rotate(qkv, device_table, 1, 1, T, H, D, 0); });
     free_device_arrays();
 }
 

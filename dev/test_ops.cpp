@@ -478,24 +478,24 @@ static void rotate_plainly(double* x, double position, double direction, int D, 
     }
 }
 
-static void test_rope(int B, int64_t T, int H, int D, double theta) {
-    Test test(text("rope B %d T %d H %d D %d theta %g", B, (int)T, H, D, theta));
+static void test_rope(int B, int64_t T, int H, int D, double theta, int64_t t0 = 0) {
+    Test test(text("rope B %d T %d H %d D %d theta %g from position %d", B, (int)T, H, D, theta, (int)t0));
     size_t n = B * T * 3 * H * D;
     Doubles qkv = random_numbers(n), dout = random_numbers(n);
     auto run = [&](auto zero) -> Results {
         typedef decltype(zero) R;
-        std::vector<R> table = poison<R>((1024 + (T + 1023) / 1024) * D), x = to<R>(qkv), dx = to<R>(dout);
-        rope_table(table.data(), T, D, theta);
-        rope_rotate(x.data(), table.data(), 1, B, T, H, D);
-        rope_rotate(dx.data(), table.data(), -1, B, T, H, D);
+        std::vector<R> table = poison<R>((1024 + (t0 + T + 1023) / 1024) * D), x = to<R>(qkv), dx = to<R>(dout);
+        rope_table(table.data(), t0 + T, D, theta);
+        rope_rotate(x.data(), table.data(), 1, B, T, H, D, t0);
+        rope_rotate(dx.data(), table.data(), -1, B, T, H, D, t0);
         std::vector<R> back = x;
-        rope_rotate(back.data(), table.data(), -1, B, T, H, D);
+        rope_rotate(back.data(), table.data(), -1, B, T, H, D, t0);
         return {wide(x), wide(dx), wide(back)};
     };
     Results d = run(0.0), f = run(0.0f);
     Doubles expected = qkv;
     for (size_t row = 0; row < n / D; row++) {
-        if (row / H % 3 < 2) rotate_plainly(&expected[row * D], (row / H / 3) % T, 1, D, theta);
+        if (row / H % 3 < 2) rotate_plainly(&expected[row * D], t0 + (row / H / 3) % T, 1, D, theta);
     }
     test.value("rotated", d[0], f[0], expected);
     test.value("turned back", d[2], f[2], qkv);
@@ -1049,6 +1049,7 @@ int main() {
     test_rope(1, 1, 1, 2, 10000);
     test_rope(2, 37, 3, 20, 500000);
     test_rope(1, 2500, 1, 16, 10000);
+    test_rope(2, 1000, 2, 16, 10000, 3072);
     test_rope_far();
 
     test_heads_pack(1, 1, 1, 1);
