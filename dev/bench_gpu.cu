@@ -5,8 +5,9 @@
 //
 //   make build/bench_gpu
 //   build/bench_gpu B=1 T=98304 L=30 C=1024 NH=8 Vp=512 S=18432 dense=4    dense: the layers whose attention is over T
+//   build/bench_gpu B=1 T=98304 L=30 C=1024 NH=8 Vp=512 dense=2 windows=28 window=1024    28 layers over windows
 //   build/bench_gpu B=16 T=1024 L=48 C=1600 NH=25 Vp=50304 dense=48 fp8=1  the layers' products with e4m3 operands
-//   build/bench_gpu ... again=5 dense_again=2  layers at recompute level 3, of the dense ones at 4
+//   build/bench_gpu ... again=5 dense_again=2 windows_again=3  layers at recompute level 3, of the dense ones at 4, ...
 //
 // A product runs with the fastest of the kernels that cuBLASLt proposes, whichever the trainer takes; the head's with
 // as many rows at a time as the trainer. Operands are random: zeros take less power and so run faster.
@@ -16,7 +17,7 @@
 #include <functional>
 #include <vector>
 
-struct Shape { int64_t B, T, L, C, NH, Vp, S, dense, again, dense_again, fp8; };
+struct Shape { int64_t B, T, L, C, NH, Vp, S, dense, windows, window, again, dense_again, windows_again, fp8; };
 
 // Nearly normal, standard deviation 1.
 template <typename T> __global__ void fill_kernel(T* p, int64_t n) {
@@ -133,20 +134,32 @@ static void add_products(std::vector<Launch>* step, const char* part, const Buff
     step->push_back({part, layers, product(x.sums, x.inp, x.dout, C, OC, N, false, true, true, fp8), {}});
 }
 
+// Attention of sequences of T tokens, over `span` of them at once.
 static void add_attention(std::vector<Launch>* step, const char* part, const Buffers& x, const Shape& s, int64_t T,
-                          int64_t layers, int64_t again) {
+                          int64_t span, int64_t layers, int64_t again) {
     int B = (int)s.B, NH = (int)s.NH, D = (int)(s.C / s.NH);
-    floatX* dqkv = x.out + s.B * T * s.C;
-    step->push_back({part, layers + again, [=] { sdpa_forward(x.out, x.stats, x.qkv, B, T, NH, D); }, {}});
-    step->push_back({part, layers, [=] { sdpa_backward(dqkv, x.datt, x.qkv, x.out, x.stats, B, T, NH, D); }, {}});
+    int64_t C = s.C;
+    floatX* dqkv = x.out + B * T * C;
+    step->push_back({part, layers + again, [=] {
+        each_window(B, T, span, [=](int64_t row, int n, int64_t length) {
+            sdpa_forward(x.out + row * C, x.stats + row * NH, x.qkv + row * 3 * C, n, length, NH, D);
+        });
+    }, {}});
+    step->push_back({part, layers, [=] {
+        each_window(B, T, span, [=](int64_t row, int n, int64_t length) {
+            sdpa_backward(dqkv + row * 3 * C, x.datt + row * C, x.qkv + row * 3 * C, x.out + row * C,
+                          x.stats + row * NH, n, length, NH, D);
+        });
+    }, {}});
 }
 
 int main(int argc, char** argv) {
     Shape s = {};
     const struct { const char* name; int64_t* value; bool needed; } fields[] = {
         {"B", &s.B, true}, {"T", &s.T, true}, {"L", &s.L, true}, {"C", &s.C, true}, {"NH", &s.NH, true},
-        {"Vp", &s.Vp, true}, {"S", &s.S, false}, {"dense", &s.dense, false}, {"again", &s.again, false},
-        {"dense_again", &s.dense_again, false}, {"fp8", &s.fp8, false}};
+        {"Vp", &s.Vp, true}, {"S", &s.S, false}, {"dense", &s.dense, false},
+        {"windows", &s.windows, false}, {"window", &s.window, false}, {"again", &s.again, false},
+        {"dense_again", &s.dense_again, false}, {"windows_again", &s.windows_again, false}, {"fp8", &s.fp8, false}};
     for (int i = 1; i < argc; i++) {
         bool known = false;
         for (auto& f : fields) {
@@ -156,20 +169,27 @@ int main(int argc, char** argv) {
             known = true;
         }
         if (!known)
-            fatal("\"%s\" is no size: give B= T= L= C= NH= Vp= dense= S= again= dense_again= fp8=", argv[i]);
+            fatal("\"%s\" is no size: give B= T= L= C= NH= Vp= dense= windows= window= S= again= dense_again= "
+                  "windows_again= fp8=", argv[i]);
     }
     for (auto& f : fields)
         if (f.needed && *f.value < 1) fatal("%s is %ld: give %s=N, N at least 1", f.name, *f.value, f.name);
     if (s.B * s.T % 8) fatal("B T is %ld: it must be a multiple of 8", s.B * s.T);
-    if (s.dense < s.L && s.S < 1) fatal("%ld of %ld layers are not dense: give S=, their slots", s.L - s.dense, s.L);
+    int64_t sparse = s.L - s.dense - s.windows;
+    if (sparse && s.S < 1) fatal("%ld of %ld layers are neither dense nor windows: give S=, their slots", sparse, s.L);
+    if (s.windows && s.window < 1) fatal("%ld of %ld layers have windows: give window=, their tokens", s.windows, s.L);
     device_open(0);
     int64_t N = s.B * s.T, C = s.C, X = sizeof(floatX), wide = 4 * C, copied = (int64_t)1 << 30;
     int64_t chunk = std::min(N, std::max<int64_t>((512ll << 20) / (s.Vp * X) / 128 * 128, 128));  // as head_rows()
     int64_t chunks = ceil_div(N, chunk);
     chunk = N / chunks / 8 * 8;  // equal ones
     int64_t results = std::max({N * wide, chunk * s.Vp, 2 * copied / X}), attention = 0;
-    for (int64_t T : {s.dense ? s.T : 0, s.dense < s.L ? s.S : 0})
-        if (T) attention = std::max(attention, sdpa_prepare((int)s.B, T, (int)s.NH, (int)(C / s.NH), true, true));
+    auto prepare = [&](int64_t, int n, int64_t length) {
+        attention = std::max<int64_t>(attention, sdpa_prepare(n, length, (int)s.NH, (int)(C / s.NH), true, true));
+    };
+    if (s.dense) prepare(0, (int)s.B, s.T);
+    if (sparse) prepare(0, (int)s.B, s.S);
+    if (s.windows) each_window((int)s.B, s.T, s.window, prepare);
     int64_t need = (2 * N * wide + 4 * N * C + chunk * (C + s.Vp) + results) * X + attention;
     if (need + (1 << 30) > (int64_t)device_memory_free())
         fatal("the measurement takes %.1f GB, the GPU has %.1f GB free", (need + (1 << 30)) / 1e9,
@@ -191,8 +211,9 @@ int main(int argc, char** argv) {
 
     std::vector<Launch> step;
     add_products(&step, "qkv", x, N, C, 3 * C, s.L, s.again, s.fp8);
-    if (s.dense) add_attention(&step, "attention_T", x, s, s.T, s.dense, s.dense_again);
-    if (s.dense < s.L) add_attention(&step, "attention_S", x, s, s.S, s.L - s.dense, 0);
+    if (s.dense) add_attention(&step, "attention_T", x, s, s.T, s.T, s.dense, s.dense_again);
+    if (s.windows) add_attention(&step, "attention_W", x, s, s.T, s.window, s.windows, s.windows_again);
+    if (sparse) add_attention(&step, "attention_S", x, s, s.S, s.S, sparse, 0);
     add_products(&step, "attproj", x, N, C, C, s.L, s.again, s.fp8);
     add_products(&step, "fc", x, N, C, 4 * C, s.L, s.again, s.fp8);
     add_products(&step, "fcproj", x, N, 4 * C, C, s.L, 0, s.fp8);

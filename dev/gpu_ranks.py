@@ -20,7 +20,7 @@ import gpu_parity
 from gpu_parity import STEPS, SWITCH, T, check, command_of, events, losses, model_bytes, worst_difference
 
 PROGRAM = "train_gpt_lighthouse"
-GEOMETRY = ["--dense-layers", "0", "--switch-step", str(SWITCH), "--channels", "256", "--heads", "4", "--total-batch-size", str(4 * T)]
+GEOMETRY = ["--attention", "DLLL", "--switch-step", str(SWITCH), "--channels", "256", "--heads", "4", "--total-batch-size", str(4 * T)]
 TILES = ["--topk", "64", "--tile", "16"]  # four tiles, which ranks can share; left alone, these lengths have one
 # Gradients of 10, 10 and 3 layers are summed at once, and weights gathered. Dense: through 23 Lighthouse layers rounding alone moves the
 # losses by up to 0.9% (one GPU with another batch size), which would hide a wrong sum; dense they differ by 0.04%.

@@ -1,27 +1,26 @@
 #!/usr/bin/env python3
-"""The oracle of the trainer: GPT-2 with dense or Lighthouse attention in plain PyTorch, for clarity and not for speed.
+"""The oracle of the trainer: GPT-2 with dense, window or Lighthouse attention in plain PyTorch, for clarity and not for speed.
 
 It is written from the algorithm's description alone and shares no code with the trainer, so that an agreement of the
 two means something. Gradients come from autograd, with the selection frozen. As a program it writes a reference file of
 random weights, random tokens and what must come out of them:
 
     python dev/oracle.py make OUT.bin --positions rope --layers 4 --channels 64 --heads 4 --vocab 257 --seq-len 512 \
-        --batch 2 --levels 3 --pool 4 --topk 16 --tile 8 --dense-layers 0,3 --seed 1
+        --batch 2 --levels 3 --pool 4 --topk 16 --tile 8 --attention DLWD --window 96 --seed 1
 
 The file, little-endian and without gaps:
     int32[64] header
-        [0] 20260520   [1] 1 (version)   [2] B   [3] T   [4] V   [5] Vp = V padded to 128
+        [0] 20260520   [1] 2 (version)   [2] B   [3] T   [4] V   [5] Vp = V padded to 128
         [6] layers   [7] heads   [8] C
         [9] positions (0 rope, 1 learned)   [10] levels L   [11] pool p   [12] topk k   [13] tile m
-        [14] number of dense layers   [15..46] their indices   the rest 0
-    float64 rope theta, float64 loss under Lighthouse, float64 loss under dense attention
+        [14] tokens of a window   [15..46] the layers' letters: D dense, W window, L Lighthouse   the rest 0
+    float64 rope theta, float64 loss in the first phase, float64 loss under dense attention
     float32 weights, in the order and with the shapes of the model file (wpe has T rows; with rope there is none)
     int32 tokens (B,T), int32 targets (B,T)
-    float32 logits under dense attention (B,T,V), float32 logits under Lighthouse (B,T,V)
-    float32 gradients under Lighthouse, in the order of the weights
+    float32 logits under dense attention (B,T,V), float32 logits in the first phase (B,T,V)
+    float32 gradients in the first phase, in the order of the weights
     float32 gradients under dense attention, in the order of the weights
-"Under Lighthouse" means: Lighthouse attention in every layer that is not a dense layer. The loss is the mean over all
-B*T tokens. All is computed in float64 from the float32 weights in the file. Seeds are tried, from --seed on, until no
+"In the first phase" means: each layer with the attention of its letter. The loss is the mean over all B*T tokens. All is computed in float64 from the float32 weights in the file. Seeds are tried, from --seed on, until no
 selection is a close call: picked and rejected scores differ by more than 1e-4 of the score. The rows of wte past V hold
 random values, so that a softmax which looks at the padding is found out; their gradients are 0.
 """
@@ -33,7 +32,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-MAGIC, VERSION, MAX_DENSE_LAYERS = 20260520, 1, 32
+MAGIC, VERSION, MAX_LAYERS = 20260520, 2, 32
 # A selection must not depend on rounding: the last picked and the first rejected score differ by more than this share.
 MIN_MARGIN, MAX_DRAWS = 1e-4, 200
 
@@ -51,7 +50,11 @@ class Config:
     pool: int = 4             # p
     topk: int = 1536          # k
     tile: int = 128           # m
-    dense_layers: tuple = ()  # the layers that stay dense under Lighthouse
+    attention: str = "L"      # of the layers in the first phase, a letter each, repeated to their number
+    window: int = 1024        # tokens of a window
+
+    def letter(self, layer):
+        return self.attention[layer % len(self.attention)]
 
     @property
     def padded_vocab(self):
@@ -123,12 +126,16 @@ def rotate(x, positions, theta):
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
 
 
-def causal_attention(q, k, v):
-    """Attention of q, k, v (..., N, D), each row to itself and to the rows before it."""
+def causal_attention(q, k, v, window=None):
+    """Attention of q, k, v (..., N, D), each row to itself and to the rows before it, of its own window if there are
+    windows: rows 0 to window - 1, and so forth."""
     N, D = q.shape[-2:]
     scores = q @ k.transpose(-1, -2) / math.sqrt(D)
-    later = torch.ones(N, N, dtype=torch.bool).triu(1)
-    return torch.softmax(scores.masked_fill(later, -math.inf), -1) @ v
+    hidden = torch.ones(N, N, dtype=torch.bool).triu(1)
+    if window:
+        block = torch.arange(N) // window
+        hidden |= block[:, None] != block[None, :]
+    return torch.softmax(scores.masked_fill(hidden, -math.inf), -1) @ v
 
 
 def lighthouse_head(q, k, v, slots, p, rope):
@@ -175,13 +182,13 @@ def lighthouse_attention(q, k, v, L, p, k_budget, m, rope=None, index=None, marg
     return out, torch.tensor(found).reshape(B, H, -1)
 
 
-def dense_attention(q, k, v, rope=None):
-    """Causal attention over the tokens. q, k, v (B,T,H,D) before any rotation -> (B,T,H,D)."""
+def dense_attention(q, k, v, rope=None, window=None):
+    """Causal attention over the tokens, or over those of each window. q, k, v (B,T,H,D) before any rotation -> (B,T,H,D)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if rope is not None:
         positions = torch.arange(q.shape[2])
         q, k = rotate(q, positions, rope), rotate(k, positions, rope)
-    return causal_attention(q, k, v).transpose(1, 2)
+    return causal_attention(q, k, v, window).transpose(1, 2)
 
 
 # ---- the model ------------------------------------------------------------------------------------------------
@@ -229,10 +236,10 @@ def gelu(x):
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x ** 3)))
 
 
-def forward_logits(weights, tokens, c, lighthouse, margins=None):
+def forward_logits(weights, tokens, c, first, margins=None):
     """Logits (B,T,V) of tokens (B,T), without the padded part of the vocabulary.
 
-    lighthouse: whether the layers outside c.dense_layers use it. margins: as in lighthouse_attention.
+    first: whether each layer has the attention of its letter, or all are dense. margins: as in lighthouse_attention.
     """
     w, (B, T), C = weights, tokens.shape, c.channels
     rope = c.rope_theta if c.positions == "rope" else None
@@ -243,10 +250,11 @@ def forward_logits(weights, tokens, c, lighthouse, margins=None):
         h = layernorm(x, w["ln1w"][layer], w["ln1b"][layer])
         qkv = h @ w["qkvw"][layer].T + w["qkvb"][layer]
         q, k, v = qkv.reshape(B, T, 3, c.heads, C // c.heads).unbind(2)
-        if lighthouse and layer not in c.dense_layers:
+        letter = c.letter(layer) if first else "D"
+        if letter == "L":
             a, _ = lighthouse_attention(q, k, v, c.levels, c.pool, c.topk, c.tile, rope, margins=margins)
         else:
-            a = dense_attention(q, k, v, rope)
+            a = dense_attention(q, k, v, rope, c.window if letter == "W" else None)
         x = x + a.reshape(B, T, C) @ w["attprojw"][layer].T + w["attprojb"][layer]
         h = layernorm(x, w["ln2w"][layer], w["ln2b"][layer])
         h = gelu(h @ w["fcw"][layer].T + w["fcb"][layer])
@@ -260,10 +268,10 @@ def mean_loss(logits, targets):
     return (torch.logsumexp(logits, -1) - picked).mean()
 
 
-def loss_and_grads(weights, tokens, targets, c, lighthouse):
+def loss_and_grads(weights, tokens, targets, c, first):
     """The mean loss (a float), the logits (B,T,V) and the gradient of every weight, in the weights' precision."""
     leaves = {name: x.detach().clone().requires_grad_(True) for name, x in weights.items()}
-    logits = forward_logits(leaves, tokens, c, lighthouse)
+    logits = forward_logits(leaves, tokens, c, first)
     loss = mean_loss(logits, targets)
     loss.backward()
     return loss.item(), logits.detach(), {name: x.grad for name, x in leaves.items()}
@@ -286,11 +294,14 @@ def draw(c, batch, seed):
 def make(path, c, batch, seed, out=sys.stdout):
     if c.channels % (2 * c.heads):
         raise ValueError(f"channels {c.channels} must be divisible by 2 * heads = {2 * c.heads}")
-    if len(c.dense_layers) > MAX_DENSE_LAYERS:
-        raise ValueError(f"the header has room for {MAX_DENSE_LAYERS} dense layers, not {len(c.dense_layers)}")
-    if any(not 0 <= layer < c.layers for layer in c.dense_layers):
-        raise ValueError(f"dense layers {c.dense_layers} must lie in 0 .. {c.layers - 1}")
-    check_lighthouse_shape(c.seq_len, c.levels, c.pool, c.topk, c.tile)
+    if c.layers > MAX_LAYERS:
+        raise ValueError(f"the header has room for {MAX_LAYERS} layers, not {c.layers}")
+    if not c.attention or set(c.attention) - set("DWL"):
+        raise ValueError(f"attention is {c.attention!r}, not letters D, W and L")
+    if c.window < 1:
+        raise ValueError(f"window is {c.window}, not at least 1")
+    if "L" in c.attention:
+        check_lighthouse_shape(c.seq_len, c.levels, c.pool, c.topk, c.tile)
     for seed in range(seed, seed + MAX_DRAWS):
         weights, tokens, targets, margin = draw(c, batch, seed)
         if margin > MIN_MARGIN:
@@ -302,28 +313,27 @@ def make(path, c, batch, seed, out=sys.stdout):
                          "(with rope its norms tie wherever a token repeats), fewer layers, or a shorter sequence")
     double = {name: x.double() for name, x in weights.items()}
     loss_dense, logits_dense, grads_dense = loss_and_grads(double, tokens, targets, c, False)
-    loss_lighthouse, logits_lighthouse, grads_lighthouse = loss_and_grads(double, tokens, targets, c, True)
+    loss_first, logits_first, grads_first = loss_and_grads(double, tokens, targets, c, True)
 
     header = np.zeros(64, dtype="<i4")
     header[:15] = [MAGIC, VERSION, batch, c.seq_len, c.vocab, c.padded_vocab, c.layers, c.heads, c.channels,
-                   int(c.positions == "learned"), c.levels, c.pool, c.topk, c.tile, len(c.dense_layers)]
-    header[15:15 + len(c.dense_layers)] = c.dense_layers
+                   int(c.positions == "learned"), c.levels, c.pool, c.topk, c.tile, c.window]
+    header[15:15 + c.layers] = [ord(c.letter(layer)) for layer in range(c.layers)]
     with open(path, "wb") as f:
         f.write(header.tobytes())
-        f.write(np.array([c.rope_theta, loss_lighthouse, loss_dense], dtype="<f8").tobytes())
+        f.write(np.array([c.rope_theta, loss_first, loss_dense], dtype="<f8").tobytes())
         write = lambda x, dtype: f.write(x.numpy().astype(dtype).tobytes())
         for x in weights.values():
             write(x, "<f4")
         write(tokens, "<i4")
         write(targets, "<i4")
         write(logits_dense, "<f4")
-        write(logits_lighthouse, "<f4")
-        for grads in (grads_lighthouse, grads_dense):
+        write(logits_first, "<f4")
+        for grads in (grads_first, grads_dense):
             for x in grads.values():
                 write(x, "<f4")
-    slots = slot_count(c.seq_len, c.levels, c.pool, c.topk)
-    print(f"{path}: seed {seed}, margin {margin:.1e}, {slots} slots for {c.seq_len} tokens, "
-          f"loss {loss_lighthouse:.6f} under Lighthouse, {loss_dense:.6f} dense", file=out)
+    print(f"{path}: seed {seed}, margin {margin:.1e}, loss {loss_first:.6f} with attention {c.attention}, "
+          f"{loss_dense:.6f} dense", file=out)
 
 
 def read(path):
@@ -332,10 +342,10 @@ def read(path):
         header = np.frombuffer(f.read(256), dtype="<i4")
         if header[0] != MAGIC or header[1] != VERSION:
             raise ValueError(f"{path} is no reference file of version {VERSION}")
-        theta, loss_lighthouse, loss_dense = np.frombuffer(f.read(24), dtype="<f8").tolist()
-        B, T, V, _, layers, heads, C, positions, levels, pool, topk, tile, dense = header[2:15].tolist()
+        theta, loss_first, loss_dense = np.frombuffer(f.read(24), dtype="<f8").tolist()
+        B, T, V, _, layers, heads, C, positions, levels, pool, topk, tile, window = header[2:15].tolist()
         c = Config(layers, C, heads, V, T, ("rope", "learned")[positions], theta, levels, pool, topk, tile,
-                   tuple(header[15:15 + dense].tolist()))
+                   "".join(map(chr, header[15:15 + layers])), window)
 
         def tensor(shape, dtype="<f4"):
             count = int(np.prod(shape))
@@ -344,10 +354,10 @@ def read(path):
         def model():
             return {name: tensor(shape) for name, shape in weight_shapes(c).items()}
 
-        file = dict(config=c, loss_lighthouse=loss_lighthouse, loss_dense=loss_dense, weights=model(),
+        file = dict(config=c, loss_first=loss_first, loss_dense=loss_dense, weights=model(),
                     tokens=tensor((B, T), "<i4").long(), targets=tensor((B, T), "<i4").long(),
-                    logits_dense=tensor((B, T, V)), logits_lighthouse=tensor((B, T, V)),
-                    grads_lighthouse=model(), grads_dense=model())
+                    logits_dense=tensor((B, T, V)), logits_first=tensor((B, T, V)),
+                    grads_first=model(), grads_dense=model())
         if f.read(1):
             raise ValueError(f"{path} is longer than its header says")
     return file
@@ -361,16 +371,12 @@ def main():
     p.add_argument("--positions", choices=["rope", "learned"], default="rope")
     p.add_argument("--rope-theta", type=float, default=10000.0)
     for name, default in [("layers", 4), ("channels", 64), ("heads", 4), ("vocab", 257), ("seq-len", 512), ("batch", 2),
-                          ("levels", 3), ("pool", 4), ("topk", 16), ("tile", 8), ("seed", 1)]:
+                          ("levels", 3), ("pool", 4), ("topk", 16), ("tile", 8), ("window", 96), ("seed", 1)]:
         p.add_argument("--" + name, type=int, default=default, help=f"default {default}")
-    p.add_argument("--dense-layers", default="none", help="such as 0,3, or none, or all; default none")
+    p.add_argument("--attention", default="L", help="letters D, W, L, repeated to the layers; default %(default)s")
     a = parser.parse_args()
-    if a.dense_layers in ("none", "all"):
-        dense = tuple(range(a.layers)) if a.dense_layers == "all" else ()
-    else:
-        dense = tuple(int(layer) for layer in a.dense_layers.split(","))
     c = Config(a.layers, a.channels, a.heads, a.vocab, a.seq_len, a.positions, a.rope_theta, a.levels, a.pool, a.topk,
-               a.tile, dense)
+               a.tile, a.attention, a.window)
     try:
         make(a.out, c, a.batch, a.seed)
     except ValueError as error:

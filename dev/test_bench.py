@@ -39,10 +39,10 @@ def refused(*args):
 # ---- recorded results ---------------------------------------------------------------------------------------------
 
 def shape_of(**changes):
-    lighthouse = {"levels": 3, "pool": 4, "topk": 1536, "tile": 128, "slots": 18432, "dense_layers": [0, 1, 28, 29]}
+    lighthouse = {"levels": 3, "pool": 4, "topk": 1536, "tile": 128, "slots": 18432}
     shape = dict({"layers": 30, "channels": 1024, "heads": 8, "vocab": 512, "padded_vocab": 512,
                   "parameters": 378000000, "positions": "rope", "B": 1, "T": 98304, "tokens": 98304, "fp8": 0,
-                  "lighthouse": lighthouse}, **changes)
+                  "attention": "DD" + "L" * 26 + "DD", "windows": [], "lighthouse": lighthouse}, **changes)
     return dict({"recompute": [0] * shape["layers"]}, **shape)
 
 
@@ -53,7 +53,7 @@ def row(table, name, **fields):
 
 def recorded():
     """Round numbers, so that every figure of a table can be checked by hand."""
-    floors = {"lighthouse": {"floor_ms": 800.0, "core_ms": 700.0, "loop_ms": 750.0, "other_ms": 100.0},
+    floors = {"first": {"floor_ms": 800.0, "core_ms": 700.0, "loop_ms": 750.0, "other_ms": 100.0},
               "dense": {"floor_ms": 3900.0, "core_ms": 3800.0, "loop_ms": 3850.0, "other_ms": 100.0}}
     times = {"H": 8, "D": 128, "pool": 4, "copy_GBps": 4000.0}
     out = [row("attention", "a", times=dict(times, T=98304, levels=3, topk=1536, S=18432, around_ms=0.7,
@@ -62,22 +62,22 @@ def recorded():
                                             around_bytes=12e9, slots_ms=122.0, ms=[126.0, 130.0, 131.0],
                                             dense_ms=3380.0)),
            row("step", "lh30", shape=shape_of(), floor=floors,
-               ms={"lighthouse": [990.0, 1000.0, 1010.0], "dense": [4000.0]}),
+               ms={"first": [990.0, 1000.0, 1010.0], "dense": [4000.0]}),
            row("dense", "d12, B 64, T 1,024", shape=shape_of(B=64, T=1024, tokens=65536, lighthouse=None),
                floor={"dense": {"floor_ms": 100.0, "core_ms": 80.0, "loop_ms": 90.0, "other_ms": 20.0}},
                ms={"dense": [109.0, 110.0, 120.0]}),
            row("context", "d12", T=1900544, unit=65536, wanted=1048576, memory="memory      130 GiB of 139 GiB free",
-               proofs=[{"T": 1900544, "ms": {"lighthouse": 20000.0}, "dense_wanted": False},
-                       {"T": 1048576, "ms": {"lighthouse": 7400.0, "dense": 162000.0}, "dense_wanted": True}]),
+               proofs=[{"T": 1900544, "ms": {"first": 20000.0}, "dense_wanted": False},
+                       {"T": 1048576, "ms": {"first": 7400.0, "dense": 162000.0}, "dense_wanted": True}]),
            row("outside", "ncu", ms={"attention": 550.0, "products": 300.0, "other": 150.0}),
            row("startup", "d12, T 1,024", starts=[{"s": 4.5, "first_ms": 300.0, "ms": [110.0, 111.0]},
                                                   {"s": 12.0, "first_ms": 310.0, "ms": [112.0]}])]
     for i, T in enumerate((8192, 65536, 131072, 1048576)):
-        ms = {"lighthouse": [0.001 * T * (3 + T * 1e-6)]}
+        ms = {"first": [0.001 * T * (3 + T * 1e-6)]}
         if T < 1048576:
             ms["dense"] = [0.001 * T * (3 + T * 28e-6)]
         out.append(row("cost", f"T {T}", ms=ms, shape=shape_of(
-            B=1, T=T, tokens=T, lighthouse={"levels": 3, "pool": 4, "slots": 3 * T // 16, "dense_layers": []})))
+            B=1, T=T, tokens=T, lighthouse={"levels": 3, "pool": 4, "slots": 3 * T // 16})))
     return out
 
 
@@ -103,8 +103,8 @@ def test_whole_run():
 def test_step_table():
     text = bench.shown("step", tables())
     assert text.startswith("`scripts/bench step` — A CARD, driver 1.2, 2026-11-24\n")
-    assert cells(text, "lighthouse") == ["lighthouse", "**98.3** (at least 95.0)", "990.0 / 1,000.0 / 1,010.0",
-                                         "800.0 = 700.0 + 100.0", "1.25", "750.0"]
+    assert cells(text, "first") == ["first", "**98.3** (at least 95.0)", "990.0 / 1,000.0 / 1,010.0",
+                                    "800.0 = 700.0 + 100.0", "1.25", "750.0"]
     assert cells(text, "dense")[1] == "**24.6** (at least 23.7)"
 
 
@@ -121,8 +121,8 @@ def test_dense_context_outside_and_startup_tables():
         "**595.8** (at least 588.0)", "560", "109.0 / 110.0 / 120.0", "100.0 = 80.0 + 20.0", "1.10", "90.0"]
     context = cells(bench.shown("context", tables()), "d12")
     assert context[1] == "**1,900,544** (at least 1,048,576)"
-    assert context[3] == ("at 1,900,544: lighthouse 20.0 s, dense left out: too long; "
-                          "at 1,048,576: lighthouse 7.4 s, dense 162.0 s")
+    assert context[3] == ("at 1,900,544: first 20.0 s, dense left out: too long; "
+                          "at 1,048,576: first 7.4 s, dense 162.0 s")
     outside = bench.shown("outside", tables())
     assert "| 1,000.0 | 750.0 | 25.0% (at most 12.0%) |" in outside  # from the step and its roofline
     assert "| 1,000.0 | 850.0 | 15.0% (at most 12.0%) |" in outside  # from ncu
@@ -145,7 +145,7 @@ def test_cost_figure(tmp_path):
 
 
 def test_the_last_measurement_counts():
-    old = row("step", "lh30", shape=shape_of(), floor={}, ms={"lighthouse": [2000.0], "dense": [4000.0]})
+    old = row("step", "lh30", shape=shape_of(), floor={}, ms={"first": [2000.0], "dense": [4000.0]})
     assert bench.latest([old, *recorded()])["step"] == tables()["step"]
     assert len(bench.latest(recorded())["cost"]) == 4
 
@@ -153,7 +153,7 @@ def test_the_last_measurement_counts():
 def test_bytes_of_a_step():
     """Kernel by kernel for one layer, in rows of C elements; the difference of two depths leaves the rest out."""
     def layer(phase, recompute=0, **changes):
-        changes["lighthouse"] = dict(shape_of()["lighthouse"], dense_layers=[])
+        changes.setdefault("attention", "LLL")
         a, b = (bench.other_bytes(shape_of(layers=n, recompute=[0, 0, recompute][:n], **changes), phase)
                 for n in (3, 2))
         return (a - b) / (98304 * 1024 * 2)
@@ -167,8 +167,9 @@ def test_bytes_of_a_step():
     S, entries = 18432 / 98304, (1 + 1 / 4 + 1 / 16) * 8 * 4 / 2048  # in rows
     gather, scatter, scores = 3 + 3 * S, 1 + S, 2
     lighthouse = dense - 2 * rope + scores + 9 * entries + 2 * gather + 2 * scatter
-    assert layer("lighthouse") == pytest.approx(lighthouse)
-    assert layer("lighthouse", recompute=2) == pytest.approx(lighthouse + gelu + 2 * ln + gather + scatter)
+    assert layer("first", attention="WWW") == layer("dense")  # what moves round a window layer's attention
+    assert layer("first") == pytest.approx(lighthouse)
+    assert layer("first", recompute=2) == pytest.approx(lighthouse + gelu + 2 * ln + gather + scatter)
     more = bench.other_bytes(shape_of(parameters=10 ** 9), "dense") - bench.other_bytes(shape_of(parameters=0), "dense")
     assert more == 38e9  # gradients to zero and their norm; AdamW reads four, writes three and the bf16 weights
     one, two = (bench.other_bytes(shape_of(tokens=n * 98304, parameters=0), "dense") for n in (1, 2))
@@ -283,15 +284,15 @@ def results_of(out):
 def test_step_runs(tmp_path, capsys):
     bench.main(["step", "--backend", "cpu", "--steps", "3", "--warmup", "2", "--out", str(tmp_path), *TINY])
     r, = results_of(tmp_path)
-    assert {p: len(x) for p, x in r["ms"].items()} == {"lighthouse": 3, "dense": 1}
+    assert {p: len(x) for p, x in r["ms"].items()} == {"first": 3, "dense": 1}
     assert r["shape"]["T"] == r["shape"]["tokens"] == 256 and r["shape"]["layers"] == 2
     with open(tmp_path / "run" / "log.jsonl") as f:
         steps = [e for e in map(json.loads, f.read().splitlines()) if e["event"] == "step"]
-    assert [e["ms"] for e in steps[2:5]] == r["ms"]["lighthouse"] and steps[7]["ms"] == r["ms"]["dense"][0]
+    assert [e["ms"] for e in steps[2:5]] == r["ms"]["first"] and steps[7]["ms"] == r["ms"]["dense"][0]
     assert not [name for name in os.listdir(tmp_path / "run") if name.endswith(".bin")]  # stopped: no checkpoint
-    light, dense = (sorted(r["ms"][p])[len(r["ms"][p]) // 2] for p in ("lighthouse", "dense"))
+    light, dense = (sorted(r["ms"][p])[len(r["ms"][p]) // 2] for p in ("first", "dense"))
     shown = capsys.readouterr().out
-    assert f"| lighthouse | {bench.verdict(256 / light, 95, '{:.1f}')} |" in shown
+    assert f"| first | {bench.verdict(256 / light, 95, '{:.1f}')} |" in shown
     assert f"takes {bench.verdict(dense / light, 4, '{:.2f}')} times" in shown
     assert r["command"] in shown and r["command"].endswith("--vocab-size 512") and r["card"] in shown
 
@@ -313,9 +314,9 @@ def test_cost_runs(tmp_path, capsys):
     arguments = ["--doublings", "2", "--cost-tokens", "8192", "--steps", "1", "--max-seconds", "0"]
     bench.main(["cost", "--backend", "cpu", "--out", str(tmp_path), *arguments, *TINY])  # TINY's length, not 8,192
     first, second = results_of(tmp_path)
-    assert set(first["ms"]) == {"lighthouse", "dense"} and set(second["ms"]) == {"lighthouse"}
+    assert set(first["ms"]) == {"first", "dense"} and set(second["ms"]) == {"first"}
     assert "left out: too long" in capsys.readouterr().out
-    assert "--dense-layers none" in first["trainer"] and second["shape"]["lighthouse"]["dense_layers"] == []
+    assert "--attention L" in first["trainer"] and second["shape"]["attention"] == "LL"
 
 
 def test_context_runs(tmp_path, capsys, monkeypatch):
@@ -326,8 +327,8 @@ def test_context_runs(tmp_path, capsys, monkeypatch):
     bench.main(["context", "--backend", "cpu", "--unit", "256", "--top", "4096", "--out", str(tmp_path)])
     r, = results_of(tmp_path)
     assert r["T"] == 1024 and r["memory"].startswith("memory ")
-    assert [p["T"] for p in r["proofs"]] == [1024] and set(r["proofs"][0]["ms"]) == {"lighthouse", "dense"}
-    assert "| d6 | **1,024** (at least 512) | 256 | at 1,024: lighthouse " in capsys.readouterr().out
+    assert [p["T"] for p in r["proofs"]] == [1024] and set(r["proofs"][0]["ms"]) == {"first", "dense"}
+    assert "| d6 | **1,024** (at least 512) | 256 | at 1,024: first " in capsys.readouterr().out
 
 
 def test_a_failing_trainer_is_named(tmp_path, monkeypatch):

@@ -113,9 +113,14 @@ def same_losses(run, reference, since=0):
     a, b = ({e["step"]: e for e in events(folder, "eval") if e["step"] > since} for folder in (run, reference))
     assert sorted(a) == sorted(b)
     for step in a:
-        for loss in ("loss_dense", "loss_lighthouse"):
+        for loss in ("loss_dense", "loss_first", "positions_dense", "positions_first"):
             x, y = a[step][loss], b[step][loss]
-            assert (x is None and y is None) or math.isclose(x, y, rel_tol=1e-5), (step, loss, x, y)
+            assert (x is None and y is None) or np.allclose(x, y, rtol=3e-5, atol=0), (step, loss, x, y)
+    a, b = ([(e["step"], [list(c.values()) for c in e["copies"]]) for e in events(folder, "copying") if e["step"] > since]
+            for folder in (run, reference))
+    assert len(a) == len(b) > 0
+    for (step, x), (other, y) in zip(a, b):
+        assert step == other and np.allclose(x, y, rtol=1e-4), (step, x, y)
     a, b = ({e["step"]: e["text"] for e in events(f, "sample") if e["step"] > since} for f in (run, reference))
     assert a == b and a
 
@@ -142,6 +147,13 @@ CASES = {
     "dp 2, cp 2, learned": dict(ranks=4, cp=2, batch_size=1, recompute=0, positions="learned"),
     "dp 4, cp 2": dict(ranks=8, cp=2, batch_size=1, recompute=2),
     "dp 2, gradients of 10, 10 and 3 layers at once": dict(ranks=2, batch_size=6, depth=23, learning_rate=3e-4),
+    "dp 2, windows": dict(ranks=2, batch_size=3, attention="W", window=48, recompute=3),
+    "cp 2, windows": dict(ranks=2, cp=2, batch_size=3, attention="WWD", window=32),
+    "cp 2, windows, learned": dict(ranks=2, cp=2, batch_size=2, attention="WWL", window=64, positions="learned", recompute=4),
+    "cp 4, windows": dict(ranks=4, cp=4, batch_size=2, attention="DWL", window=16, recompute=2),
+    "cp 4, windows over ranks": dict(ranks=4, cp=4, batch_size=2, attention="W", window=48, recompute=1),
+    "cp 4, growing windows": dict(ranks=4, cp=4, batch_size=1, attention="WDW", window="16,48:4,128:8", recompute=3),
+    "dp 2, cp 2, windows, learned": dict(ranks=4, cp=2, batch_size=1, attention="WDW", window=96, positions="learned"),
     "dp 2, dense": dict(ranks=2, batch_size=1, program="dense"),
     "cp 2, dense": dict(ranks=2, cp=2, batch_size=2, recompute=4, program="dense"),
 }
@@ -150,7 +162,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_losses_are_those_of_one_rank(lab, reference, case):
     options = CASES[case]
-    same = ("positions", "program", "depth", "topk", "tile", "learning_rate")
+    same = ("positions", "program", "depth", "topk", "tile", "learning_rate", "attention", "window")
     one = reference(**{name: options[name] for name in same if name in options})
     result = lab.run("run", **options)
     assert result.code == 0, result.err
@@ -177,7 +189,9 @@ def test_what_a_lighthouse_layer_exchanges(lab, ranks, options, exchanged, uneve
         assert f"exchanges slots between the {ranks} that share a sequence" in result.out, result.out
 
 
-@pytest.mark.parametrize("options", [FOUR_TILES, dict(FOUR_TILES, fp8=1), dict(fp8=1)], ids=["slots", "slots, FP8", "tokens, FP8"])
+@pytest.mark.parametrize("options", [
+    FOUR_TILES, dict(FOUR_TILES, fp8=1), dict(fp8=1), dict(attention="WWL", window="32,48:1"), dict(attention="W", window=32, fp8=1)],
+    ids=["slots", "slots, FP8", "tokens, FP8", "windows", "windows, FP8"])
 def test_recompute_levels_repeat_their_bits(lab, options):
     """What is exchanged again in the backward pass is what was exchanged before."""
     options = dict(ranks=4, cp=4, steps=3, switch_step=2, batch_size=2, **options)
@@ -196,7 +210,7 @@ def test_validation_of_few_batches(lab):
     losses = []
     for ranks, cp in [(1, 1), (2, 1), (4, 2), (4, 1)]:
         run = lab.train(f"ranks_{ranks}_{cp}", ranks=ranks, cp=cp, val_batches=3, steps=1, switch_step=1)
-        losses.append([e[kind] for e in events(run, "eval") for kind in ("loss_dense", "loss_lighthouse")])
+        losses.append([e[kind] for e in events(run, "eval") for kind in ("loss_dense", "loss_first")])
     assert len(losses[0]) == 4 and len(set(losses[0])) == 4
     assert all(np.allclose(x, losses[0], rtol=1e-5, atol=0) for x in losses[1:])
 

@@ -57,7 +57,7 @@ def dense_example(positions):
     generator = torch.Generator().manual_seed(7)
     weights = oracle.random_weights(c, generator)
     tokens = torch.randint(0, c.vocab, (2, c.seq_len), generator=generator)
-    logits = oracle.forward_logits({name: x.double() for name, x in weights.items()}, tokens, c, lighthouse=False)
+    logits = oracle.forward_logits({name: x.double() for name, x in weights.items()}, tokens, c, first=False)
     return c, weights, tokens, logits
 
 
@@ -226,19 +226,19 @@ def test_invalid_shapes_are_refused():
 
 # ---- the reference file ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("positions", ["rope", "learned"])
-def test_reference_file(positions, tmp_path):
+@pytest.mark.parametrize("positions,attention", [("rope", "DL"), ("learned", "DL"), ("rope", "DW")])
+def test_reference_file(positions, attention, tmp_path):
     path = tmp_path / "reference.bin"
     command = (f"make {path} --positions {positions} --layers 2 --channels 32 --heads 2 --vocab 150 --seq-len 128 "
-               "--batch 2 --levels 2 --pool 2 --topk 16 --tile 8 --dense-layers 0 --seed 5")
+               f"--batch 2 --levels 2 --pool 2 --topk 16 --tile 8 --attention {attention} --window 48 --seed 5")
     subprocess.run([sys.executable, str(DEV / "oracle.py"), *command.split()], check=True)
     file = oracle.read(path)
     c = file["config"]
-    assert c == oracle.Config(2, 32, 2, 150, 128, positions, 10000.0, 2, 2, 16, 8, (0,))
-    assert file["loss_lighthouse"] != file["loss_dense"]
+    assert c == oracle.Config(2, 32, 2, 150, 128, positions, 10000.0, 2, 2, 16, 8, attention, 48)
+    assert file["loss_first"] != file["loss_dense"]
     weights = {name: x.double() for name, x in file["weights"].items()}
     generator = torch.Generator().manual_seed(6)
-    for kind, lighthouse in (("lighthouse", True), ("dense", False)):
+    for kind, first in (("first", True), ("dense", False)):
         logits, targets = file["logits_" + kind].double(), file["targets"]
         log_probability = torch.log_softmax(logits, -1).gather(-1, targets[..., None])
         assert math.isclose(-log_probability.mean().item(), file["loss_" + kind], rel_tol=1e-6)
@@ -250,7 +250,7 @@ def test_reference_file(positions, tmp_path):
                 moved = dict(weights, **{name: weights[name] + step * direction / direction.norm()})
                 with torch.no_grad():
                     losses.append(oracle.mean_loss(
-                        oracle.forward_logits(moved, file["tokens"], c, lighthouse), targets).item())
+                        oracle.forward_logits(moved, file["tokens"], c, first), targets).item())
             slope = (grad.double() * direction / direction.norm()).sum().item()
             assert abs((losses[0] - losses[1]) / 2e-5 - slope) < 1e-5 * grad.norm().item()
         assert (file["grads_" + kind]["wte"][c.vocab:] == 0).all()

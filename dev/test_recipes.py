@@ -185,7 +185,7 @@ def test_the_trainer_takes_the_options(recipes, name):
     done = recipes.run(name, "--dry-run", "--plan-ranks", "8", "--depth", "6", "--channels", "64", "--seq-len", "4096",
                        NPROC=8, CP=4, START="yes", TRAINER="./train_gpt_lighthouse_cpu", OMP_NUM_THREADS=1)
     assert done.returncode == 0, done.stderr
-    assert "16000 steps" in done.stdout and "steps 0 to 9999" in done.stdout
+    assert "16000 steps" in done.stdout and "attention   steps 0 to 9999" in done.stdout
 
 
 # ---- a Slurm of one node

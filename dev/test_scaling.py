@@ -77,28 +77,33 @@ def run_ranks(folder, ranks, *options, preload=None):
 def shape_of(config):
     o = config["options"]
     return dict(config["model"], B=o["batch-size"], T=o["seq-len"], tokens=config["tokens_per_step"],
-                recompute=config["recompute_levels"], lighthouse=config["lighthouse"])
+                recompute=config["recompute_levels"], attention=config["attention"], windows=config["windows"],
+                lighthouse=config["lighthouse"])
 
 
 @needs_mpi
-@pytest.mark.parametrize("ranks,cp,level,positions,phase,tiles,depth", [
-    (3, 1, 0, "rope", "lighthouse", 4, 3), (2, 2, 0, "learned", "dense", 4, 3), (4, 2, 2, "rope", "lighthouse", 4, 3),
-    (2, 2, 4, "rope", "lighthouse", 4, 3), (4, 4, 0, "rope", "lighthouse", 4, 3), (4, 4, 3, "rope", "lighthouse", 2, 3),
-    (4, 4, 3, "rope", "dense", 4, 3), (2, 1, 0, "rope", "lighthouse", 4, 23)])
-def test_bytes_that_the_trainer_sends(tmp_path, counter, ranks, cp, level, positions, phase, tiles, depth):
+@pytest.mark.parametrize("ranks,cp,level,positions,attention,tiles,window,depth", [
+    (3, 1, 0, "rope", "DLD", 4, 64, 3), (2, 2, 0, "learned", "DDD", 4, 64, 3), (4, 2, 2, "rope", "DLD", 4, 64, 3),
+    (2, 2, 4, "rope", "DLD", 4, 64, 3), (4, 4, 0, "rope", "DLD", 4, 64, 3), (4, 4, 3, "rope", "DLD", 2, 64, 3),
+    (4, 4, 3, "rope", "DDD", 4, 64, 3), (2, 1, 0, "rope", "LLD", 4, 64, 23), (4, 4, 0, "rope", "WWD", 4, 64, 3),
+    (4, 4, 3, "rope", "WWL", 4, 48, 3), (4, 2, 2, "learned", "WWW", 4, 128, 3)])
+def test_bytes_that_the_trainer_sends(tmp_path, counter, ranks, cp, level, positions, attention, tiles, window, depth):
     """Two steps more send twice the bytes of a step, in two micro-steps of two sequences on every rank. Where cp ranks
-    divide the tiles, Lighthouse layers exchange slots, and the last rank of a group shifts less than the others."""
+    divide the tiles, Lighthouse layers exchange slots, and the last rank of a group shifts less than the others; where
+    windows lie whole on the ranks, window layers exchange nothing."""
+    phase = "dense" if set(attention) == {"D"} else "first"
     totals = []
     for steps in (1, 3):
         events, sent = run_ranks(
             tmp_path / "run", ranks, "--cp", cp, "--batch-size", 2, "--total-batch-size", 256 * 2 * 2 * ranks // cp,
-            "--steps", steps, "--switch-step", steps if phase == "lighthouse" else 0, "--recompute", level,
-            "--positions", positions, "--tile", 32 // tiles, "--depth", depth, "--checkpoint-every", 0, preload=counter)
+            "--steps", steps, "--switch-step", steps if phase == "first" else 0, "--recompute", level,
+            "--positions", positions, "--tile", 32 // tiles, "--depth", depth, "--checkpoint-every", 0,
+            "--attention", attention, "--window", window, preload=counter)
         assert len(sent) == ranks
         totals.append(sum(sent))
     calls = scaling_model.collectives(shape_of(events["config"]), phase, ranks, cp, element=4)
     shifts = any(c["call"] == "shift" for c in calls)
-    assert shifts == (phase == "lighthouse" and cp > 1 and tiles % cp == 0)
+    assert shifts == ("L" in attention and cp > 1 and tiles % cp == 0)
     assert shifts or len(set(sent)) == 1, "all ranks send alike"
     assert (totals[1] - totals[0]) / 2 == ranks * sum(scaling_model.sent(c) * c["calls"] for c in calls)
     groups = {"the embeddings": 1, **{3: {"3 layers": 1}, 23: {"10 layers": 2, "3 layers": 1}}[depth]}
@@ -107,11 +112,17 @@ def test_bytes_that_the_trainer_sends(tmp_path, counter, ranks, cp, level, posit
 
 
 @needs_mpi
-@pytest.mark.parametrize("ranks,cp,level", [(1, 1, 1), (4, 2, 0), (4, 2, 1), (2, 2, 2), (3, 1, 3), (4, 2, 4)])
-def test_memory_that_the_trainer_takes(tmp_path, ranks, cp, level):
+@pytest.mark.parametrize("ranks,cp,level,attention,switch", [
+    (1, 1, 1, "DLD", 1), (4, 2, 0, "DLD", 1), (4, 2, 1, "DLD", 1), (2, 2, 2, "DLD", 1), (3, 1, 3, "DLD", 1),
+    (4, 2, 4, "DLD", 1), (2, 2, 0, "WWL", 2), (2, 2, 2, "WWW", 2), (2, 2, 4, "WWW", 2), (1, 1, 3, "WWW", 2)])
+def test_memory_that_the_trainer_takes(tmp_path, ranks, cp, level, attention, switch):
+    """In both phases, or in the first alone, whose windows lie whole on the ranks up to step 1 and from then on do not."""
     events, _ = run_ranks(tmp_path / "run", ranks, "--cp", cp, "--batch-size", 2, "--recompute", level, "--steps", 2,
-                          "--switch-step", 1)
-    parts = scaling_model.memory(shape_of(events["config"]), ranks, cp, element=4)
+                          "--switch-step", switch, "--attention", attention, *(["--window", "64,96:1"] * (switch == 2)))
+    shape = shape_of(events["config"])
+    parts = scaling_model.memory(shape, ranks, cp, element=4)
+    if switch == 2:
+        parts["activations"] = max(scaling_model.activations(shape, "first", cp, 4, window) for window in (64, 96))
     assert set(parts) == set(events["memory"]["parts"]) - {"tokens"}
     for name, size in parts.items():
         # Buffers begin at whole 256 bytes, which the arithmetic leaves out.
@@ -139,12 +150,13 @@ def test_memory_and_bytes_of_mixed_levels(tmp_path, monkeypatch, counter, cp):
 
 def test_memory_of_the_measured_runs():
     """As the plans in dev/RESULTS.md's logs have it, in GiB."""
-    lighthouse = {"levels": 3, "pool": 4, "slots": 18432, "dense_layers": [0, 1, 28, 29]}
+    lighthouse = {"levels": 3, "pool": 4, "slots": 18432}
     shape = {"layers": 30, "channels": 1024, "heads": 8, "padded_vocab": 512, "positions": "rope", "B": 1, "T": 98304,
-             "tokens": 98304, "recompute": [0] * 30, "lighthouse": lighthouse}
+             "tokens": 98304, "recompute": [0] * 30, "attention": "DD" + "L" * 26 + "DD", "windows": [],
+             "lighthouse": lighthouse}
     million = dict(shape, layers=12, channels=768, heads=12, padded_vocab=50304, T=1 << 20, recompute=[3] * 12,
-                   lighthouse=dict(lighthouse, slots=3 * (1 << 20) // 16, dense_layers=[]))
-    short = dict(million, B=64, T=1024, recompute=[0] * 12, lighthouse=None)
+                   lighthouse=dict(lighthouse, slots=3 * (1 << 20) // 16), attention="L" * 12)
+    short = dict(million, B=64, T=1024, recompute=[0] * 12, attention="D" * 12, lighthouse=None)
     for run, activations, workspace in ((shape, 95.49, 0.38), (million, 70.25, 3.05), (short, 19.29, 0.19)):
         parts = scaling_model.memory(run, 1, 1)
         assert parts["activations"] / scaling_model.GIB == pytest.approx(activations, abs=0.01)
@@ -167,15 +179,15 @@ def recorded():
     links = {"reduce_scatter": 400.0, "all_gather": 390.0, "all_to_all": 300.0}
     lh30, d12 = "lh30, T 98,304", "d12, T 1,048,576"
     return [
-        row("weak", lh30, 4, shape={"tokens": 400000}, ms={"lighthouse": [1250.0, 1250.0, 1300.0], "dense": [4000.0]},
-            links=links, collectives={"lighthouse": [gradients], "dense": [gradients]}),
-        row("weak", lh30, 1, shape={"tokens": 100000}, ms={"lighthouse": [1000.0], "dense": [4000.0]}, links={},
+        row("weak", lh30, 4, shape={"tokens": 400000}, ms={"first": [1250.0, 1250.0, 1300.0], "dense": [4000.0]},
+            links=links, collectives={"first": [gradients], "dense": [gradients]}),
+        row("weak", lh30, 1, shape={"tokens": 100000}, ms={"first": [1000.0], "dense": [4000.0]}, links={},
             collectives={}),
         row("strong", d12, 1, refused="this run takes 200 GiB"),
-        row("strong", d12, 2, shape={"tokens": 1000000}, ms={"lighthouse": [4000.0]}, links={}, collectives={}),
-        row("strong", d12, 4, shape={"tokens": 1000000}, ms={"lighthouse": [2500.0]}, links=links,
-            collectives={"lighthouse": [exchange]}),
-        row("context", "d12", 4, T=4194304, unit=262144, memory="130 GiB of 139 GiB free", ms={"lighthouse": 20000.0}),
+        row("strong", d12, 2, shape={"tokens": 1000000}, ms={"first": [4000.0]}, links={}, collectives={}),
+        row("strong", d12, 4, shape={"tokens": 1000000}, ms={"first": [2500.0]}, links=links,
+            collectives={"first": [exchange]}),
+        row("context", "d12", 4, T=4194304, unit=262144, memory="130 GiB of 139 GiB free", ms={"first": 20000.0}),
         row("context", "lh30", 4, refused="too large")]
 
 
@@ -189,16 +201,16 @@ def test_tables():
     tables = scaling.bench.latest(recorded())
     weak, strong, context = (scaling.shown(t, tables) for t in scaling.TABLES)
     assert weak.startswith("`scripts/bench_scaling weak` — A CARD, 2026-11-25\n")
-    assert cells(weak, "lh30, T 98,304", "1", "lighthouse") == ["1,000.0 / 1,000.0 / 1,000.0", "100.0", "100.0%", "-"]
-    assert cells(weak, "lh30, T 98,304", "4", "lighthouse") == [
+    assert cells(weak, "lh30, T 98,304", "1", "first") == ["1,000.0 / 1,000.0 / 1,000.0", "100.0", "100.0%", "-"]
+    assert cells(weak, "lh30, T 98,304", "4", "first") == [
         "1,250.0 / 1,250.0 / 1,300.0", "320.0", "80.0%", "250.0"]
     assert cells(weak, "lh30, T 98,304", "4", "dense")[2:] == ["100.0%", "0.0"]
     assert cells(weak, "lh30, T 98,304", "4", "reduce_scatter: fp32 gradients of 10 layers") == [
         "40.00", "30", "0.100", "300.0", "400.0", "75%", "0.90", "3.0"]
     assert weak.count("reduce_scatter") == 1, "both phases have the same"
     assert cells(strong, "d12, T 1,048,576", "1")[-1] == "this run takes 200 GiB"
-    assert cells(strong, "d12, T 1,048,576", "2", "lighthouse")[1:] == ["250.0", "100.0%", "-"]  # linear from here on
-    assert cells(strong, "d12, T 1,048,576", "4", "lighthouse")[1:] == ["400.0", "80.0%", "500.0"]
+    assert cells(strong, "d12, T 1,048,576", "2", "first")[1:] == ["250.0", "100.0%", "-"]  # linear from here on
+    assert cells(strong, "d12, T 1,048,576", "4", "first")[1:] == ["400.0", "80.0%", "500.0"]
     assert cells(strong, "d12, T 1,048,576", "4", "dense")[-1] == "left out: too long"
     assert cells(strong, "d12, T 1,048,576", "4", "all_to_all: qkv and its gradient")[-2:] == ["3.60", "24.0"]
     assert cells(context, "d12", "4") == ["4,194,304", "262,144", "20.0 s", "130 GiB of 139 GiB free"]
@@ -281,10 +293,10 @@ def test_weak_and_strong_run(tmp_path, capfd):
                           ("strong", "lh30, T 98,304, 2 ranks")}
     weak, strong = found["weak", "lh30, T 98,304, 2 ranks"], found["strong", "lh30, T 98,304, 2 ranks"]
     assert weak["shape"]["tokens"] == 1024 and strong["shape"]["tokens"] == 512 and "--cp 2" in strong["trainer"]
-    assert {p: len(ms) for p, ms in strong["ms"].items()} == {"lighthouse": 2, "dense": 1}
+    assert {p: len(ms) for p, ms in strong["ms"].items()} == {"first": 2, "dense": 1}
     for r, calls in ((weak, {"reduce_scatter", "all_gather"}),
                      (strong, {"reduce_scatter", "all_gather", "all_to_all", "shift"})):
-        assert set(r["links"]) == {c["call"] for c in r["collectives"]["lighthouse"]} == calls
+        assert set(r["links"]) == {c["call"] for c in r["collectives"]["first"]} == calls
         assert all(c["ms"] > 0 and c["sent_GBps"] == pytest.approx(scaling_model.sent(c) / c["ms"] / 1e6, rel=0.2)
                    for c in r["collectives"]["dense"])
     shown = capfd.readouterr().out
@@ -306,7 +318,7 @@ def test_context_runs(tmp_path, capfd, monkeypatch):
                   "--vocab-size", "300"])
     found = results_of(tmp_path)
     assert [found["context", f"d12, {n} ranks"]["T"] for n in (1, 2)] == [1024, 2048]
-    assert all("lighthouse" in r["ms"] and "recompute level" in r["memory"] for r in found.values())
+    assert all("first" in r["ms"] and "recompute level" in r["memory"] for r in found.values())
     assert "| d12 | 2 | 2,048 | 1,024 |" in capfd.readouterr().out
 
 
@@ -317,7 +329,7 @@ def test_nccl_takes_memory_too(tmp_path, monkeypatch, capsys):
     def run_steps(command, wanted, seconds=0):
         if int(scaling.bench.option(command, "seq-len", 0)) > most:
             raise scaling.bench.BenchError("the trainer ended: error: rank 0: this run takes 9 GiB, 1 GiB too few: no")
-        return {"device": "A CARD"}, [("lighthouse", 5000.0)], 1.0
+        return {"device": "A CARD"}, [("first", 5000.0)], 1.0
 
     monkeypatch.setattr(scaling.bench, "run_steps", run_steps)
     arguments = ["--backend", "cpu", "--ranks", "2", "--rows", "lh30", "--out", str(tmp_path)]
@@ -371,9 +383,9 @@ def test_one_gpu_is_as_measured():
 
 def test_links_without_cost_scale_perfectly():
     free = links(ring=1e12, node=1e12, all_to_all=1e12, hop_us=0, node_hop_us=0, all_to_all_us=0)
-    one = predict.compute_ms(predict.shape_of(98304, 1, 1, 0), "lighthouse")
+    one = predict.compute_ms(predict.shape_of(98304, 1, 1, 0), "first")
     for gpus, cp in ((8, 1), (512, 8)):
-        p = predict.predict(98304, gpus, cp, "lighthouse", free)
+        p = predict.predict(98304, gpus, cp, "first", free)
         assert p["step"] == pytest.approx(one / cp) and p["rate"] == pytest.approx(gpus * 98304 / one * 1e3)
 
 
@@ -388,9 +400,9 @@ def test_the_page_holds_the_tables(tmp_path):
 def test_the_steps_by_hand():
     """The figures that the page works out in words."""
     text = " ".join((ROOT / "dev" / "SCALING.md").read_text().split())
-    p = predict.predict(98304, 8, 1, "lighthouse", links())
+    p = predict.predict(98304, 8, 1, "first", links())
     assert f"= {p['step']:,.1f} ms, 8 x 98,304" in text and f"= {round(p['rate'], -3):,.0f} tok/s" in text
-    p = predict.predict(1 << 20, 8, 8, "lighthouse", links())
+    p = predict.predict(1 << 20, 8, 8, "first", links())
     assert f"over 8 GPUs {p['compute'] / 1e3:.1f} s" in text and f"{p['exchange']:.0f} ms in all" in text
     dense = 4 * predict.sdpa_ms(1 << 20) / 8
     sparse = 4 * (predict.sdpa_ms(predict.slots(1 << 20)) + predict.AROUND_MS * (1 << 20) / 98304) / 8
@@ -398,7 +410,7 @@ def test_the_steps_by_hand():
     assert f"{layer / slots ** 2 * 1e8:.2f}e-8 ms x {slots:,}^2 = {layer:.0f} ms" in text
     assert f"are {dense / 1e3:.1f} of those" in text
     assert f"it would be {(p['compute'] - dense + sparse) / 1e3:.1f}." in text
-    p, finer = (predict.predict(98304, 8, 8, "lighthouse", links(), tile) for tile in (128, 64))
+    p, finer = (predict.predict(98304, 8, 8, "first", links(), tile) for tile in (128, 64))
     assert (f"{finer['exchange']:.1f} ms instead of {p['exchange']:.1f}, a step of {finer['step']:.1f} ms, "
             f"{finer['compute'] / finer['step']:.0%} instead of {p['compute'] / p['step']:.0%}.") in text
     sizes = (98304, 8, 1), (98304, 8, 8), (1 << 20, 8, 8), (1 << 22, 8, 8)
@@ -431,5 +443,5 @@ def test_measured_values_take_the_place(tmp_path, monkeypatch):
     results.write_text("".join(json.dumps(r) + "\n" for r in [*recorded(), step]))
     found = links()
     predict.take_measured(found, [str(results)])
-    assert predict.STEP_MS == {"lighthouse": 910.0, "dense": 4119.0}
+    assert predict.STEP_MS == {"first": 910.0, "dense": 4119.0}
     assert (found.ring, found.all_to_all) == (390.0, 300.0)

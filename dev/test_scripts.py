@@ -1020,7 +1020,7 @@ def test_gguf_refuses_tokenizers_that_llama_cpp_has_no_name_for(tmp_path, change
 def config_event(program, steps=8, options=(), **changes):
     settings = {"train-data": "d/train_*.bin", "seed": "1", "batch-size": "2", "out-dir": program}
     if program == "lighthouse":
-        settings.update({"levels": "3", "switch-step": "4"})
+        settings.update({"attention": "L", "switch-step": "4"})
     return dict({"event": "config", "program": program, "version": 1, "options": dict(settings, **dict(options)),
                  "model": {"layers": 2, "channels": 32}, "steps": steps, "tokens_per_step": 100, "device": "x",
                  "backend": "cpu"}, **changes)
@@ -1032,19 +1032,19 @@ def step_event(step, loss, train_s, ms, phase):
             "wall_s": train_s + 0.5, "skipped": False}
 
 
-def eval_event(step, dense, lighthouse, train_s):
-    return {"event": "eval", "step": step, "loss_dense": dense, "loss_lighthouse": lighthouse, "tokens": 100 * step,
+def eval_event(step, dense, first, train_s):
+    return {"event": "eval", "step": step, "loss_dense": dense, "loss_first": first, "tokens": 100 * step,
             "train_s": train_s, "wall_s": train_s + 1.0}
 
 
-def lighthouse_events(losses=(5.0, 4.6, 4.2, 4.0, 5.5, 4.5, 4.2, 3.9)):
+def first_events(losses=(5.0, 4.6, 4.2, 4.0, 5.5, 4.5, 4.2, 3.9)):
     out, t = [config_event("lighthouse"), eval_event(0, 6.0, 6.1, 0.0)], 0.0
     for i, loss in enumerate(losses, 1):
         t += 0.1 if i <= 4 else 0.4
-        out.append(step_event(i, loss, t, 100.0 if i <= 4 else 400.0, "lighthouse" if i <= 4 else "dense"))
+        out.append(step_event(i, loss, t, 100.0 if i <= 4 else 400.0, "first" if i <= 4 else "dense"))
         if i == 4:
             out.append(eval_event(4, 5.2, 4.3, t))
-            out.append({"event": "switch", "step": 4, "from": "lighthouse", "to": "dense", "train_s": t})
+            out.append({"event": "switch", "step": 4, "train_s": t})
     return out + [eval_event(8, 4.0, None, t), {"event": "total", "steps": 8}]
 
 
@@ -1077,12 +1077,12 @@ def row_of(text, label):
 
 
 def test_compare_figures(tmp_path, capsys):
-    a, b = write_log(tmp_path / "lh", lighthouse_events()), write_log(tmp_path / "dense", dense_events())
+    a, b = write_log(tmp_path / "lh", first_events()), write_log(tmp_path / "dense", dense_events())
     out, text = compared(tmp_path, capsys, a, b)
     lh, dense = out["runs"]
     assert (lh["name"], lh["program"], lh["steps"], lh["tokens"]) == ("lh", "lighthouse", 8, 800)
     assert out["reference"] == "dense" and out["warnings"] == []
-    assert lh["phases"]["lighthouse"] == pytest.approx(
+    assert lh["phases"]["first"] == pytest.approx(
         {"steps": 4, "tokens": 400, "seconds": 0.4, "tokens_per_second": 1000, "median_ms": 100})
     assert lh["phases"]["dense"] == pytest.approx(
         {"steps": 4, "tokens": 400, "seconds": 1.6, "tokens_per_second": 250, "median_ms": 400})
@@ -1095,7 +1095,7 @@ def test_compare_figures(tmp_path, capsys):
     assert {k: lh["switch"][k] for k in ("step", "loss_before", "spike", "steps_to_recover", "window", "steps_after")
             } == pytest.approx({"step": 4, "loss_before": 4.1, "spike": 0.9, "steps_to_recover": 4, "window": 2,
                                 "steps_after": 4})
-    assert lh["switch"]["last_eval_before"]["loss_lighthouse"] == 4.3
+    assert lh["switch"]["last_eval_before"]["loss_first"] == 4.3
     pair, = out["pairs"]
     assert pair["whole_run"] == pytest.approx({"tokens": 800, "run_s": 2.0, "reference_s": 3.2, "speedup": 1.6})
     assert pair["step_speedup"] == pytest.approx(4.0)
@@ -1104,11 +1104,11 @@ def test_compare_figures(tmp_path, capsys):
     equal = pair["val_at_equal_time"]  # half way from 4.3 to 4.2
     assert [equal[k] for k in ("at", "run", "reference", "difference")] == pytest.approx([2.0, 4.0, 4.25, -0.25])
     assert equal["note"] is None
-    assert row_of(text, "lighthouse phase: tokens/s") == ["1,000", "-"]
+    assert row_of(text, "first phase: tokens/s") == ["1,000", "-"]
     assert row_of(text, "dense phase: tokens/s") == ["250", "250"]
     assert row_of(text, "training time") == ["2.0", "s", "3.2", "s"]
     assert row_of(text, "speed-up of the whole run over dense") == ["1.60", "x", "-"]
-    assert row_of(text, "speed-up of a Lighthouse step over dense") == ["4.00", "x", "-"]
+    assert row_of(text, "speed-up of a step of the first phase over dense") == ["4.00", "x", "-"]
     assert row_of(text, "validation loss, final") == ["4.0000", "3.8000"]
     assert row_of(text, "validation loss at equal tokens, 800 tokens") == ["4.0000", "3.8000"]
     assert row_of(text, "validation loss at equal training time, 2.0 s") == ["4.0000", "4.2500"]
@@ -1117,10 +1117,13 @@ def test_compare_figures(tmp_path, capsys):
     assert row_of(text, "spike at the switch") == ["+0.9000", "-"]
     assert row_of(text, "steps to recover") == ["4", "-"]
     assert "warning" not in text
+    # A log of an earlier version, in its words.
+    old = [json.dumps(e, separators=(",", ":")).replace("first", "lighthouse") + "\n" for e in first_events()]
+    assert compared(tmp_path, capsys, write_log(tmp_path / "lh", old), b)[0] == out
 
 
 def test_compare_when_the_dense_run_is_shorter(tmp_path, capsys):
-    a, b = write_log(tmp_path / "lh", lighthouse_events()), write_log(tmp_path / "dense", dense_events(steps=4))
+    a, b = write_log(tmp_path / "lh", first_events()), write_log(tmp_path / "dense", dense_events(steps=4))
     out, text = compared(tmp_path, capsys, a, b)
     pair, = out["pairs"]
     assert pair["whole_run"] == pytest.approx({"tokens": 400, "run_s": 0.4, "reference_s": 1.6, "speedup": 4.0})
@@ -1135,7 +1138,7 @@ def test_compare_when_the_dense_run_is_shorter(tmp_path, capsys):
 
 
 def test_compare_cannot_interpolate_before_the_first_evaluation(tmp_path, capsys):
-    a = write_log(tmp_path / "lh", lighthouse_events())
+    a = write_log(tmp_path / "lh", first_events())
     b = write_log(tmp_path / "dense", dense_events(evals=(8,)))
     out, text = compared(tmp_path, capsys, a, b)
     equal = out["pairs"][0]["val_at_equal_time"]
@@ -1148,7 +1151,7 @@ def test_compare_cannot_interpolate_before_the_first_evaluation(tmp_path, capsys
 
 
 def test_compare_does_not_interpolate_between_evaluations_far_apart(tmp_path, capsys):
-    a = write_log(tmp_path / "lh", lighthouse_events())
+    a = write_log(tmp_path / "lh", first_events())
     b = write_log(tmp_path / "dense", dense_events(evals=(0, 8)))
     out, text = compared(tmp_path, capsys, a, b)
     pair, = out["pairs"]
@@ -1161,12 +1164,12 @@ def test_compare_does_not_interpolate_between_evaluations_far_apart(tmp_path, ca
 
 
 def test_compare_no_recovery_and_no_switch(tmp_path, capsys):
-    a = write_log(tmp_path / "lh", lighthouse_events((5.0, 4.6, 4.2, 4.0, 5.5, 5.0, 4.8, 4.7)))
+    a = write_log(tmp_path / "lh", first_events((5.0, 4.6, 4.2, 4.0, 5.5, 5.0, 4.8, 4.7)))
     out, text = compared(tmp_path, capsys, a)
     assert out["runs"][0]["switch"]["steps_to_recover"] is None and out["pairs"] == [] and out["reference"] is None
     assert row_of(text, "steps to recover") == "not within the run".split()
     assert "without a dense run" in text
-    write_log(a, lighthouse_events()[:5])
+    write_log(a, first_events()[:5])
     out, text = compared(tmp_path, capsys, a)
     assert out["runs"][0]["switch"] is None and "steps to recover" not in text
     assert "lh stands at step 3 of 8" in text
@@ -1174,7 +1177,7 @@ def test_compare_no_recovery_and_no_switch(tmp_path, capsys):
 
 def test_compare_spike_ends_with_the_recovery(tmp_path, capsys):
     """A larger loss of an odd batch later on is no part of the spike; losses that are no numbers are left out."""
-    a = write_log(tmp_path / "lh", lighthouse_events((5.0, 4.6, 4.2, 4.0, 4.5, float("nan"), 3.7, 9.0)))
+    a = write_log(tmp_path / "lh", first_events((5.0, 4.6, 4.2, 4.0, 4.5, float("nan"), 3.7, 9.0)))
     out, _ = compared(tmp_path, capsys, a)
     assert out["runs"][0]["switch"]["spike"] == pytest.approx(0.0)  # the mean of 4.5 and 3.7
     assert out["runs"][0]["switch"]["steps_to_recover"] == 3
@@ -1183,15 +1186,15 @@ def test_compare_spike_ends_with_the_recovery(tmp_path, capsys):
 def test_compare_resumed_log(tmp_path, capsys):
     """A checkpoint at step 3, steps to 6 lost, resumed with other numbers, stopped at 5: step 6 is no more."""
     events = [config_event("lighthouse"), eval_event(0, 6.0, 6.1, 0.0)]
-    events += [step_event(i, 9.0, 0.1 * i, 100.0, "lighthouse") for i in range(1, 7)]
+    events += [step_event(i, 9.0, 0.1 * i, 100.0, "first") for i in range(1, 7)]
     events += [eval_event(6, 8.0, 8.0, 0.6), config_event("lighthouse"), {"event": "resume", "step": 3, "file": "c"}]
-    events += [step_event(4, 4.0, 0.5, 200.0, "lighthouse"), step_event(5, 3.0, 0.7, 200.0, "lighthouse"),
+    events += [step_event(4, 4.0, 0.5, 200.0, "first"), step_event(5, 3.0, 0.7, 200.0, "first"),
                eval_event(5, 2.5, 2.0, 0.7)]
     a = write_log(tmp_path / "lh", events)
     out, _ = compared(tmp_path, capsys, a)
     lh = out["runs"][0]
     assert (lh["steps"], lh["tokens"], lh["train_s"], lh["final_val_loss"]) == (5, 500, 0.7, 2.5)
-    assert lh["phases"]["lighthouse"]["steps"] == 5
+    assert lh["phases"]["first"]["steps"] == 5
     write_log(a, events[:11])  # resumed, and no step done since
     lh = compared(tmp_path, capsys, a)[0]["runs"][0]
     assert (lh["steps"], lh["final_val_step"]) == (3, 0)
@@ -1253,7 +1256,7 @@ def test_compare_broken_logs(tmp_path, capsys):
 
 
 def test_compare_warns_of_different_runs(tmp_path, capsys):
-    a = write_log(tmp_path / "lh", lighthouse_events())
+    a = write_log(tmp_path / "lh", first_events())
     for change, message in (
             (dict(options={"seed": "2"}), '--seed differs: lh has "1", dense "2"'),
             (dict(options={"train-data": "e"}), '--train-data differs: lh has "d/train_*.bin", dense "e"'),
@@ -1270,7 +1273,7 @@ def test_compare_warns_of_different_runs(tmp_path, capsys):
 
 def test_compare_png(tmp_path):
     image = pytest.importorskip("matplotlib.image")
-    a, b = write_log(tmp_path / "lh", lighthouse_events()), write_log(tmp_path / "dense", dense_events())
+    a, b = write_log(tmp_path / "lh", first_events()), write_log(tmp_path / "dense", dense_events())
     run(compare, a, b, "--png", tmp_path / "out.png", "--window", 2)
     raw = (tmp_path / "out.png").read_bytes()
     assert raw[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">2I", raw[16:24]) == (1560, 600)
@@ -1288,7 +1291,7 @@ def test_compare_runs_both_trainers(tmp_path):
     (tmp_path / "scripts").mkdir()
     script = tmp_path / "scripts" / "compare"
     shutil.copy(os.path.join(SCRIPTS, "compare"), script)
-    lines = {"lighthouse": lighthouse_events(), "dense": dense_events()}
+    lines = {"lighthouse": first_events(), "dense": dense_events()}
     for name, events in lines.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
         trainer = tmp_path / f"train_gpt_{name}_cpu"
@@ -1298,7 +1301,7 @@ def test_compare_runs_both_trainers(tmp_path):
     (tmp_path / "status").write_text("0")
     command = [str(script), "--run", "--backend", "cpu", "--out", str(tmp_path / "pair"), "--json",
                str(tmp_path / "out.json"), "--", "--steps", "8", "--levels=2", "--pool", "4", "--topk", "8", "--tile=4",
-               "--dense-layers", "0,1", "--switch-step", "4", "--train-data", "a b/*.bin", "--seed=-3"]
+               "--attention", "DL", "--window=8", "--switch-step", "4", "--train-data", "a b/*.bin", "--seed=-3"]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "1.60 x" in done.stdout and f"{tmp_path}/train_gpt_lighthouse_cpu --steps 8 --levels=2" in done.stdout
@@ -1363,7 +1366,7 @@ def test_trained_models_leave_as_they_were_evaluated(tmp_path, monkeypatch, requ
     run(compare, "--run", "--backend", "cpu", "--out", tmp_path / "pair", "--json", tmp_path / "out.json", "--",
         "--train-data", tmp_path / "train.bin", "--val-data", tmp_path / "val.bin", "--val-batches", 2, "--steps", 6,
         "--depth", 2, "--channels", 32, "--heads", 2, "--seq-len", 64, "--learning-rate", 1e-2, "--warmup-steps", 0,
-        "--vocab-size", 257, "--levels", 2, "--pool", 2, "--topk", 8, "--tile", 4, "--dense-layers", "none",
+        "--vocab-size", 257, "--levels", 2, "--pool", 2, "--topk", 8, "--tile", 4, "--attention", "LW", "--window", 24,
         "--switch-step", 4, "--positions", positions)
     out = json.loads((tmp_path / "out.json").read_text())
     assert out["reference"] == "dense" and out["runs"][0]["switch"]["step"] == 4
@@ -1560,7 +1563,7 @@ def test_scripts_start_as_commands(tmp_path, name):
 
 
 def test_a_reader_that_leaves_ends_a_script_quietly(tmp_path):
-    runs = [write_log(tmp_path / "lh", lighthouse_events()), write_log(tmp_path / "dense", dense_events())]
+    runs = [write_log(tmp_path / "lh", first_events()), write_log(tmp_path / "dense", dense_events())]
     for command in (["compare", *runs], ["predict_scaling"],
                     ["bench", "page", os.path.join(ROOT, "dev/logs/h200/bench.jsonl")],
                     ["bench_scaling", "page", os.path.join(ROOT, "dev/logs/h200/scaling.jsonl")]):

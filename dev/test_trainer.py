@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import model_file
 ENV = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", OMPI_ALLOW_RUN_AS_ROOT="1",
            OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
-LIGHTHOUSE_OPTIONS = {"levels", "pool", "topk", "tile", "dense-layers", "switch-step"}
+FIRST_PHASE_OPTIONS = {"attention", "window", "levels", "pool", "topk", "tile", "switch-step"}
 T = 64
 # 16 coarsest entries in 2 tiles; 48 slots for 64 tokens. The three layers are dense, Lighthouse, dense.
 GEOMETRY = dict(levels=3, pool=2, topk=8, tile=4)
@@ -237,9 +237,12 @@ def step_events(folder):
 CASES = {
     "rope": dict(),                                                              # 12 steps in epochs of 7 windows
     "learned": dict(positions="learned", shuffle=0, total_batch_size=3 * T),    # accumulation across the epochs' ends
-    "batch": dict(batch_size=2, total_batch_size=4 * T, recompute=4, dense_layers="none"),
+    "batch": dict(batch_size=2, total_batch_size=4 * T, recompute=4, attention="L"),
     "wide": dict(seq_len=2 * T, recompute=2, lr_schedule="wsd", warmup_steps=3),
+    "windows": dict(attention="WDL", window="16,24:3,48:6", batch_size=2, total_batch_size=4 * T, recompute=3),
+    "windows, learned": dict(attention="W", window=24, positions="learned", batch_size=3, recompute=1),
     "dense": dict(program="dense", batch_size=3, shuffle=0),
+    "fp8, windows": dict(fp8=1, attention="WWD", window="40,16:2", recompute=4),
     "fp8": dict(fp8=1, recompute=1, total_batch_size=2 * T),
 }
 STEPS, SWITCH = 12, 7
@@ -449,11 +452,12 @@ def test_two_threads_repeat_their_bits(lab, monkeypatch):
 
 @pytest.mark.parametrize("fp8", [0, 1])
 @pytest.mark.parametrize("positions", ["rope", "learned"])
-@pytest.mark.parametrize("program", ["lighthouse", "dense"])
-def test_recompute_levels_are_bit_equal(lab, program, positions, fp8):
+@pytest.mark.parametrize("attention", ["paper", "WDWL", "dense"])
+def test_recompute_levels_are_bit_equal(lab, attention, positions, fp8):
     """What is recomputed in the backward pass is what was computed: the trained model is the same at every level, and where
     the memory lies between that of two levels, so that the first layers have the lower one and the others the higher."""
-    options = dict(program=program, positions=positions, steps=6, batch_size=2, depth=4, learning_rate=1e-2, fp8=fp8)
+    options = dict(positions=positions, steps=6, batch_size=2, depth=4, learning_rate=1e-2, fp8=fp8)
+    options.update(dict(program="dense") if attention == "dense" else dict(attention=attention, window="24,40:2"))
     runs = [lab.train(f"level_{level}", **options, recompute=level) for level in range(5)]
     model, taken = model_bytes(runs[0]), [events(run, "memory")[0]["total_bytes"] for run in runs]
     assert model != model_bytes(lab.train("untrained", **dict(options, steps=0)))
@@ -473,7 +477,7 @@ def test_recompute_levels_are_bit_equal(lab, program, positions, fp8):
 def test_fp8_keeps_inputs_as_columns_only(lab):
     """A Lighthouse layer keeps what its products read at a byte an element: LayerNorm's and attention's results not besides."""
     def layer(level, fp8):  # bytes
-        options = dict(dense_layers="none", steps=1, switch_step=1, recompute=level, fp8=fp8)
+        options = dict(attention="L", steps=1, switch_step=1, recompute=level, fp8=fp8)
         three, four = (events(lab.train(f"{level} {fp8} {n}", depth=n, **options), "memory")[0]["parts"] for n in (3, 4))
         return four["activations"] - three["activations"]
     wide, fp8, elements = layer(1, 0), layer(1, 1), T * 16
@@ -518,7 +522,7 @@ def test_resume_of_a_finished_run_trains_no_more(lab):
 
 def test_a_resume_with_other_options_says_so(lab):
     """Whatever shapes the training and is not what it was is named, also where it was left out; the same options, and those that
-    only say where and how to run, are not. A list of layers that has no room in the header is left out, not misread."""
+    only say where and how to run, are not. A value that has no room in the header is left out, not misread."""
     def notes(folder, **options):
         copy = shutil.copytree(folder, lab.folder / f"{folder.name}_{len(list(lab.folder.iterdir()))}")
         result = lab.run(copy.name, resume=1, **options)
@@ -532,14 +536,14 @@ def test_a_resume_with_other_options_says_so(lab):
     assert notes(folder, steps=4, switch_step=2, lr_schedule="wsd", tile=2 * GEOMETRY["tile"]) == [
         "--learning-rate was 0.0006 up to here and is 0.0003 from now on", "--beta2 was 0.99 up to here and is 0.95 from now on",
         f"--tile was {GEOMETRY['tile']} up to here and is {2 * GEOMETRY['tile']} from now on"]
-    folder = lab.train("long", **options, dense_layers=",".join(["0"] * 600))
-    assert notes(folder, **options, dense_layers="0") == []
-    assert notes(folder, **dict(options, beta2=0.9), dense_layers="0") == ["--beta2 was 0.99 up to here and is 0.9 from now on"]
+    folder = lab.train("long", **options, window="0" * 1200 + "64")
+    assert notes(folder, **options, window="64") == []
+    assert notes(folder, **dict(options, beta2=0.9), window="64") == ["--beta2 was 0.99 up to here and is 0.9 from now on"]
 
 
 def test_a_resume_that_moves_the_switch_says_so(lab):
     """A run made longer that goes back to Lighthouse gets a note; one that resumes past its switch switches at once, with the
-    line, the event, both validations where Lighthouse is planned for, and new detectors."""
+    line, the event, both validations where the first phase is planned for, and new detectors."""
     finished = lab.train("run", steps=8, switch_step="0.5")
     copies = [shutil.copytree(finished, lab.folder / name) for name in ("kept", "back")]
     note = "note: this run was dense already at step 8; with --steps 20 its switch is at step 10: --switch-step 4 keeps it dense"
@@ -550,14 +554,14 @@ def test_a_resume_that_moves_the_switch_says_so(lab):
     assert [e["step"] for e in events(copies[1], "switch")] == [4, 10]
     options = dict(steps=8, val_data=lab.data.val, val_every=0, val_batches=1)
     sparse = lab.train("sparse", **options, switch_step="1.0", checkpoint_every=6, keep_last=0)
-    for switch, lighthouse in ((3, True), (0, False)):
+    for switch, planned in ((3, True), (0, False)):
         folder = lab.folder / f"late_{switch}"
         folder.mkdir()
         shutil.copy(checkpoint(sparse, 6), folder)
         result = lab.run(folder.name, **options, switch_step=switch, resume=1)
         assert result.code == 0 and result.out.count("step 6 | the switch: dense") == 1, result.out
         assert [e["step"] for e in events(folder, "switch")] == [6]
-        assert [(e["step"], e["loss_lighthouse"] is not None) for e in events(folder, "eval")] == [(6, lighthouse), (8, False)]
+        assert [(e["step"], e["loss_first"] is not None) for e in events(folder, "eval")] == [(6, planned), (8, False)]
         state = checkpoint(folder, 8).read_bytes()[4096:]  # step, sequences, updates, two times, of two phases: steps, times; values
         for detector in (STATE["loss_seen"], STATE["norm_seen"]):
             assert struct.unpack("<q", state[detector:detector + 8]) == (2,), "losses and norms seen since the switch"
@@ -569,7 +573,7 @@ def test_a_resume_that_moves_the_switch_says_so(lab):
 def saved(programs, data, tmp_path_factory):
     """A small run with the checkpoints of steps 2 and 4, the end, and what it ends in."""
     lab = Lab(programs, data, tmp_path_factory.mktemp("saved"))
-    folder = lab.train("run", depth=1, steps=4, checkpoint_every=2, dense_layers="none")
+    folder = lab.train("run", depth=1, steps=4, checkpoint_every=2, attention="L")
     return folder
 
 
@@ -580,7 +584,7 @@ def resumed_from(lab, saved, name, damage, steps=(2, 4), **options):
     for step in steps:
         shutil.copy(checkpoint(saved, step), folder)
     damage(checkpoint(folder, steps[-1]))
-    options = dict(dict(depth=1, steps=4, dense_layers="none", resume=1), **options)
+    options = dict(dict(depth=1, steps=4, attention="L", resume=1), **options)
     return folder, lab.run(name, **options)
 
 
@@ -724,7 +728,7 @@ def test_a_folder_that_cannot_be_listed_is_not_empty(lab, saved, monkeypatch):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     preload(lab, UNLISTABLE, monkeypatch)
     for resume in (0, 1):
-        lab.fails(lab.run("run", depth=1, steps=4, dense_layers="none", resume=resume), "cannot list", folder, "Input/output error")
+        lab.fails(lab.run("run", depth=1, steps=4, attention="L", resume=resume), "cannot list", folder, "Input/output error")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
@@ -764,7 +768,7 @@ def test_pruning_never_removes_the_newest_whole_checkpoint(lab, saved):
     folder.mkdir()
     shutil.copy(checkpoint(saved, 2), folder)
     checkpoint(folder, 99).write_bytes(b"torn")
-    options = dict(depth=1, dense_layers="none", steps=6, resume=1, checkpoint_every=1, keep_last=1)
+    options = dict(depth=1, attention="L", steps=6, resume=1, checkpoint_every=1, keep_last=1)
     lab.train("run", **options)
     assert 6 in checkpoints(folder), checkpoints(folder)
     lab.train("run", **options)
@@ -777,7 +781,7 @@ def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(lab, saved):
     folder, result = resumed_from(lab, saved, "run", lambda path: os.truncate(path, 100), steps=(2, 4))
     shutil.move(folder / "ckpt_00000004.bin.unusable", checkpoint(folder, 3))  # as if step 3's were damaged
     checkpoint(folder, 4).unlink()
-    lab.train("run", depth=1, dense_layers="none", steps=6, resume=1, checkpoint_every=4, keep_last=3)
+    lab.train("run", depth=1, attention="L", steps=6, resume=1, checkpoint_every=4, keep_last=3)
     assert checkpoints(folder) == [2, 4, 6]
 
 
@@ -853,7 +857,7 @@ def test_the_order_of_calls(lab, monkeypatch):
     """What keeps a run through a crash at any moment is the order of its calls: they are recorded, and looked at."""
     preload(lab, CALLS, monkeypatch)
     monkeypatch.setitem(ENV, "CALLS", str(lab.folder / "calls"))
-    lab.train("run", steps=3, depth=1, dense_layers="none", checkpoint_every=1, keep_last=1)
+    lab.train("run", steps=3, depth=1, attention="L", checkpoint_every=1, keep_last=1)
     calls = [line.split() for line in (lab.folder / "calls").read_text().splitlines()]
     calls = [(int(rank), call, file) for rank, call, file in calls]
     for step in (1, 2, 3):
@@ -865,7 +869,7 @@ def test_the_order_of_calls(lab, monkeypatch):
                                                    (2, 5, [5, 10, 11, 12]), (1, 4, [4, 8, 12]), (100, 0, list(range(1, 13)))])
 def test_keep_last_and_keep_every(lab, last, every, expected):
     """Exactly the checkpoints stay that --keep-last and --keep-every name."""
-    folder = lab.train("run", steps=12, depth=1, dense_layers="none", checkpoint_every=1, keep_last=last, keep_every=every)
+    folder = lab.train("run", steps=12, depth=1, attention="L", checkpoint_every=1, keep_last=last, keep_every=every)
     assert checkpoints(folder) == expected
     assert not list(folder.glob("*.partial"))
 
@@ -879,7 +883,7 @@ def test_checkpoint_every(lab):
 def test_a_full_disk_costs_no_checkpoint(lab, saved):
     """A checkpoint that cannot be written ends the run with a message; the earlier one is whole and resumes to the same
     end. With a limit on the size of files and, where one can be mounted, on a full tmpfs."""
-    options = dict(depth=1, dense_layers="none", steps=4, checkpoint_every=2, keep_last=0)
+    options = dict(depth=1, attention="L", steps=4, checkpoint_every=2, keep_last=0)
     size = checkpoint(saved, 4).stat().st_size
     folder = lab.folder / "limited"
     folder.mkdir()
@@ -1169,7 +1173,7 @@ def test_every_option_is_checked(lab, table, program):
         def bad(words, *more):
             result = execute(base + list(more))
             lab.fails(result, *words)
-        if program == "dense" and name in LIGHTHOUSE_OPTIONS:
+        if program == "dense" and name in FIRST_PHASE_OPTIONS:
             bad(["unknown option --" + name], f"--{name}=4")
             continue
         if option["type"] == "flag":
@@ -1216,11 +1220,11 @@ def test_help_lists_every_option(lab, table, program):
     for option in table:
         name = option["name"] + (f", -{option['letter']}" if option["letter"] else "")
         listed = re.search(rf"^  --{name} .*$", result.out, re.M)
-        assert bool(listed) == (program == "lighthouse" or option["name"] not in LIGHTHOUSE_OPTIONS), name
+        assert bool(listed) == (program == "lighthouse" or option["name"] not in FIRST_PHASE_OPTIONS), name
         if listed and option["fallback"] and option["type"] != "flag" and not option["fallback"].startswith("runs"):
             bounds = f"; {option['min']:.12g} to {option['max']:.12g}" if option["type"] != "text" else ""
             assert f"({option['fallback']}{bounds})" in listed.group(), listed.group()
-    assert result.out.count("\n  --") == len(table) - (len(LIGHTHOUSE_OPTIONS) if program == "dense" else 0)
+    assert result.out.count("\n  --") == len(table) - (len(FIRST_PHASE_OPTIONS) if program == "dense" else 0)
 
 
 def test_every_way_to_write_an_option_is_the_same(lab, table):
@@ -1300,7 +1304,7 @@ def test_the_last_of_repeated_options_counts(lab):
 
 def test_a_run_that_is_never_dense_plans_no_dense_step(lab):
     """With --switch-step 1.0 a dense training pass, the larger one at recompute level 3, takes no memory; evaluations are dense."""
-    options = dict(depth=12, dense_layers="none", seq_len=8 * T, recompute=3, steps=4, train_data=lab.data.large,
+    options = dict(depth=12, attention="L", seq_len=8 * T, recompute=3, steps=4, train_data=lab.data.large,
                    val_data=lab.data.large, val_every=2, val_batches=2)
     runs = [lab.train(f"until_{switch}", switch_step=switch, **options) for switch in ("1.0", "3", "4")]
     never, later, also_never = (events(run, "memory")[0]["parts"] for run in runs)
@@ -1308,7 +1312,7 @@ def test_a_run_that_is_never_dense_plans_no_dense_step(lab):
     assert model_bytes(runs[0]) == model_bytes(runs[2])
     evaluations = [events(run, "eval") for run in runs]
     assert [e["loss_dense"] for e in evaluations[0]][:2] == [e["loss_dense"] for e in evaluations[1]][:2]
-    assert evaluations[0][-1]["step"] == 4 and evaluations[0][-1]["loss_dense"] and evaluations[0][-1]["loss_lighthouse"]
+    assert evaluations[0][-1]["step"] == 4 and evaluations[0][-1]["loss_dense"] and evaluations[0][-1]["loss_first"]
 
 
 def test_a_plan_for_more_processes(lab):
@@ -1339,14 +1343,14 @@ def test_switch_step(lab):
     """The switch as a share, as a step, never, and at once; and what it may not be."""
     def switched(value, steps=8):
         name = f"s{value}_{steps}"
-        folder = lab.train(name, steps=steps, switch_step=value, depth=1, dense_layers="none")
+        folder = lab.train(name, steps=steps, switch_step=value, depth=1, attention="L")
         phases = [e["phase"] for e in step_events(folder)]
-        n = phases.count("lighthouse")
-        assert phases == ["lighthouse"] * n + ["dense"] * (steps - n)
+        n = phases.count("first")
+        assert phases == ["first"] * n + ["dense"] * (steps - n)
         config = events(folder, "config")[0]
         assert config["switch_step"] == n and (config["lighthouse"] is None) == (n == 0)
         assert [e["step"] for e in events(folder, "switch")] == ([n] if 0 < n < steps else [])
-        assert events(folder, "total")[0]["phases"]["lighthouse"]["steps"] == n
+        assert events(folder, "total")[0]["phases"]["first"]["steps"] == n
         return n
     assert switched("0") == 0 and switched("0.0") == 0
     assert switched("0.625") == 5 and switched("0.5") == 4 and switched("0.99") == 8
@@ -1356,19 +1360,41 @@ def test_switch_step(lab):
         lab.refused("--switch-step", f'"{value}"', steps=8, switch_step=value)
 
 
-def test_dense_layers(lab):
-    """Which layers Lighthouse takes, by list and by word, and lists that no model has."""
-    def dense(value, depth):
-        folder = lab.train(f"l{value}_{depth}", steps=1, switch_step="1.0", depth=depth, dense_layers=value)
-        config = events(folder, "config")[0]["lighthouse"]
-        return config and config["dense_layers"]
-    assert dense("none", 3) == [] and dense("0", 3) == [0] and dense("0,2", 3) == [0, 2] and dense("2,1", 3) == [1, 2]
-    assert dense("auto", 1) == [] and dense("auto", 2) == [] and dense("auto", 3) == [0, 2] and dense("auto", 11) == [0, 10]
-    assert dense("auto", 12) == [0, 1, 10, 11]
-    assert dense("all", 3) is None and dense("0,1,2", 3) is None  # a dense run, and it says so
-    assert "dense throughout" in execute(lab.command("x", dense_layers="all") + ["--dry-run"]).out
-    for value in ["3", "0,3", "-1", "0,-1", "0;1", "0,,1", "0 1", "some", "", "1.5", "0,x", ",0", "99999999999"]:
-        lab.refused("--dense-layers", f'"{value}"', dense_layers=value)
+def test_attention(lab):
+    """Which attention each layer has, by letters and by name, and what no model has."""
+    def pattern(value, depth):
+        folder = lab.train(f"a{value}_{depth}", steps=1, switch_step="1.0", depth=depth, attention=value)
+        config = events(folder, "config")[0]
+        assert (config["lighthouse"] is None) == ("L" not in config["attention"])
+        assert config["windows"] == ([[T, 0]] if "W" in config["attention"] else [])  # no window is longer than a sequence
+        assert config["switch_step"] == (0 if set(config["attention"]) == {"D"} else 1)
+        return config["attention"]
+    assert pattern("L", 3) == "LLL" and pattern("DW", 5) == "DWDWD" and pattern("WLD", 3) == "WLD" and pattern("W", 2) == "WW"
+    assert pattern("paper", 1) == "L" and pattern("paper", 2) == "LL" and pattern("paper", 3) == "DLD"
+    assert pattern("paper", 11) == "D" + 9 * "L" + "D" and pattern("paper", 12) == "DD" + 8 * "L" + "DD"
+    assert pattern("D", 3) == "DDD"  # a dense run, and it says so
+    assert "dense throughout" in execute(lab.command("x", attention="DDD") + ["--dry-run"]).out
+    assert execute(lab.command("out", pool=3, attention="W") + ["--dry-run"]).code == 0  # no rule of Lighthouse's for windows
+    for value in ["", "l", "DLX", "LLLL", "D,L", "0,1", "none", "Paper", "D L"]:
+        lab.refused(f'--attention is "{value}"; it must be paper, or 1 to 3 letters D (dense), W (window), L (Lighthouse)',
+                    attention=value)
+
+
+def test_windows(lab):
+    """Windows that grow, by step and by share, and what --window may not be."""
+    def windows(value, steps=8, switch=6):
+        folder = lab.train(f"w{value.replace(':', '_')}", steps=steps, switch_step=switch, depth=1, attention="W", window=value)
+        return events(folder, "config")[0]["windows"]
+    assert windows("16") == [[16, 0]] and windows("1024") == [[T, 0]] and windows("16:0") == [[16, 0]]
+    assert windows("16,32:3") == [[16, 0], [32, 3]] and windows("16:0.0,32:0.25,64:5") == [[16, 0], [32, 2], [64, 5]]
+    assert windows("32,8:1") == [[32, 0], [8, 1]]  # they may shrink
+    for value in ["", "x", "0", "-8", "16x", "16:", "16;32:2", "8,8:1,8:2,8:3,8:4,8:5,8:6,8:7,8:8", "1.5", "16,:3"]:
+        lab.refused("--window", f'"{value}"', steps=40, switch_step=38, attention="W", window=value)
+    for value in ["16,32:9", "16,32:1.5", "16,32:-1", "16,32:2.5.5", "16,32:x"]:
+        lab.refused(f'--window is "{value}"; a step must be from 0 to the run\'s 8', steps=8, attention="W", window=value)
+    for value, at in [("16:2", 2), ("16,32", 0), ("16,32:3,48:3", 3), ("16,32:3,48:2", 2), ("16,32:6", 6), ("16,32:1.0", 8)]:
+        lab.refused(f'--window is "{value}"', "the first window is taken from step 0 on", "below the switch at 6",
+                    f"from step {at}", steps=8, switch_step=6, attention="W", window=value)
 
 
 def test_lighthouse_rules(lab):
@@ -1391,7 +1417,7 @@ def test_lighthouse_rules(lab):
                 train_data=long)
     lab.refused("16 coarsest entries, fewer than topk = 32: lower topk and tile to at most 16,", seq_len=64, topk=32,
                 tile=None, train_data=long)
-    assert "[" not in lab.refused("--levels is 9; it must be 2 to 8. levels of the pyramid", levels=9).err
+    assert "[" not in lab.refused("--levels is 9; it must be 2 to 8. Lighthouse: levels of the pyramid", levels=9).err
     # what the messages propose is accepted
     for options in [dict(topk=8), dict(seq_len=96), dict(seq_len=104), dict(topk=16, tile=8),
                     dict(topk=16, tile=None)]:
@@ -1541,14 +1567,14 @@ def test_steps_by_hand(lab, clip):
         by_hand(sections(checkpoint(folder, step - 1)), sections(checkpoint(folder, step)), e["lr"], step, e["norm"], eps=1e-6, clip=clip)
 
 
-OUTLIER = dict(depth=1, steps=260, shuffle=0, dense_layers="none", learning_rate=1e-2, lr_schedule="constant", warmup_steps=0)
+OUTLIER = dict(depth=1, steps=260, shuffle=0, attention="L", learning_rate=1e-2, lr_schedule="constant", warmup_steps=0)
 
 
 @pytest.mark.parametrize("option", ["skip_loss_z", "skip_grad_z"])
 def test_an_outlier_is_skipped(lab, option):
     """The one anomalous window, and no other, is passed over: no update, the moments too; resuming changes nothing."""
     z = {option: 6}
-    options = dict(OUTLIER, train_data=lab.data.outlier, program="dense", dense_layers=None)
+    options = dict(OUTLIER, train_data=lab.data.outlier, program="dense", attention=None)
     folder = lab.train("skipping", **options, **z, checkpoint_every=1, keep_last=12)
     steps = step_events(folder)
     assert steps[250]["skipped"], steps[248:252]
@@ -1569,7 +1595,7 @@ def test_an_outlier_is_skipped(lab, option):
 
 def test_updates_are_counted_and_not_steps(lab):
     """After a skipped step the bias correction is that of the updates made: a beta of 0.999 shows it in the update's size."""
-    options = dict(OUTLIER, steps=252, train_data=lab.data.outlier, program="dense", dense_layers=None, beta2=0.999, weight_decay=0,
+    options = dict(OUTLIER, steps=252, train_data=lab.data.outlier, program="dense", attention=None, beta2=0.999, weight_decay=0,
                    grad_clip=0)
     folder = lab.train("run", **options, skip_loss_z=6, checkpoint_every=1, keep_last=2)
     steps = step_events(folder)
@@ -1582,7 +1608,7 @@ def test_an_unusually_low_loss_is_no_outlier(lab):
     tokens = np.where(np.random.RandomState(1).rand(160 * T + 1) < 0.5, 0, np.random.RandomState(2).randint(1, 64, 160 * T + 1))
     tokens[140 * T + 1:141 * T + 1] = 0
     path = write_shard(lab.folder / "easy.bin", tokens)
-    options = dict(OUTLIER, steps=150, train_data=path, program="dense", dense_layers=None)
+    options = dict(OUTLIER, steps=150, train_data=path, program="dense", attention=None)
     folder = lab.train("run", **options, skip_loss_z=6, skip_grad_z=100)
     losses = [e["loss"] for e in step_events(folder)]
     mean, deviation = np.mean(losses[12:140]), np.std(losses[12:140])
@@ -1663,13 +1689,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(lab):
 # ---- 6. logs
 
 FIELDS = {
-    "config": {"program", "version", "time", "options", "model", "lighthouse", "recompute_levels", "steps", "switch_step",
-               "tokens_per_step", "device", "backend", "measured_flops"},
+    "config": {"program", "version", "time", "options", "model", "attention", "windows", "lighthouse", "recompute_levels", "steps",
+               "switch_step", "tokens_per_step", "device", "backend", "measured_flops"},
     "memory": {"total_bytes", "parts"},
     "resume": {"step", "file"},
     "step": {"step", "loss", "lr", "norm", "ms", "tokens_per_second", "mfu", "phase", "tokens", "train_s", "wall_s", "skipped"},
-    "eval": {"step", "loss_dense", "loss_lighthouse", "tokens", "train_s", "wall_s"},
-    "switch": {"step", "from", "to", "train_s"},
+    "eval": {"step", "loss_dense", "loss_first", "tokens", "train_s", "wall_s", "positions_dense", "positions_first"},
+    "copying": {"step", "tokens", "sequences", "copies"},
+    "switch": {"step", "train_s"},
     "sample": {"step", "text"},
     "checkpoint": {"step", "file", "bytes", "seconds"},
     "total": {"steps", "tokens", "train_s", "wall_s", "phases", "final_val_loss"},
@@ -1688,7 +1715,7 @@ def test_logs(lab, table):
     config, memory, total = log[0], log[1], log[-1]
     assert set(config["options"]) == {o["name"] for o in table}
     assert config["program"] == "lighthouse" and config["backend"] == "cpu" and config["tokens_per_step"] == 4 * T
-    assert config["lighthouse"] == dict(GEOMETRY, slots=48, dense_layers=[0, 2]) and config["switch_step"] == 6 and config["steps"] == 10
+    assert config["lighthouse"] == dict(GEOMETRY, slots=48) and config["attention"] == "DLD" and config["switch_step"] == 6 and config["steps"] == 10
     model = config["model"]
     assert (model["layers"], model["channels"], model["heads"], model["vocab"], model["padded_vocab"]) == (3, 16, 2, 257, 384)
     assert model["positions"] == "rope" and model["rope_theta"] == 500000
@@ -1697,14 +1724,14 @@ def test_logs(lab, table):
 
     steps = events(folder, "step")
     assert [e["step"] for e in steps] == list(range(1, 11)) and [e["tokens"] for e in steps] == [4 * T * i for i in range(1, 11)]
-    assert [e["phase"] for e in steps] == ["lighthouse"] * 6 + ["dense"] * 4
+    assert [e["phase"] for e in steps] == ["first"] * 6 + ["dense"] * 4
     assert all(e["mfu"] > 0 and not e["skipped"] for e in steps)
     for e in steps:
         assert math.isclose(e["tokens_per_second"], 4 * T / e["ms"] * 1e3, rel_tol=0.02)
     assert abs(steps[-1]["train_s"] - sum(e["ms"] for e in steps) / 1e3) < 0.01
     assert all(a["wall_s"] <= b["wall_s"] and a["train_s"] <= b["train_s"] <= b["wall_s"] for a, b in zip(steps, steps[1:]))
 
-    assert [(e["step"], e["loss_lighthouse"] is None) for e in events(folder, "eval")] == \
+    assert [(e["step"], e["loss_first"] is None) for e in events(folder, "eval")] == \
         [(0, False), (4, False), (6, False), (8, True), (10, True)]
     assert [e["step"] for e in events(folder, "switch")] == [6] and [e["step"] for e in events(folder, "sample")] == [5, 10]
     assert [e["step"] for e in events(folder, "checkpoint")] == [3, 6, 9, 10]
@@ -1712,34 +1739,42 @@ def test_logs(lab, table):
         assert Path(e["file"]).stat().st_size == e["bytes"]
 
     assert total["steps"] == 10 and total["tokens"] == 40 * T and total["final_val_loss"] == events(folder, "eval")[-1]["loss_dense"]
-    for phase, count in [("lighthouse", 6), ("dense", 4)]:
+    for phase, count in [("first", 6), ("dense", 4)]:
         p = total["phases"][phase]
         assert p["steps"] == count and p["tokens"] == count * 4 * T
         assert abs(p["seconds"] - sum(e["ms"] for e in steps if e["phase"] == phase) / 1e3) < 0.01
         assert abs(p["tokens"] / p["tokens_per_second"] - p["seconds"]) < 0.001
-    assert abs(total["train_s"] - total["phases"]["lighthouse"]["seconds"] - total["phases"]["dense"]["seconds"]) < 0.01
+    assert abs(total["train_s"] - total["phases"]["first"]["seconds"] - total["phases"]["dense"]["seconds"]) < 0.01
 
-    train, val = {}, {}
+    for e in events(folder, "eval"):  # the mean over the positions, 1 + 1, 2, 4, ... 32 tokens of them, is the loss
+        for kind in ("dense", "first") if e["loss_first"] is not None else ("dense",):
+            assert math.isclose(np.average(e[f"positions_{kind}"], weights=[2, 2, 4, 8, 16, 32]), e[f"loss_{kind}"], rel_tol=1e-6)
+        assert (e["positions_first"] is None) == (e["loss_first"] is None)
+    copying = events(folder, "copying")
+    assert [e["step"] for e in copying] == [6, 10] and all(c["distance"] == 48 for e in copying for c in e["copies"])
+
+    train, val, copies = {}, {}, {}
     for line in (folder / "main.log").read_text().splitlines():  # as llm.c's own readers split it
         words = [word.split(":") for word in line.split(" ")]
         assert all(len(word) == 2 for word in words) and words[0][0] == "s", line
         kind = words[1][0]
-        (train if kind == "trl" else val)[int(words[0][1])] = float(words[1][1])
-        assert [w[0] for w in words[:4]] == ["s", "trl", "lr", "norm"] if kind == "trl" else [w[0] for w in words] in (["s", "tel"], ["s", "tel", "lhtel"])
+        {"trl": train, "tel": val, "copy48": copies}[kind][int(words[0][1])] = float(words[1][1])
+        assert [w[0] for w in words[:4]] in (["s", "trl", "lr", "norm"], ["s", "tel"], ["s", "tel", "ftel"], ["s", "copy48", "rcopy48"])
     assert sorted(train) == list(range(10)) and sorted(val) == [0, 4, 6, 8, 10]
     for e in steps:
         assert abs(train[e["step"] - 1] - e["loss"]) < 1e-6
     for e in events(folder, "eval"):
         assert abs(val[e["step"]] - e["loss_dense"]) < 1e-6
+    assert all(abs(copies[e["step"]] - e["copies"][0]["text_loss"]) < 1e-4 for e in copying) and len(copies) == 2
 
 
 def test_dense_program_logs(lab):
     """The baseline's log says that it is dense, and has no Lighthouse loss."""
     folder = lab.train("run", program="dense", steps=3, val_data=lab.data.val)
     config = events(folder, "config")[0]
-    assert config["program"] == "dense" and config["lighthouse"] is None and config["switch_step"] == 0
-    assert not LIGHTHOUSE_OPTIONS & set(config["options"])
-    assert all(e["loss_lighthouse"] is None for e in events(folder, "eval")) and not events(folder, "switch")
+    assert config["program"] == "dense" and config["lighthouse"] is None and config["attention"] == "DDD" and config["switch_step"] == 0
+    assert not FIRST_PHASE_OPTIONS & set(config["options"])
+    assert all(e["loss_first"] is None for e in events(folder, "eval")) and not events(folder, "switch")
     assert {e["phase"] for e in events(folder, "step")} == {"dense"}
     same = lab.train("same", steps=3, switch_step=0, val_data=lab.data.val)
     assert model_bytes(folder) == model_bytes(same), "the baseline is the same program without Lighthouse"
@@ -1758,7 +1793,7 @@ def test_a_resumed_run_appends_to_its_logs(lab):
     assert kinds.count("config") == 2 and kinds.count("total") == 2 and kinds.count("resume") == 1
     again = [e for e in events(folder, "step") if e["step"] == 5]
     assert len(again) == 2 and again[0]["loss"] == again[1]["loss"] and again[1]["train_s"] > seconds
-    assert sum(events(folder, "total")[-1]["phases"][p]["steps"] for p in ("lighthouse", "dense")) == 8
+    assert sum(events(folder, "total")[-1]["phases"][p]["steps"] for p in ("first", "dense")) == 8
 
 
 def test_a_torn_line_spoils_no_other(lab):
@@ -1968,7 +2003,7 @@ def test_samples(lab):
 def test_samples_of_a_trained_model(lab):
     """A model that has learnt to count goes on counting: the tokens that are fed back and read are the right ones."""
     path = write_shard(lab.folder / "count.bin", np.arange(40 * T + 1) % 26 + 97)
-    options = dict(train_data=path, steps=150, depth=2, channels=32, learning_rate=1e-2, warmup_steps=5, dense_layers="none")
+    options = dict(train_data=path, steps=150, depth=2, channels=32, learning_rate=1e-2, warmup_steps=5, attention="L")
     model = lab.train("run", **options, sample_every=150, sample_tokens=12, tokenizer=lab.data.tokenizer, prompt="abcdefghijk",
                       sample_top_k=1)
     assert float(main_log(model)[149][0]) < 0.1

@@ -1,7 +1,8 @@
 """The arithmetic of many GPUs, for scripts/bench_scaling and scripts/predict_scaling: what a rank sends in a step and
 what it keeps. A shape is what the trainer's log.jsonl says of a run: layers, channels, heads, padded_vocab, positions,
-B (sequences of a micro-step on one rank), T, tokens (of a step, all ranks), recompute (the level of every layer), and
-lighthouse: slots, levels, pool, topk, tile and dense_layers, or None. world = dp x cp ranks."""
+B (sequences of a micro-step on one rank), T, tokens (of a step, all ranks), recompute (the level of every layer),
+attention (a letter a layer: D dense, W window, L Lighthouse), windows ([tokens, from this step on], ...), and
+lighthouse: slots, levels, pool, topk and tile, or None. world = dp x cp ranks."""
 import importlib.machinery
 import importlib.util
 import math
@@ -60,15 +61,16 @@ def collectives(shape, phase, world, cp, element=2):
     if cp > 1:
         micro_steps = shape["tokens"] // (shape["B"] * shape["T"] * (world // cp))
         row, B = element * shape["channels"], shape["B"]
-        sparse, dense = layer_levels(shape, phase if exchanges_slots(shape, cp) else "dense")
+        sparse = layer_levels(shape, phase, "L") if exchanges_slots(shape, cp) else []
+        whole = layer_levels(shape, phase, exchanging(shape, cp))
 
         def add_cp(call, what, size, calls):
             add(call, what, size, micro_steps * calls, cp)
 
         # Forward and backward; and again what is recomputed in the backward pass. Sequences are exchanged one by one.
         tokens = row * shape["T"] // cp
-        add_cp("all_to_all", "qkv and its gradient", 3 * tokens, B * passes(dense, 2, 3))
-        add_cp("all_to_all", "attention's output and its gradient", tokens, B * passes(dense, 2, 2))
+        add_cp("all_to_all", "qkv and its gradient", 3 * tokens, B * passes(whole, 2, 3))
+        add_cp("all_to_all", "attention's output and its gradient", tokens, B * passes(whole, 2, 2))
         if sparse:
             lh = shape["lighthouse"]
             slots = row * lh["slots"] // cp
@@ -84,12 +86,10 @@ def sent(call):
     return call["bytes"] * (call["ranks"] - 1) // call["ranks"]
 
 
-def layer_levels(shape, phase):
-    """The recompute levels of the layers whose attention runs over the slots, and of the others."""
-    lh = shape["lighthouse"]
-    is_dense = [phase == "dense" or not lh or l in lh["dense_layers"] for l in range(shape["layers"])]
-    return ([level for level, dense in zip(shape["recompute"], is_dense) if not dense],
-            [level for level, dense in zip(shape["recompute"], is_dense) if dense])
+def layer_levels(shape, phase, letters):
+    """The recompute levels of the layers that have one of these kinds of attention in that phase."""
+    attention = shape["attention"] if phase == "first" else "D" * shape["layers"]
+    return [level for level, letter in zip(shape["recompute"], attention) if letter in letters]
 
 
 def passes(levels, once, again):
@@ -98,9 +98,18 @@ def passes(levels, once, again):
 
 
 def exchanges_slots(shape, cp):
-    """Whether Lighthouse layers exchange slots between cp ranks, not tokens: the trainer's choose_exchange()."""
+    """Whether Lighthouse layers exchange slots between cp ranks, not tokens: the trainer's can_exchange_slots()."""
     lh = shape["lighthouse"]
     return bool(cp > 1 and lh) and lh["topk"] // lh["tile"] % cp == 0 and lh["slots"] < shape["T"]
+
+
+def exchanging(shape, cp, window=None):
+    """The kinds of layers that exchange tokens between cp ranks: windows only where they do not lie whole on a rank.
+    window: this, or the run's first."""
+    if cp == 1:
+        return ""
+    window = window or (shape["windows"] or [[shape["T"], 0]])[0][0]
+    return "D" + "W" * (shape["T"] // cp % window != 0) + "L" * (not exchanges_slots(shape, cp))
 
 
 def halo_rows(lh):
@@ -111,25 +120,29 @@ def halo_rows(lh):
 # ---- memory -------------------------------------------------------------------------------------------------------
 
 def memory(shape, world, cp, element=2):
-    """{part: bytes} that a rank takes, by the names of the trainer's plan. Both phases take the larger of their two."""
+    """{part: bytes} that a rank takes, by the names of the trainer's plan. All phases and windows share the largest."""
     n = sum(groups(shape, world))
     B, T, C, D = shape["B"], shape["T"], shape["channels"], shape["channels"] // shape["heads"]
     parts = {"parameters": element * n, "fp32 masters": 4 * n // world if element < 4 else 0, "gradients": 4 * n,
              "AdamW moments": 8 * n // world}
     if shape["positions"] == "rope":
         parts["rotary table"] = (1024 + math.ceil(T / 1024)) * D * 4
-    parts["activations"] = max(activations(shape, phase, cp, element) for phase in ("lighthouse", "dense"))
+    parts["activations"] = max(activations(shape, phase, cp, element, window) for phase in ("first", "dense")
+                               for window in [tokens for tokens, _ in shape["windows"]] or [T])
     if element < 4:  # cuDNN's backward sums dq in fp32, and keeps a number for every row of every head
         parts["attention workspace"] = 4 * B * T // cp * (C + shape["heads"])
     return {name: size for name, size in parts.items() if size}
 
 
-def activations(shape, phase, cp, element):
+def activations(shape, phase, cp, element, window):
     """Bytes of the activations of a training pass, the largest kind of pass."""
     L, C, NH = shape["layers"], shape["channels"], shape["heads"]
     N = shape["B"] * shape["T"] // cp              # rows on this rank; or all rows of its NH/cp heads
     u, statistic = element * N * C, 4 * N
-    both, (sparse, dense) = shape["recompute"], layer_levels(shape, phase)
+    both, exchange = shape["recompute"], exchanging(shape, cp, window)
+    sparse, tokens = layer_levels(shape, phase, "L"), layer_levels(shape, phase, "DW")
+    two_forms = layer_levels(shape, phase, exchange.replace("L", ""))
+    one_form = layer_levels(shape, phase, set("DW") - set(exchange))
     highest = max(both)
 
     def places(levels, again):
@@ -140,11 +153,10 @@ def activations(shape, phase, cp, element):
     total += places(both, 1) * 4 * u               # gelu
     total += places(both, 2) * 2 * u               # ln1, ln2
     total += places(both, 3) * 8 * u               # qkv, x2, fch
-    total += places(dense, 4) * statistic * NH     # dense attention's sums
-    kept = sum(level < 2 for level in sparse) + sum(level < (2 if cp > 1 else 4) for level in dense)
-    total += (kept + (highest >= 4 or highest >= 2 and (len(sparse) > 0 or cp > 1))) * u  # attention's output
-    if cp > 1:                                     # and in the form of all rows of some heads
-        total += places(dense, 4) * u
+    total += places(tokens, 4) * statistic * NH    # dense and window attention's sums
+    kept = sum(level < 2 for level in sparse + two_forms) + sum(level < 4 for level in one_form)
+    total += (kept + (highest >= 4 or highest >= 2 and len(sparse + two_forms) > 0)) * u  # attention's output
+    total += places(two_forms, 4) * u              # and in the form of all rows of some heads
     if sparse:
         lh = shape["lighthouse"]
         slots = shape["B"] * lh["slots"] // cp     # rows of C elements
