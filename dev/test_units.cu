@@ -328,12 +328,16 @@ static void test_flops() {
     const int L = 5, C = 32, T = 256;
     model_layout(&m, {T, 300, 384, L, 4, C, true, 10000});
     m.shape.S = 96;
-    for (int l = 0; l < L; l++) m.lighthouse_layer[l] = l == 1 || l == 2;
+    choose_attention(&m, "DLLDW");
     double matrices = 2.0 * (L * (C * 3 * C + C * C + C * 4 * C + 4 * C * C) + C * 384), tokens = 3 * T;  // the head last
     auto attention = [&](double rows) { return 2 * (2 * rows * rows * C) / 2; };  // scores, and their products with v
-    double dense = 3 * (matrices * tokens + L * 3 * attention(T)), lighthouse = 3 * (matrices * tokens + 3 * 3 * attention(T) + 2 * 3 * attention(96));
-    check(fabs(step_flops(&m, DENSE, T, tokens) / dense - 1) < 1e-12, "operations of a dense step: %.6g (%.6g)", dense, step_flops(&m, DENSE, T, tokens));
-    check(fabs(step_flops(&m, LIGHTHOUSE, T, tokens) / lighthouse - 1) < 1e-12, "operations of a Lighthouse step: %.6g", lighthouse);
+    double dense = 3 * (matrices * tokens + L * 3 * attention(T));
+    double windows = 2 * attention(100) + attention(56);  // T = 256 in windows of 100
+    double first = 3 * (matrices * tokens + 2 * 3 * attention(T) + 2 * 3 * attention(96) + 3 * windows);
+    double got = step_flops(&m, DENSE_PHASE, 0, T, tokens);
+    check(fabs(got / dense - 1) < 1e-12, "operations of a dense step: %.6g (%.6g)", dense, got);
+    got = step_flops(&m, FIRST_PHASE, 100, T, tokens);
+    check(fabs(got / first - 1) < 1e-12, "operations of a step of two dense, two Lighthouse and a window layer: %.6g (%.6g)", first, got);
 }
 
 // ---- checksum, random numbers
