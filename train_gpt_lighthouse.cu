@@ -16,7 +16,7 @@ without Lighthouse, the baseline to compare with.
  7. model                  parameters, activations, memory plan, forward, backward
  8. optimizer              AdamW, learning rate schedules, outlier detection
  9. checkpoints            model files and whole run states
-10. evaluation, logs       validation, sampling, main.log, log.jsonl, the progress line
+10. evaluation, logs       validation, copying, sampling, main.log, log.jsonl
 11. main                   the loop
 
 Letters: B batch, T tokens of a sequence, C channels, NH heads, D head size, V vocabulary, Vp V padded to 128, L layers,
@@ -50,7 +50,6 @@ Build with make; every program has --help.
 #include <atomic>
 #include <functional>
 #include <initializer_list>
-#include <numeric>
 #include <thread>
 #ifdef USE_MPI
 #include <mpi.h>
@@ -5497,7 +5496,6 @@ static char* sample(Model* m, const Config* c, const Tokenizer* k, int64_t step)
 
 struct Logs {
     FILE *main, *jsonl;
-    bool terminal;  // standard output is one: draw the bar
 };
 
 // Opens a log to append to. A last line that a crash or a full disk cut off is ended, so that it spoils no other.
@@ -5512,12 +5510,11 @@ static FILE* log_open(const char* path) {
 }
 
 static Logs logs_open(const Config* c) {
-    Logs g = {NULL, NULL, false};
+    Logs g = {NULL, NULL};
     if (procs.rank) return g;
     char *main_path = text("%s/main.log", c->out_dir), *json_path = text("%s/log.jsonl", c->out_dir);
     g.main = log_open(main_path);
     g.jsonl = log_open(json_path);
-    g.terminal = isatty(STDOUT_FILENO) && isatty(STDERR_FILENO);  // under mpirun the first one always is
     free(main_path); free(json_path);
     return g;
 }
@@ -5573,17 +5570,6 @@ static ShortText duration(double seconds) {
     else snprintf(t.s, sizeof t.s, "%ld:%02ld:%02ld", n / 3600, n % 3600 / 60, n % 60);
     return t;
 }
-
-static void progress_bar(const Logs* g, int64_t step, int64_t steps, const char* eta) {
-    if (!g->terminal) return;
-    char bar[41];
-    int filled = steps ? (int)(40 * step / steps) : 40;
-    for (int i = 0; i < 40; i++) bar[i] = i < filled ? '#' : '.';
-    bar[40] = 0;
-    printf("[%s] %3.0f%%  ETA %s", bar, steps ? 100.0 * step / steps : 100.0, eta);
-    fflush(stdout);
-}
-static void progress_clear(const Logs* g) { if (g->terminal) printf("\r\033[K"); }
 
 // ===================================================================================================================
 // 11. Main: options, set-up, the loop.
@@ -5836,7 +5822,7 @@ static void choose_windows(Model* m, const Config* c, int64_t steps, int64_t swi
             fatal("--window is \"%s\"; the first window is taken from step 0 on, each of the others from a later step "
                   "than the one before it, below the switch at %ld: here window %ld from step %ld", c->window,
                   switch_step, window, from);
-        if (*s == ',') s++;
+        if (*s == ',' && !*++s) fatal("--window is \"%s\"; a window is missing behind the last comma", c->window);
         m->window[i] = std::min(window, c->seq_len);
         m->window_from[i] = from;
         m->windows++;
@@ -6175,19 +6161,12 @@ static ShortText size_text(double bytes) {
 }
 
 // How many checkpoints, at most, the run will have on the disk beyond the `count` found there, newest first: those
-// that will stay and the one being written, which is whole before an older one goes. With --keep-every it may be a few
-// too many: some that stay anyway are also among the last.
+// that will stay and the one being written, which is whole before an older one goes. Those of --keep-every come on top.
 static int64_t checkpoints_to_come(const Config* c, int64_t steps, const int64_t* found, int count) {
     int64_t done = count ? found[0] : 0, every = c->checkpoint_every;
     if (done >= steps) return 0;
-    int64_t written = 1 + (every ? (steps - 1) / every - done / every : 0), stay = c->keep_last;
-    if (stay == 0) return written;
-    if (c->keep_every && every) {
-        int64_t nth = c->keep_every / std::gcd(c->keep_every, every);
-        stay += steps / every / nth - done / every / nth;
-    }
-    for (int i = 0; i < count; i++) stay += c->keep_every && found[i] % c->keep_every == 0;
-    return std::min(written, std::max<int64_t>(stay + 1 - count, 1));
+    int64_t written = 1 + (every ? (steps - 1) / every - done / every : 0);
+    return c->keep_last ? std::min(written, std::max<int64_t>(c->keep_last + 1 - count, 1)) : written;
 }
 
 // All processes must write into one folder. Whether they can shows here, not only at the first checkpoint.
@@ -6359,7 +6338,6 @@ static bool measure_copying(Trainer* t) {
     Copying k = copying_plan(c);
     if (!evaluate_copying(&k, &t->model, c, &t->val)) return false;
     char *main_line = text("s:%ld", t->state.step), *json = text("%s", "");
-    progress_clear(&t->logs);
     for (int random = 0; random < 2; random++) {
         char* screen = text("step %ld | copies of %s:", t->state.step, random ? "random ids" : "the text");
         for (int i = 0; i < k.count; i++) {
@@ -6398,7 +6376,6 @@ static bool validate(Trainer* t, Phase phase, bool copying) {
                                   short_count(1ll << i).s, dense.bucket[i]);
         main_fields = longer_text(main_fields, " p%lld:%.6f", 1ll << i, dense.bucket[i]);
     }
-    progress_clear(&t->logs);
     if (phase == FIRST_PHASE) {
         say("step %ld | validation loss %.4f under dense attention, %.4f under %s%s\n", step, dense.all, first.all,
             c->attention, by_position);
@@ -6429,7 +6406,6 @@ static void save_checkpoint(Trainer* t) {
     free(lines);
     t->saved = t->state.step;
     checkpoint_prune(c, &t->state);
-    progress_clear(&t->logs);
     say("step %ld | checkpoint %s (%.2f GiB, %.1f s)\n", t->state.step, path, gib(checkpoint_bytes(&t->model)),
         seconds() - start);
     char* json = json_string(path);
@@ -6444,7 +6420,6 @@ static void write_sample(Trainer* t) {
     char* json = json_string(s);
     for (char* p = s; *p; p++)  // a terminal would obey them
         if (((unsigned char)*p < 32 && *p != '\n' && *p != '\t') || *p == 127) *p = '?';
-    progress_clear(&t->logs);
     say("step %ld | sample: %s\n", t->state.step, s);
     log_line(t->logs.jsonl, "{\"event\":\"sample\",\"step\":%ld,\"text\":%s}", t->state.step, json);
     free(json); free(s);
@@ -6554,11 +6529,9 @@ static bool train_step(Trainer* t) {
     s->phase_s[phase] += elapsed;
     double mfu = step_flops(m, phase, window, T, (double)total) / (elapsed * t->device_flops * procs.world);
     ShortText eta = duration(seconds_left(t));
-    progress_clear(&t->logs);
     say("step %*ld/%ld | loss %.4f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s | mfu %.1f%% | %s | ETA %s%s\n",
         (int)snprintf(NULL, 0, "%ld", t->steps), s->step, t->steps, loss, norm, lr, elapsed * 1e3, total / elapsed,
         100 * mfu, phase_name[phase], eta.s, skip ? " | update skipped: outlier" : "");
-    progress_bar(&t->logs, s->step, t->steps, eta.s);
     log_line(t->logs.main, "s:%ld trl:%.6f lr:%.8f norm:%.6f ms:%.2f tps:%.0f ph:%s", s->step - 1, loss, lr, norm,
              elapsed * 1e3, total / elapsed, phase_name[phase]);
     log_line(t->logs.jsonl, "{\"event\":\"step\",\"step\":%ld,\"loss\":%s,\"lr\":%.9g,\"norm\":%s,\"ms\":%.3f,"
@@ -6626,7 +6599,6 @@ int main(int argc, char** argv) {
         bool late = phase == DENSE_PHASE && s->phase_steps[FIRST_PHASE] > 0 && s->phase_steps[DENSE_PHASE] == 0;
         bool at_switch = late || (t->switch_step > 0 && s->step == t->switch_step);
         if (at_switch) {
-            progress_clear(&t->logs);
             say("step %ld | the switch: dense attention in every layer from here on\n", s->step);
             log_line(t->logs.jsonl, "{\"event\":\"switch\",\"step\":%ld,\"train_s\":%.6f}", s->step, s->train_s);
             memset(&s->loss, 0, sizeof s->loss);  // the loss jumps at the switch; that is no outlier
@@ -6644,7 +6616,6 @@ int main(int argc, char** argv) {
     if (s->step == t->steps) stop = !validate(t, phase_at(t, t->steps > 0 ? t->steps - 1 : 0), true);
     if (stop) {
         if (t->saved != s->step && !evaluates_only(c)) save_checkpoint(t);
-        progress_clear(&t->logs);
         say("stopped by signal at step %ld; --resume 1 goes on from here\n", s->step);
         processes_end();
         return 128 + (stop_signal ? stop_signal : SIGTERM);

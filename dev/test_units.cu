@@ -228,12 +228,11 @@ static void test_checkpoints_to_come() {
     Config c;
     char* arguments[] = {(char*)"test"};
     parse_options(&c, 1, arguments);
-    int too_few = 0, not_exact = 0;
+    int wrong = 0;
     for (c.checkpoint_every = 0; c.checkpoint_every < 4; c.checkpoint_every++)
         for (c.keep_last = 0; c.keep_last < 4; c.keep_last++)
-            for (c.keep_every = 0; c.keep_every < 7; c.keep_every++)
-                for (int64_t done = 0; done <= 12; done++)
-                    for (int count = 0; count <= std::min<int64_t>(done, 5); count++) {
+            for (int64_t done = 0; done <= 12; done++)
+                for (int count = 0; count <= std::min<int64_t>(done, 5); count++) {
                         if ((count == 0) != (done == 0)) continue;
                         std::vector<int64_t> files, found;  // oldest first, newest first
                         for (int i = 0; i < count; i++) found.push_back(done - i);
@@ -245,15 +244,12 @@ static void test_checkpoints_to_come() {
                             most = std::max(most, files.size());
                             std::vector<int64_t> left;
                             for (size_t i = 0; i < files.size(); i++)
-                                if (!c.keep_last || (int64_t)(files.size() - i) <= c.keep_last ||
-                                    (c.keep_every && files[i] % c.keep_every == 0)) left.push_back(files[i]);
+                                if (!c.keep_last || (int64_t)(files.size() - i) <= c.keep_last) left.push_back(files[i]);
                             files = left;
                         }
-                        int64_t more = checkpoints_to_come(&c, 12, found.data(), count), truth = most - count;
-                        too_few += more < truth;
-                        not_exact += !c.keep_every && more != truth;
+                        wrong += checkpoints_to_come(&c, 12, found.data(), count) != (int64_t)most - count;
                     }
-    check(too_few == 0 && not_exact == 0, "room for the checkpoints to come (%d too few, %d not exact)", too_few, not_exact);
+    check(wrong == 0, "room for the checkpoints to come (%d wrong)", wrong);
 }
 
 // ---- the tokenizer
