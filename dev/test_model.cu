@@ -177,7 +177,7 @@ static void test_file(const char* path) {
         // The head in chunks of 128 rows, whose gradients add up; above it had all rows in one.
         int64_t usual = head_chunk_bytes;
         head_chunk_bytes = 1;
-        Run r = {(int)B, T, (Phase)phase, true, 0, false, true};
+        Run r = {(int)B, T, (Phase)phase, m->window[0], true, 0, false, true};
         poison(m->grads, m->padded * 4);
         begin_gradients(m);
         device_zero(m->sums, 2 * sizeof(double));
