@@ -1437,6 +1437,105 @@ def test_longest_context_is_the_last_that_fits():
     assert wrong.returncode == 1 and wrong.stderr.startswith("longest_context: ") and "pool" in wrong.stderr
 
 
+# ---- setup, in a copy of the tree on a machine that has little ------------------------------------------------------------
+
+class Machine:
+    """A folder with scripts/setup and the lists, and a PATH of a few commands; apt-get, pip and the like only write down
+    that they were called."""
+    TOOLS = ("sh", "env", "cat", "cp", "cmp", "rm", "mkdir", "chmod", "mktemp", "grep", "head",
+             "basename", "dirname", "id", "ln")
+
+    def __init__(self, folder):
+        self.folder, self.bin, self.calls = folder, folder / "bin", folder / "calls"
+        (folder / "tree" / "scripts").mkdir(parents=True)
+        (folder / "tree" / "dev").mkdir()
+        self.bin.mkdir()
+        for name in ("requirements.txt", "dev/requirements.txt", "scripts/setup"):
+            shutil.copy(os.path.join(ROOT, name), folder / "tree" / name)
+        for name in self.TOOLS:
+            (self.bin / name).symlink_to(shutil.which(name))
+        for name in ("make", "g++", "mpicc"):
+            self.command(name)
+
+    def command(self, name, body="exit 0"):
+        (self.bin / name).unlink(missing_ok=True)
+        (self.bin / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {self.calls}\n{body}\n')
+        (self.bin / name).chmod(0o755)
+
+    def python(self, modules=(), pip="exit 1"):
+        """A python3 that finds these modules only, and whose venv has the same."""
+        body = f"""case "$*" in
+*find_spec*) shift 2; for m; do case " {' '.join(modules)} " in *" $m "*) ;; *) exit 1;; esac; done ;;
+*"import torch"*) case " {' '.join(modules)} " in *" torch "*) ;; *) exit 1;; esac ;;
+*"-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python; echo > .venv/pyvenv.cfg ;;
+*"-m pip"*) {pip} ;;
+*ensurepip*) exit 0 ;;
+*"import "*) exit 1 ;;
+esac"""
+        self.command("python3", body)
+
+    def setup(self, *args):
+        self.calls.write_text("")
+        done = subprocess.run(["/bin/sh", self.folder / "tree" / "scripts" / "setup", *args], capture_output=True,
+                              text=True, env={"PATH": str(self.bin), "PYTHON": "python3", "HOME": str(self.folder)})
+        return done, self.calls.read_text()
+
+
+MODULES = ("numpy", "matplotlib", "safetensors", "tokenizers", "tiktoken", "zstandard", "pyarrow")
+
+
+def test_setup_leaves_a_machine_that_has_everything_alone(tmp_path):
+    """No apt-get, no pip: the Python that has the packages is the one that .venv/bin/python calls."""
+    machine = Machine(tmp_path)
+    machine.python(MODULES)
+    for _ in range(2):
+        done, calls = machine.setup()
+        assert (done.stderr, done.stdout, done.returncode) == ("", "", 0) and "-m pip" not in calls and "-m venv" not in calls
+    python = tmp_path / "tree" / ".venv" / "bin" / "python"
+    assert subprocess.run([python, "-c", "import importlib.util as find_spec", "numpy"]).returncode == 0
+    assert str(tmp_path / "bin" / "python3") in python.read_text()
+
+
+def test_setup_without_root_or_network_goes_on_with_what_is_there(tmp_path):
+    machine = Machine(tmp_path)
+    machine.python(("numpy",))
+    machine.command("g++", 'case "$*" in *-l*) exit 1;; esac')  # links no BLAS
+    machine.command("id", "echo 1000")
+    machine.command("apt-get")
+    (tmp_path / "bin" / "mpicc").unlink()
+    done, calls = machine.setup()
+    assert done.returncode == 0, done.stderr
+    assert "missing, of libopenblas-dev libopenmpi-dev openmpi-bin" in done.stdout
+    assert "this user is not root and there is no sudo. It goes on without" in done.stdout
+    assert "pip could not install what requirements.txt names. It goes on without numpy" in done.stdout  # none imports
+    (tmp_path / "bin" / "make").unlink()
+    done, calls = machine.setup()
+    assert done.returncode == 1 and "error: make is missing: this user is not root and there is no sudo" in done.stderr
+    machine.command("make")
+    done, calls = machine.setup("test")
+    assert done.returncode == 1 and "the tests need it" in done.stderr
+
+
+def test_setup_installs_what_is_missing_as_root(tmp_path):
+    machine = Machine(tmp_path)
+    machine.python((), pip="exit 0")
+    machine.command("id", "echo 0")
+    machine.command("apt-get")
+    (tmp_path / "bin" / "mpicc").unlink()
+    done, calls = machine.setup()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "installing libopenmpi-dev openmpi-bin\n"
+    assert [line for line in calls.splitlines() if line.startswith("apt-get")] == [
+        "apt-get update -qq", "apt-get install -y -qq --no-install-recommends libopenmpi-dev",
+        "apt-get install -y -qq --no-install-recommends openmpi-bin"]
+    assert "-r requirements.txt" in calls
+    machine.command("mpicc")
+    assert "-m pip" not in machine.setup()[1]  # the list has not changed
+    with open(tmp_path / "tree" / "requirements.txt", "a") as f:
+        f.write("more\n")
+    assert "-m pip" in machine.setup()[1]
+
+
 # ---- probe: a CUDA of version 99, which no machine has, made of a few lines ---------------------------------------------
 
 def shared_library(path, source):

@@ -47,7 +47,7 @@ class ModelConfig:
     dtype: str = "float32"   # of the file: "float32" or "bfloat16"
     rope_theta: float = 0.0  # RoPE only
     step: int = 0            # updates done, 0 if unknown
-    eot: int | None = None   # the id of the end of text, where the file's maker knew it: import_hf does, the trainer not
+    eot: int | None = None   # the id of the end of text, where import_hf knew it; the trainer does not
 
     @property
     def head_size(self):
@@ -92,7 +92,7 @@ def to_bfloat16(x):
 def to_float32(x):
     if x.dtype == STORAGE["bfloat16"]:
         return (x.astype("<u4") << 16).view("<f4")
-    with np.errstate(over="ignore"):  # of a double that is too large; whoever reads foreign weights looks for infinities
+    with np.errstate(over="ignore"):  # of a double that is too large: import_hf looks for infinities
         return np.asarray(x, "<f4")
 
 
