@@ -748,6 +748,14 @@ def test_export_knows_the_end_of_text_from_the_manifest_not_from_the_size(tmp_pa
     run(export_hf, tmp_path / "run" / "model.bin", tmp_path / "by_itself")
     for name in os.listdir(tmp_path / "hf"):
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "by_itself" / name).read_bytes(), name
+    left = dict(json.loads((tmp_path / "tokenizer.json").read_text()), truncation={"max_length": 3}, padding={})
+    (tmp_path / "data" / "tokenizer.json").write_text(json.dumps(left))  # settings of an earlier use
+    digest = hashlib.sha256((tmp_path / "data" / "tokenizer.json").read_bytes()).hexdigest()
+    data_manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    data_manifest["options"]["tokenizer_sha256"] = digest
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(data_manifest))
+    run(export_hf, tmp_path / "run" / "model.bin", tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "tokenizer.json").read_text()) == {**left, "truncation": None, "padding": None}
     own_tokenizer(tmp_path / "other.json", 50257, 1)
     assert "other.json is not the tokenizer that" in refused(export_hf, tmp_path / "run" / "model.bin", tmp_path / "x",
                                                              "--tokenizer", tmp_path / "other.json")
