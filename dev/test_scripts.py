@@ -793,13 +793,17 @@ def test_export_does_not_mix_two_models_in_a_folder(tmp_path):
     run_folder(tmp_path / "run", tmp_path / "data")
     run(export_hf, tmp_path / "run" / "model.bin", tmp_path / "hf")
     model(tmp_path / "other.bin", eot=5)
-    message = refused(export_hf, tmp_path / "other.bin", tmp_path / "hf")
-    assert "holds tokenizer.json, which this export would not replace" in message
-    assert exported_ids(tmp_path / "hf") == [256, 256]
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "hf" / name).unlink()
+    written = {n: (tmp_path / "hf" / n).read_bytes() for n in ("tokenizer.json", "tokenizer_config.json")}
+    for change in (dict(chat_template="x"), dict(eos_token="<end>")):  # the user's, not as the export wrote it
+        (tmp_path / "hf" / "tokenizer_config.json").write_text(
+            json.dumps({**json.loads(written["tokenizer_config.json"]), **change}))
+        message = refused(export_hf, tmp_path / "other.bin", tmp_path / "hf")
+        assert "holds tokenizer.json, which this export would not replace" in message
+        assert exported_ids(tmp_path / "hf") == [256, 256] and (tmp_path / "hf" / "tokenizer.json").exists()
+    (tmp_path / "hf" / "tokenizer_config.json").write_bytes(written["tokenizer_config.json"])
     run(export_hf, tmp_path / "other.bin", tmp_path / "hf")
     assert exported_ids(tmp_path / "hf") == [5, 5]  # the old generation_config.json says 256
+    assert not [n for n in written if (tmp_path / "hf" / n).exists()]  # they were an earlier export's
     for name in ("model.safetensors.index.json", "model-00001-of-00002.safetensors", "pytorch_model.bin", "vocab.json"):
         (tmp_path / "hf" / name).write_text("")
         assert f"holds {name}, which" in refused(export_hf, tmp_path / "other.bin", tmp_path / "hf")
