@@ -1631,6 +1631,16 @@ def test_probe_finds_a_toolkit_by_CUDA_HOME_and_cudnn_by_CUDNN_HOME(tmp_path):
         assert starts(found, tmp_path, USES_BOTH, ["CUBLAS_LIBS", "CUDNN_LIBS"])
 
 
+def test_make_says_why_there_is_no_gpu_program(tmp_path):
+    (tmp_path / "scripts").mkdir()
+    for name in ("Makefile", "scripts/probe"):
+        shutil.copy(os.path.join(ROOT, name), tmp_path / name)
+    (tmp_path / "train_gpt_dense.cu").write_text("")
+    done = subprocess.run(["make", "train_gpt_dense"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "NVCC": "none", "MPICC": "none"})
+    assert done.returncode and re.search('CUDA not built: none is of CUDA "".*Stop', done.stderr), done.stderr
+
+
 def test_probe_finds_pips_wheels(tmp_path):
     """They have only .so.9 and the like, and lie in the site-packages of the Python that is found first."""
     site = tmp_path / "site" / "nvidia"

@@ -4,6 +4,8 @@ A model file is llm.c's: a header of 256 int32, then the tensors one after the o
 Versions 3 (fp32) and 5 (bf16) hold learned positions; 103 (fp32) and 105 (bf16) are ours for RoPE and have no wpe.
 In memory a bf16 tensor is a numpy uint16 array of its bits. Files are mapped, not read, so size is no concern.
 """
+from __future__ import annotations
+
 import json
 import math
 import os

@@ -3,6 +3,8 @@
 A run's log.jsonl names its data, and the data's manifest.json the tokenizer and the id of the end of text. Nothing is
 concluded from the size of a vocabulary.
 """
+from __future__ import annotations
+
 import glob
 import hashlib
 import json
