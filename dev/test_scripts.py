@@ -783,9 +783,24 @@ def test_imported_end_of_text_leaves_again(tmp_path):
         run(export_hf, tmp_path / "model.bin", tmp_path / "again")
         assert exported_ids(tmp_path / "again") == [eot, eot]
     raw = bytearray((tmp_path / "model.bin").read_bytes())
-    struct.pack_into("<i", raw, 40, 132)
+    struct.pack_into("<i", raw, 48, 132)
     (tmp_path / "bad.bin").write_bytes(raw)
     assert "the end-of-text id is 131, wanted -1 (unknown) to 130" in refused(export_hf, tmp_path / "bad.bin", "x")
+
+
+def test_the_trainer_takes_a_model_that_knows_its_end_of_text(tmp_path):
+    """And the model that it leaves is read again: nothing in the header is taken for something else."""
+    program = os.path.join(ROOT, "train_gpt_dense_cpu")
+    if not os.path.exists(program):
+        pytest.skip("train_gpt_dense_cpu is not built")
+    model(tmp_path / "model.bin", positions="rope", max_seq_len=32, eot=130)
+    head = struct.pack("<3i", 20240520, 1, 200).ljust(1024, b"\0")
+    (tmp_path / "data.bin").write_bytes(head + np.arange(200).astype("<u2").clip(0, 130).tobytes())
+    done = subprocess.run([program, "--model", tmp_path / "model.bin", "--train-data", tmp_path / "data.bin", "--val-data",
+                           "", "--seq-len", "32", "--steps", "1", "--out-dir", tmp_path / "run"], capture_output=True,
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert model_file.read_model(tmp_path / "run" / "model.bin")[0].eot is None
 
 
 def test_export_does_not_mix_two_models_in_a_folder(tmp_path):
