@@ -22,7 +22,7 @@ include build/config.mk
 endif
 
 .PHONY: all cpu help quickstart test test-mpi test-gpu sanitize test_golden deps deps-test clean found
-all: cpu $(if $(NVCC),$(GPU_TRAINERS))
+all: cpu $(if $(GENCODE),$(GPU_TRAINERS))
 cpu: found $(CPU_TRAINERS)
 
 found:
@@ -49,7 +49,7 @@ build/%: dev/%.cpp build/config.mk
 
 # The trainers and bench_nccl take several processes where NCCL and MPI are both there; the tests and benches of the
 # kernels take one.
-GPU_COMPILE = $(NVCC) -std=c++17 -O3 -lineinfo $(GENCODE) $(CUBLAS_FLAGS) $(CUDNN_FLAGS) -Xcompiler "-O3 $(OPENMP)" -MMD -MP -MF build/$(@F).d -MT $@
+GPU_COMPILE = $(if $(GENCODE),$(NVCC),$(error CUDA $(PROBE_CUDA))) -std=c++17 -O3 -lineinfo $(GENCODE) $(CUBLAS_FLAGS) $(CUDNN_FLAGS) -Xcompiler "-O3 $(OPENMP)" -MMD -MP -MF build/$(@F).d -MT $@
 GPU_LINK = $(CUBLAS_LIBS) $(CUDNN_LIBS)
 $(GPU_TRAINERS): %: %.cu build/config.mk
 	$(GPU_COMPILE) $(NCCL_FLAGS) $< -o $@ $(GPU_LINK) $(NCCL_LIBS)

@@ -1736,6 +1736,9 @@ def prepare(a):
                                                                                  shards.values())))
     meter.say("%s -> %s, tokenizer %s, vocabulary %d" % (a.source, a.out, a.tokenizer, tokenizer.vocab_size))
     write_whole(os.path.join(a.out, "tokenizer.bin"), tokenizer_file(tokenizer, meter.say))
+    if options["tokenizer"] == "tokenizer.json":    # scripts/export_hf gives it to the models that are trained on this
+        with open(a.tokenizer, "rb") as f:
+            write_whole(os.path.join(a.out, "tokenizer.json"), f.read())
     progress = os.path.join(a.out, "progress.json")
 
     def commit(pieces):

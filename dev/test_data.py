@@ -65,6 +65,7 @@ def load(out):
         assert len(documents) == manifest["counts"][name]["documents"]
         split[name] = documents
     left = set(os.listdir(str(out))) - {s["name"] for s in manifest["shards"]} - {"manifest.json", "tokenizer.bin"}
+    left -= {"tokenizer.json"} if manifest["tokenizer"] == "tokenizer.json" else set()
     assert not left, "left behind: %s" % left
     return manifest, split
 
@@ -249,6 +250,7 @@ def test_tokenizer_json(tmp_path):
     write(tmp_path / "in.jsonl", json.dumps({"text": text}))
     manifest, split = prepared(tmp_path / "out", "--source", "files", "--input", tmp_path / "in.jsonl",
                                "--tokenizer", tmp_path / "tokenizer.json")
+    assert read(tmp_path / "out", "tokenizer.json") == read(tmp_path / "tokenizer.json")  # for scripts/export_hf
     ours = prepare.JsonTokenizer(str(tmp_path / "tokenizer.json"))
     assert (ours.eot, ours.cut) == (1, "line") and manifest["eot"] == 1
     table = ours.token_bytes()

@@ -22,8 +22,8 @@ def config(start="2026-01-01T00:00:00Z"):
 
 
 def step(n, loss, wall=None):
-    return {"event": "step", "step": n, "loss": loss, "lr": 1e-3, "phase": "dense", "wall_s": n if wall is None else wall,
-            "skipped": False}
+    return {"event": "step", "step": n, "loss": loss, "lr": 1e-3, "phase": "dense", "skipped": False,
+            "wall_s": n if wall is None else wall}
 
 
 def evaluation(n, loss):
@@ -43,7 +43,8 @@ def write(path, events, mode="w"):
 
 
 def export(*args, cwd):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=120)
+    return subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, cwd=cwd,
+                          timeout=120)
 
 
 def curves(folder):
@@ -60,8 +61,8 @@ def values(seen, tag):
 
 def test_tensorboard_gets_every_number_at_its_time(tmp_path):
     log = tmp_path / "run" / "log.jsonl"
-    write(log, [config(), evaluation(0, 5.0)] + [step(n, 5 - n / 10) for n in range(1, 4)] + [evaluation(3, 4.5), COPYING,
-                SAMPLE, {"event": "total", "steps": 3}])
+    write(log, [config(), evaluation(0, 5.0)] + [step(n, 5 - n / 10) for n in range(1, 4)] +
+          [evaluation(3, 4.5), COPYING, SAMPLE, {"event": "total", "steps": 3}])
     for _ in range(2):  # the second call replaces what the first wrote
         done = export(tmp_path / "run", "--tensorboard", tmp_path / "tb", cwd=tmp_path)
         assert done.returncode == 0 and done.stdout == f"{log}: up to step 3\n", done.stderr
@@ -76,8 +77,8 @@ def test_tensorboard_gets_every_number_at_its_time(tmp_path):
     assert [s.wall_time - 1767225600 for s in seen.Scalars("step/loss")] == [1.0, 2.0, 3.0]  # the first has wall_s 0
 
 
-@pytest.mark.parametrize("back", [[{"event": "resume", "step": 2}, config(), step(3, 1.0), step(4, 1.1)], [step(3, 1.0),
-                                                                                                          step(4, 1.1)]])
+@pytest.mark.parametrize("back", [[{"event": "resume", "step": 2}, config(), step(3, 1.0), step(4, 1.1)],
+                                  [step(3, 1.0), step(4, 1.1)]])
 def test_what_a_resumed_run_left_is_not_shown(tmp_path, back):
     log = tmp_path / "run" / "log.jsonl"
     write(log, [config()] + [step(n, 5.0) for n in range(1, 7)] + [evaluation(6, 9.0)] + back)
@@ -103,8 +104,9 @@ def test_it_follows_a_run(tmp_path):
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         def shown():
-            return os.path.isdir(tmp_path / "tb" / "run") and "step/loss" in (seen := curves(tmp_path / "tb" / "run")).Tags()[
-                "scalars"] and values(seen, "step/loss")
+            if os.path.isdir(tmp_path / "tb" / "run"):
+                seen = curves(tmp_path / "tb" / "run")
+                return "step/loss" in seen.Tags()["scalars"] and values(seen, "step/loss")
 
         wait_for(lambda: shown() == [(1, 5.0)])
         write(log, [json.dumps(step(2, 4.0))[20:] + "\n", step(3, 3.0)], "a")

@@ -1,4 +1,4 @@
-"""Proves that several processes train what one does: on 1 to 4 ranks, data-parallel, context-parallel and both, the
+"""Proves that several processes train what one does: on 1 to 4 and 8 ranks, data-parallel, context-parallel and both, the
 losses of 20 steps are those of one rank to 1e-5; checkpoints go from any number of ranks to any other; a rank that dies
 or hangs ends the job with its name and costs nothing; ranks that do not belong together say so.
 

@@ -512,7 +512,7 @@ def folder_of(tmp_path, kind="learned", config_changes=(), drop=(), tensors=None
 
 
 @pytest.mark.parametrize("kind,changes,drop,message", [
-    ("learned", dict(architectures=["LlamaForCausalLM"]), (), r'\["LlamaForCausalLM"\], wanted one of GPT2LMHeadModel, Starc'),
+    ("learned", dict(architectures=["LlamaForCausalLM"]), (), r'\["LlamaForCausalLM"\], wanted one of GPT2LMHeadModel'),
     ("learned", {}, ("architectures",), "architectures is null"),
     ("learned", dict(activation_function="gelu"), (), 'activation_function is "gelu", wanted .*GELU by tanh'),
     ("learned", dict(layer_norm_epsilon=1e-6), (), "layer_norm_epsilon is 1e-06, wanted 1e-05"),
@@ -571,7 +571,8 @@ def test_import_refuses_other_models(tmp_path, kind, changes, drop, message):
     assert not (tmp_path / "out.bin").exists()
 
 
-@pytest.mark.parametrize("kind,old_key,other", [("rope", "rope_theta", ()), ("neox", "rotary_emb_base", ("rotary_pct",))])
+@pytest.mark.parametrize("kind,old_key,other", [("rope", "rope_theta", ()),
+                                                ("neox", "rotary_emb_base", ("rotary_pct",))])
 @pytest.mark.parametrize("theta", [10000, 123456.0])
 def test_import_reads_both_spellings_of_theta(tmp_path, kind, old_key, other, theta):
     new = dict(rope_parameters={"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 1.0})
@@ -747,6 +748,14 @@ def test_export_knows_the_end_of_text_from_the_manifest_not_from_the_size(tmp_pa
     run(export_hf, tmp_path / "run" / "model.bin", tmp_path / "by_itself")
     for name in os.listdir(tmp_path / "hf"):
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "by_itself" / name).read_bytes(), name
+    left = dict(json.loads((tmp_path / "tokenizer.json").read_text()), truncation={"max_length": 3}, padding={})
+    (tmp_path / "data" / "tokenizer.json").write_text(json.dumps(left))  # settings of an earlier use
+    digest = hashlib.sha256((tmp_path / "data" / "tokenizer.json").read_bytes()).hexdigest()
+    data_manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    data_manifest["options"]["tokenizer_sha256"] = digest
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(data_manifest))
+    run(export_hf, tmp_path / "run" / "model.bin", tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "tokenizer.json").read_text()) == {**left, "truncation": None, "padding": None}
     own_tokenizer(tmp_path / "other.json", 50257, 1)
     assert "other.json is not the tokenizer that" in refused(export_hf, tmp_path / "run" / "model.bin", tmp_path / "x",
                                                              "--tokenizer", tmp_path / "other.json")
@@ -774,9 +783,24 @@ def test_imported_end_of_text_leaves_again(tmp_path):
         run(export_hf, tmp_path / "model.bin", tmp_path / "again")
         assert exported_ids(tmp_path / "again") == [eot, eot]
     raw = bytearray((tmp_path / "model.bin").read_bytes())
-    struct.pack_into("<i", raw, 40, 132)
+    struct.pack_into("<i", raw, 48, 132)
     (tmp_path / "bad.bin").write_bytes(raw)
     assert "the end-of-text id is 131, wanted -1 (unknown) to 130" in refused(export_hf, tmp_path / "bad.bin", "x")
+
+
+def test_the_trainer_takes_a_model_that_knows_its_end_of_text(tmp_path):
+    """And the model that it leaves is read again: nothing in the header is taken for something else."""
+    program = os.path.join(ROOT, "train_gpt_dense_cpu")
+    if not os.path.exists(program):
+        pytest.skip("train_gpt_dense_cpu is not built")
+    model(tmp_path / "model.bin", positions="rope", max_seq_len=32, eot=130)
+    head = struct.pack("<3i", 20240520, 1, 200).ljust(1024, b"\0")
+    (tmp_path / "data.bin").write_bytes(head + np.arange(200).astype("<u2").clip(0, 130).tobytes())
+    done = subprocess.run([program, "--model", tmp_path / "model.bin", "--train-data", tmp_path / "data.bin", "--val-data",
+                           "", "--seq-len", "32", "--steps", "1", "--out-dir", tmp_path / "run"], capture_output=True,
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert model_file.read_model(tmp_path / "run" / "model.bin")[0].eot is None
 
 
 def test_export_does_not_mix_two_models_in_a_folder(tmp_path):
@@ -784,13 +808,17 @@ def test_export_does_not_mix_two_models_in_a_folder(tmp_path):
     run_folder(tmp_path / "run", tmp_path / "data")
     run(export_hf, tmp_path / "run" / "model.bin", tmp_path / "hf")
     model(tmp_path / "other.bin", eot=5)
-    message = refused(export_hf, tmp_path / "other.bin", tmp_path / "hf")
-    assert "holds tokenizer.json, which this export would not replace" in message
-    assert exported_ids(tmp_path / "hf") == [256, 256]
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "hf" / name).unlink()
+    written = {n: (tmp_path / "hf" / n).read_bytes() for n in ("tokenizer.json", "tokenizer_config.json")}
+    for change in (dict(chat_template="x"), dict(eos_token="<end>")):  # the user's, not as the export wrote it
+        (tmp_path / "hf" / "tokenizer_config.json").write_text(
+            json.dumps({**json.loads(written["tokenizer_config.json"]), **change}))
+        message = refused(export_hf, tmp_path / "other.bin", tmp_path / "hf")
+        assert "holds tokenizer.json, which this export would not replace" in message
+        assert exported_ids(tmp_path / "hf") == [256, 256] and (tmp_path / "hf" / "tokenizer.json").exists()
+    (tmp_path / "hf" / "tokenizer_config.json").write_bytes(written["tokenizer_config.json"])
     run(export_hf, tmp_path / "other.bin", tmp_path / "hf")
     assert exported_ids(tmp_path / "hf") == [5, 5]  # the old generation_config.json says 256
+    assert not [n for n in written if (tmp_path / "hf" / n).exists()]  # they were an earlier export's
     for name in ("model.safetensors.index.json", "model-00001-of-00002.safetensors", "pytorch_model.bin", "vocab.json"):
         (tmp_path / "hf" / name).write_text("")
         assert f"holds {name}, which" in refused(export_hf, tmp_path / "other.bin", tmp_path / "hf")
@@ -1208,10 +1236,10 @@ def test_compare_resumed_log(tmp_path, capsys):
 
 
 def test_compare_brief_is_four_lines(tmp_path, capsys):
-    runs = [write_log(tmp_path / "lh", lighthouse_events()), write_log(tmp_path / "dense", dense_events())]
+    runs = [write_log(tmp_path / "lh", first_events()), write_log(tmp_path / "dense", dense_events())]
     run(compare, *runs, "--brief")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines[2:6]] == ["lighthouse phase: tokens/s", "dense phase: tokens/s",
+    assert [line.split("  ")[0] for line in lines[2:6]] == ["first phase: tokens/s", "dense phase: tokens/s",
                                                             "training time", "validation loss, final"]
     assert not [line for line in lines[6:] if not line.startswith("warning: ")]
 
@@ -1437,7 +1465,108 @@ def test_longest_context_is_the_last_that_fits():
     assert wrong.returncode == 1 and wrong.stderr.startswith("longest_context: ") and "pool" in wrong.stderr
 
 
-# ---- probe: a CUDA of version 99, which no machine has, made of a few lines ---------------------------------------------
+# ---- setup, in a copy of the tree on a machine that has little ------------------------------------------------------
+
+class Machine:
+    """A folder with scripts/setup and the lists, and a PATH of a few commands; apt-get, pip and the like only write
+    down that they were called."""
+    TOOLS = ("sh", "env", "cat", "cp", "cmp", "rm", "mkdir", "chmod", "mktemp", "grep", "head",
+             "basename", "dirname", "id", "ln")
+
+    def __init__(self, folder):
+        self.folder, self.bin, self.calls = folder, folder / "bin", folder / "calls"
+        (folder / "tree" / "scripts").mkdir(parents=True)
+        (folder / "tree" / "dev").mkdir()
+        self.bin.mkdir()
+        for name in ("requirements.txt", "dev/requirements.txt", "scripts/setup"):
+            shutil.copy(os.path.join(ROOT, name), folder / "tree" / name)
+        for name in self.TOOLS:
+            (self.bin / name).symlink_to(shutil.which(name))
+        for name in ("make", "g++", "mpicc"):
+            self.command(name)
+
+    def command(self, name, body="exit 0"):
+        (self.bin / name).unlink(missing_ok=True)
+        (self.bin / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {self.calls}\n{body}\n')
+        (self.bin / name).chmod(0o755)
+
+    def python(self, modules=(), pip="exit 1"):
+        """A python3 that finds these modules only, and whose venv has the same."""
+        body = f"""case "$*" in
+*find_spec*) shift 2; for m; do case " {' '.join(modules)} " in *" $m "*) ;; *) exit 1;; esac; done ;;
+*"import torch"*) case " {' '.join(modules)} " in *" torch "*) ;; *) exit 1;; esac ;;
+*"-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python; echo > .venv/pyvenv.cfg ;;
+*"-m pip"*) {pip} ;;
+*ensurepip*) exit 0 ;;
+*"import "*) exit 1 ;;
+esac"""
+        self.command("python3", body)
+
+    def setup(self, *args):
+        self.calls.write_text("")
+        done = subprocess.run(["/bin/sh", self.folder / "tree" / "scripts" / "setup", *args], capture_output=True,
+                              text=True, env={"PATH": str(self.bin), "PYTHON": "python3", "HOME": str(self.folder)})
+        return done, self.calls.read_text()
+
+
+MODULES = ("numpy", "matplotlib", "safetensors", "tokenizers", "tiktoken", "zstandard", "pyarrow")
+
+
+def test_setup_leaves_a_machine_that_has_everything_alone(tmp_path):
+    """No apt-get, no pip: the Python that has the packages is the one that .venv/bin/python calls."""
+    machine = Machine(tmp_path)
+    machine.python(MODULES)
+    for _ in range(2):
+        done, calls = machine.setup()
+        assert (done.stderr, done.stdout, done.returncode) == ("", "", 0)
+        assert "-m pip" not in calls and "-m venv" not in calls
+    python = tmp_path / "tree" / ".venv" / "bin" / "python"
+    assert subprocess.run([python, "-c", "import importlib.util as find_spec", "numpy"]).returncode == 0
+    assert str(tmp_path / "bin" / "python3") in python.read_text()
+
+
+def test_setup_without_root_or_network_goes_on_with_what_is_there(tmp_path):
+    machine = Machine(tmp_path)
+    machine.python(("numpy",))
+    machine.command("g++", 'case "$*" in *-l*) exit 1;; esac')  # links no BLAS
+    machine.command("id", "echo 1000")
+    machine.command("apt-get")
+    (tmp_path / "bin" / "mpicc").unlink()
+    done, calls = machine.setup()
+    assert done.returncode == 0, done.stderr
+    assert "missing, of libopenblas-dev libopenmpi-dev openmpi-bin" in done.stdout
+    assert "this user is not root and there is no sudo. It goes on without" in done.stdout
+    assert "pip could not install what requirements.txt names. It goes on without numpy" in done.stdout  # none imports
+    (tmp_path / "bin" / "make").unlink()
+    done, calls = machine.setup()
+    assert done.returncode == 1 and "error: make is missing: this user is not root and there is no sudo" in done.stderr
+    machine.command("make")
+    done, calls = machine.setup("test")
+    assert done.returncode == 1 and "the tests need it" in done.stderr
+
+
+def test_setup_installs_what_is_missing_as_root(tmp_path):
+    machine = Machine(tmp_path)
+    machine.python((), pip="exit 0")
+    machine.command("id", "echo 0")
+    machine.command("apt-get")
+    (tmp_path / "bin" / "mpicc").unlink()
+    done, calls = machine.setup()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "installing libopenmpi-dev openmpi-bin\n"
+    assert [line for line in calls.splitlines() if line.startswith("apt-get")] == [
+        "apt-get update -qq -o Acquire::Retries=0 -o Acquire::http::Timeout=20",
+        "apt-get install -y -qq --no-install-recommends libopenmpi-dev",
+        "apt-get install -y -qq --no-install-recommends openmpi-bin"]
+    assert "-r requirements.txt" in calls
+    machine.command("mpicc")
+    assert "-m pip" not in machine.setup()[1]  # the list has not changed
+    with open(tmp_path / "tree" / "requirements.txt", "a") as f:
+        f.write("more\n")
+    assert "-m pip" in machine.setup()[1]
+
+
+# ---- probe: a CUDA of version 99, which no machine has, made of a few lines -----------------------------------------
 
 def shared_library(path, source):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1479,7 +1608,8 @@ def fake_nccl(root, so):
 def probed(**env):
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("CUDA", "CUDNN", "NCCL", "CONDA", "NVCC", "LD_L"))}
     done = subprocess.run([os.path.join(SCRIPTS, "probe")], capture_output=True, text=True, cwd=env.pop("cwd", ROOT),
-                          env={**kept, "GPU_COMPUTE_CAPABILITY": "90", "MPICC": "none", **{k: str(v) for k, v in env.items()}})
+                          env={**kept, "GPU_COMPUTE_CAPABILITY": "90", "MPICC": "none",
+                               **{k: str(v) for k, v in env.items()}})
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return dict(line.split(" =", 1) for line in done.stdout.splitlines() if " =" in line)
 
@@ -1508,11 +1638,22 @@ def test_probe_finds_a_toolkit_by_CUDA_HOME_and_cudnn_by_CUDNN_HOME(tmp_path):
     for name in ("CUDNN_HOME", "CUDNN_PATH"):
         found = probed(CUDA_HOME=tmp_path / "cuda", NCCL_HOME=tmp_path / "nccl", MPICC="mpicc",
                        **{name: tmp_path / "cudnn"})
-        assert found["PROBE_CUDA"].startswith(f" 99.1 by {tmp_path}/cuda/bin/nvcc, cuBLAS in {tmp_path}/cuda/lib, sm 90")
+        assert found["PROBE_CUDA"].startswith(
+            f" 99.1 by {tmp_path}/cuda/bin/nvcc, cuBLAS in {tmp_path}/cuda/lib, sm 90")
         assert found["PROBE_CUDNN"] == f" found in {tmp_path}/cudnn/lib64"
-        assert found["PROBE_NCCL"] in (f" found in {tmp_path}/nccl/lib", " not used: without MPI the GPU programs train "
-                                       "in one process")
+        assert found["PROBE_NCCL"] in (f" found in {tmp_path}/nccl/lib",
+                                       " not used: without MPI the GPU programs train in one process")
         assert starts(found, tmp_path, USES_BOTH, ["CUBLAS_LIBS", "CUDNN_LIBS"])
+
+
+def test_make_says_why_there_is_no_gpu_program(tmp_path):
+    (tmp_path / "scripts").mkdir()
+    for name in ("Makefile", "scripts/probe"):
+        shutil.copy(os.path.join(ROOT, name), tmp_path / name)
+    (tmp_path / "train_gpt_dense.cu").write_text("")
+    done = subprocess.run(["make", "train_gpt_dense"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "NVCC": "none", "MPICC": "none"})
+    assert done.returncode and re.search('CUDA not built: none is of CUDA "".*Stop', done.stderr), done.stderr
 
 
 def test_probe_finds_pips_wheels(tmp_path):

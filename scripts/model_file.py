@@ -4,6 +4,8 @@ A model file is llm.c's: a header of 256 int32, then the tensors one after the o
 Versions 3 (fp32) and 5 (bf16) hold learned positions; 103 (fp32) and 105 (bf16) are ours for RoPE and have no wpe.
 In memory a bf16 tensor is a numpy uint16 array of its bits. Files are mapped, not read, so size is no concern.
 """
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -47,7 +49,7 @@ class ModelConfig:
     dtype: str = "float32"   # of the file: "float32" or "bfloat16"
     rope_theta: float = 0.0  # RoPE only
     step: int = 0            # updates done, 0 if unknown
-    eot: int | None = None   # the id of the end of text, where the file's maker knew it: import_hf does, the trainer not
+    eot: int | None = None   # the id of the end of text, where import_hf knew it; the trainer does not
 
     @property
     def head_size(self):
@@ -92,7 +94,7 @@ def to_bfloat16(x):
 def to_float32(x):
     if x.dtype == STORAGE["bfloat16"]:
         return (x.astype("<u4") << 16).view("<f4")
-    with np.errstate(over="ignore"):  # of a double that is too large; whoever reads foreign weights looks for infinities
+    with np.errstate(over="ignore"):  # of a double that is too large: import_hf looks for infinities
         return np.asarray(x, "<f4")
 
 
@@ -132,7 +134,7 @@ def pack_header(config):
     if config.positions == "rope":
         header[8] = np.array(config.rope_theta, "<f4").view("<i4")
     header[9] = config.step
-    header[10] = 0 if config.eot is None else config.eot + 1
+    header[12] = 0 if config.eot is None else config.eot + 1  # 10 and 11 are the trainer's checksum
     return header.tobytes()
 
 
@@ -162,10 +164,10 @@ def unpack_header(raw, name):
             raise FileError(f"{name}: the RoPE theta is {theta}, wanted a positive number")
         if (C // H) % 2:
             raise FileError(f"{name}: the head size is {C // H}, RoPE wants an even one")
-    if not 0 <= header[10] <= V:
-        raise FileError(f"{name}: the end-of-text id is {header[10] - 1}, wanted -1 (unknown) to {V - 1}")
+    if not 0 <= header[12] <= V:
+        raise FileError(f"{name}: the end-of-text id is {header[12] - 1}, wanted -1 (unknown) to {V - 1}")
     return ModelConfig(positions, max_T, V, Vp, L, H, C, dtype, theta, int(header[9]),
-                       int(header[10]) - 1 if header[10] else None)
+                       int(header[12]) - 1 if header[12] else None)
 
 
 def read_model(path):

@@ -3,6 +3,8 @@
 A run's log.jsonl names its data, and the data's manifest.json the tokenizer and the id of the end of text. Nothing is
 concluded from the size of a vocabulary.
 """
+from __future__ import annotations
+
 import glob
 import hashlib
 import json
@@ -85,7 +87,7 @@ def of_tokenizer_bin(path, vocab_size):
 
 
 def of_tokenizer_json(path, raw, vocab_size, eot):
-    """raw as it is; eot is what is known of the end of text already."""
+    """raw is the file's bytes; eot is what is known of the end of text already."""
     try:
         value = json.loads(raw)
         vocab = value["model"]["vocab"]  # a dict, or Unigram's list of pairs
@@ -99,6 +101,8 @@ def of_tokenizer_json(path, raw, vocab_size, eot):
     text = next((name for name, i in ids.items() if i == eot), None)
     if eot is not None and text is None:
         raise FileError(f"{path}: it has no token {eot}, the end of text of this model")
+    if value.get("truncation") or value.get("padding"):  # left from an earlier use; data/prepare.py takes them off too
+        raw = json_bytes({**value, "truncation": None, "padding": None})
     return ModelTokenizer(eot, text, raw, path, count)
 
 
