@@ -260,6 +260,9 @@ COMPARED = "samples compared"
 CHANGED = "samples that the tokenizer does not give back as they were"
 # tiktoken panics where white space runs on for very long: GPT-2's pattern looks ahead behind it.
 LONG_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1000,}")
+# A quick look at the bytes first: 1000 in a row of which each may belong to white space.
+SPACE_BYTES = bytes(32 if b in b"\t\n\v\f\r \x81\x85\x9a\x9f\xa0\xa8\xa9\xaf\xc2\xe1\xe2\xe3" or 0x80 <= b <= 0x8a else 0
+                    for b in range(256))
 
 
 def to_text(data):
@@ -304,7 +307,7 @@ class Gpt2Tokenizer:
         text, damaged = to_text(data)
         # encode_ordinary: where a text spells "<|endoftext|>", that is text, not the end of the document
         ids, at = [], 0
-        for run in LONG_SPACE.finditer(text):
+        for run in LONG_SPACE.finditer(text) if b" " * 1000 in data.translate(SPACE_BYTES) else ():
             end = run.end() - (run.end() < len(text))    # its last character may belong to the word behind it
             ids += self.encoding.encode_ordinary(text[at:run.start()])
             ids += self.encoding._encode_single_piece(text[run.start():end])
@@ -662,7 +665,10 @@ def excluded(relative, patterns):
 def pystdlib_files(exclude, left_out):
     root = sysconfig.get_path("stdlib")
     found = []
-    for folder, subs, names in os.walk(root):
+    def refuse(e):
+        raise e
+
+    for folder, subs, names in os.walk(root, onerror=refuse):
         subs[:] = sorted(s for s in subs if s not in ("__pycache__", "site-packages", "dist-packages"))
         for name in names:
             relative = os.path.relpath(os.path.join(folder, name), root)
@@ -1589,7 +1595,10 @@ class Shards:
 
 def check_shard(out, shard, width):
     path, want = os.path.join(out, shard["name"]), HEADER_BYTES + shard["tokens"] * width
-    size = os.path.getsize(path) if os.path.exists(path) else None
+    try:
+        size = os.path.getsize(path)
+    except FileNotFoundError:
+        size = None
     if size != want:
         raise Failure("%s %s, where %d bytes are due: --force makes the data set anew"
                       % (path, "is missing" if size is None else "has %d bytes" % size, want))
@@ -1990,8 +1999,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\nprepare.py: stopped; the same command goes on from the last commit", file=sys.stderr)
         return 130
-    except OSError as e:
-        print("prepare.py: %s" % e, file=sys.stderr)
+    except (OSError, MemoryError) as e:
+        print("prepare.py: %s" % (e if isinstance(e, OSError) else "there is not memory enough: the longest document "
+                                  "and --workers decide how much it takes"), file=sys.stderr)
         return 1
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -907,17 +907,18 @@ def test_min_document_tokens(tmp_path, monkeypatch, ranks):
     """Short documents are left out, counted in tokens; killed anywhere, the same bytes come out."""
     monkeypatch.setattr(prepare, "PIECE", 300)
     lengths = [40, 99, 100, 101, 1, 2000, 100, 99]
-    write(tmp_path / "in.jsonl", "".join(json.dumps({"text": "\u00e9 x\n" * n}) + "\n" for n in lengths))
+    documents = ["\u00e9 x\n" * n for n in lengths] + ["\u00e9 x\n" * 99 + "\u00e9 x", "\u00e9 x\n" * 99 + "\u00e9"]
+    write(tmp_path / "in.jsonl", "".join(json.dumps({"text": d}) + "\n" for d in documents))
     args = ["--source", "files", "--input", str(tmp_path / "in.jsonl"), "--val-fraction", "0", "--workers", "1"]
     manifest, split = prepared(tmp_path / "gpt2", *args, "--tokenizer", "gpt2", "--min-document-tokens", "300")
     assert [len(d) for d in split["train"]] == [3 * n for n in lengths if n >= 100]
-    assert manifest["left_out"] == {"documents shorter than --min-document-tokens": 4}
+    assert manifest["left_out"] == {"documents shorter than --min-document-tokens": 6}    # one of them has 299
     assert manifest["counts"]["train"] == {"documents": 4, "tokens": 4 + 3 * 2301, "bytes": 5 * 2301}
     assert manifest["options"]["min_document_tokens"] == 300
     path = word_tokenizer(tmp_path / "words" / "tokenizer.json", ["[UNK]", "</s>", "\u00e9", "x"])
     more = args + ["--tokenizer", str(path), "--min-document-tokens", "200", "--shard-tokens", "1000"]
     manifest, split = prepared(tmp_path / "want", *more)
-    assert [len(d) for d in split["train"]] == [200, 202, 4000, 200]
+    assert [len(d) for d in split["train"]] == [200, 202, 4000, 200, 200]    # one with 199 is out
     monkeypatch.setattr(prepare, "COMMIT_SECONDS", 0.0)
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     for n in range(1, 60, 3):
