@@ -54,6 +54,7 @@ import zlib
 DATA_DIR = os.path.dirname(os.path.abspath(__file__))
 PIECE = 1 << 20            # a document is tokenized in pieces of about this many bytes
 SPOOL = 16 << 20           # a document of unknown size is held in memory up to here, then in a temporary file
+LOOK_AHEAD_DOCUMENTS, LOOK_AHEAD_BYTES = 1000, 64 << 20    # a source up to here is split as a whole
 COMMIT_SECONDS = 10.0      # at most this much work is lost when a run is killed
 HEADER_BYTES = 1024
 EOT_TEXT = b"<|endoftext|>"
@@ -1353,43 +1354,86 @@ def hashed(seed, number):
     return int.from_bytes(hashlib.sha256(b"%d:%d" % (seed, number)).digest()[:8], "little") / 2.0**64
 
 
-def assigned(documents, fraction, seed, max_bytes, left_out, largest=None):
-    """Give each document its split, and stop before max_bytes would be passed.
-
-    While val's share of the bytes is below the fraction, it takes the documents that the hash of their number picks:
-    long and short ones alike, since the share is looked at before the document is. Only a giant, which would lift
-    the share above one and a half times the fraction, is left to train. If val got none, it gets the last document.
-    A document that repeats another follows it into train; what is in val is not repeated.
-    """
-    total, val, chosen, held = 0, 0, bytearray(), None
+def limited(documents, max_bytes, left_out, largest):
+    """The documents that are not empty, up to max_bytes."""
+    total = 0
     for name, size, chunks, *again in documents:
-        again = again[0] if again else None
         if size == 0:
             left_out.add("empty documents", name)
-            continue
-        if again is not None and chosen[again]:
             continue
         if max_bytes and total + size > max_bytes:
             if total == 0:
                 raise usage("--max-bytes %d is less than the first document, %s, of %d bytes"
                             % (max_bytes, name, size))
+            return
+        total += size
+        if size > largest.get("bytes", 0):
+            largest.update(name=name, bytes=size)
+        yield name, size, chunks, again[0] if again else None
+
+
+def chosen(sizes, fraction, seed):
+    """Of documents that are all known, those for val: in the order of a hash each that brings val nearer to its share,
+    first those that do not lift it far above; at least the smallest, three quarters of them at most."""
+    target, val, picked = fraction * sum(sizes), 0, set()
+    order = sorted(range(len(sizes)), key=lambda i: hashed(seed, i))
+    for most, i in itertools.product((1.1 * target, 2 * target), order):
+        if i not in picked and 4 * len(picked) < 3 * len(sizes) - 3 and val + sizes[i] <= most \
+                and abs(val + sizes[i] - target) < abs(val - target):
+            val += sizes[i]
+            picked.add(i)
+    if not picked and len(sizes) > 1 and fraction > 0:
+        picked.add(min(range(len(sizes)), key=lambda i: (sizes[i], -i)))
+    return picked
+
+
+def assigned(documents, fraction, seed, max_bytes, left_out, largest=None):
+    """Give each document its split, and stop before max_bytes would be passed.
+
+    A small source is looked at as a whole. Of a large one each document is decided on when it comes: while val's share
+    of the bytes is below the fraction, it takes the documents that the hash of their number picks: long and short ones
+    alike, since the share is looked at before the document is. Only a giant, which would lift the share above one and
+    a half times the fraction, is left to train. If val got none, it gets the last document.
+    A document that repeats another follows it into train; what is in val is not repeated.
+    """
+    documents = limited(documents, max_bytes, left_out, {} if largest is None else largest)
+    early = []
+    while len(early) < LOOK_AHEAD_DOCUMENTS and sum(d[1] for d in early) < LOOK_AHEAD_BYTES:
+        document = next(documents, None)
+        if document is None:
             break
+        early.append(document)
+    else:
+        yield from streamed(itertools.chain(early, documents), fraction, seed)
+        return
+    for_val = chosen([size for _, size, _, again in early if again is None], fraction, seed)
+    number = 0
+    for name, size, chunks, again in early:
+        if again is None:
+            yield "val" if number in for_val else "train", name, size, chunks
+            number += 1
+        elif again not in for_val:
+            yield "train", name, size, chunks
+
+
+def streamed(documents, fraction, seed):
+    total, val, was_val, held = 0, 0, bytearray(), None
+    for name, size, chunks, again in documents:
+        if again is not None and was_val[again]:
+            continue
         if held is not None:
             yield held
         below = val < fraction * total
         total += size
-        to_val = again is None and below and hashed(seed, len(chosen)) < 8 * fraction \
+        to_val = again is None and below and hashed(seed, len(was_val)) < 8 * fraction \
             and val + size <= 1.5 * fraction * total
         val += size if to_val else 0
         if again is None:
-            chosen.append(to_val)
-        if largest is not None and size > largest.get("bytes", 0):
-            largest.update(name=name, bytes=size)
+            was_val.append(to_val)
         held = ("val" if to_val else "train", name, size, chunks)
-    if held is not None:
-        if val == 0 and len(chosen) > 1 and fraction > 0 and again is None:
-            held = ("val",) + held[1:]
-        yield held
+    if val == 0 and fraction > 0 and again is None:
+        held = ("val",) + held[1:]
+    yield held
 
 
 def line_end(buf, start, stop, step):

@@ -411,8 +411,8 @@ def test_linux_spools_long_directories(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "SPOOL", 1000)    # so that the documents go through a file
     write(tmp_path / "linux-1.tar.xz", tar_of([("l/a/1.c", b"x" * 5000), ("l/b/2.c", b"y" * 7000)], "xz"))
     _, split = prepared(tmp_path / "out", "--source", "linux", "--linux-archive", tmp_path / "linux-1.tar.xz")
-    assert texts(split, "train") == [b"/* a/1.c */\n" + b"x" * 5000 + b"\n"]
-    assert texts(split, "val") == [b"/* b/2.c */\n" + b"y" * 7000 + b"\n"]
+    assert texts(split, "val") == [b"/* a/1.c */\n" + b"x" * 5000 + b"\n"]
+    assert texts(split, "train") == [b"/* b/2.c */\n" + b"y" * 7000 + b"\n"]
 
 
 def test_files(tmp_path):
@@ -851,6 +851,10 @@ def test_split_by_document():
         assert 0.04 < len(val) / len(sizes) < 0.065    # long documents are taken like short ones
         chosen[seed] = got
     assert chosen[0] != chosen[1] != chosen[2]
+    few = [1, 3, 50, 7, 2, 900, 13, 4, 120, 31]    # of a small source the splits are near, whatever the order
+    for order in (few, sorted(few), sorted(few, reverse=True)):
+        got = splits_of(order, 0.05)
+        assert 0.045 < sum(n for n, s in zip(order, got) if s == "val") / sum(few) < 0.055
     assert splits_of([10], 0.05) == ["train"]
     assert splits_of([10, 10], 0.05) == ["train", "val"]
     assert splits_of([10, 10, 10], 0.01).count("val") == 1
@@ -860,7 +864,8 @@ def test_split_by_document():
 
 
 @pytest.mark.parametrize("sizes,why", [([10] * 1000, None), ([10] * 3, "33%"), ([10] * 100 + [10**6], "has 1e"),
-                                       ([2**i for i in range(18)], "has 50%"), (list(range(1000, 0, -1)), None)])
+                                       ([2**i for i in range(18)], None), (list(range(1000, 0, -1)), None),
+                                       ([10] * 2000 + [10**6], "has 98%"), ([10**5] + [10] * 20000, None)])
 def test_validation_has_its_share_or_says_why(tmp_path, capsys, sizes, why):
     write(tmp_path / "in.jsonl", "".join('{"text": "%s"}\n' % ("x" * n) for n in sizes))
     manifest, _ = prepared(tmp_path / "out", "--source", "files", "--input", tmp_path / "in.jsonl")
@@ -868,6 +873,7 @@ def test_validation_has_its_share_or_says_why(tmp_path, capsys, sizes, why):
     said = re.search(r"^validation has (\S+)% of the text, not 5%: it takes whole documents, and the largest, .*in.jsonl"
                      r":\d+, has .*%$", capsys.readouterr().out, re.M)
     assert (said is None) == (why is None) == (0.033 <= share <= 0.075)
+    assert manifest["counts"]["val"]["documents"] <= max(1, len(sizes) * 3 / 4)
     if said:
         assert abs(float(said.group(1)) / (100 * share) - 1) < 0.05
 
