@@ -262,7 +262,7 @@ CHANGED = "samples that the tokenizer does not give back as they were"
 # tiktoken panics where white space runs on for very long: GPT-2's pattern looks ahead behind it.
 LONG_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1000,}")
 # A quick look at the bytes first: 1000 in a row of which each may belong to white space.
-SPACE_BYTES = bytes(32 if b in b"\t\n\v\f\r \x81\x85\x9a\x9f\xa0\xa8\xa9\xaf\xc2\xe1\xe2\xe3" or 0x80 <= b <= 0x8a else 0
+SPACE_BYTES = bytes(32 if b in b"\t\n\v\f\r \x9a\x9f\xa0\xa8\xa9\xaf\xc2\xe1\xe2\xe3" or 0x80 <= b <= 0x8a else 0
                     for b in range(256))
 
 
