@@ -6263,9 +6263,12 @@ static void setup(Trainer* t, int argc, char** argv) {
             fatal("--val-data %s is of another tokenizer than --train-data %s: the tokenizer.bin beside them differ",
                   c->val_data, c->train_data);
     }
-    for (const Loader* d : {&t->train, &t->val})
-        if (from_file && d->tokenizer_ids)
-            check_tokenizer(c->model, dims.V, file_beside(d->shards[0].path, "tokenizer.bin"), d->tokenizer_ids);
+    for (const Loader* d : {&t->train, &t->val}) {
+        if (!from_file || !d->tokenizer_ids) continue;
+        char* path = file_beside(d->shards[0].path, "tokenizer.bin");
+        check_tokenizer(c->model, dims.V, path, d->tokenizer_ids);
+        free(path);
+    }
     model_layout(m, dims);
     setup_run(t);
     if (c->sample_every) setup_tokenizer(t);

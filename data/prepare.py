@@ -26,6 +26,7 @@ import csv
 import errno
 import fcntl
 import fnmatch
+import glob
 import hashlib
 import importlib
 import io
@@ -53,6 +54,7 @@ import zlib
 DATA_DIR = os.path.dirname(os.path.abspath(__file__))
 PIECE = 1 << 20            # a document is tokenized in pieces of about this many bytes
 SPOOL = 16 << 20           # a document of unknown size is held in memory up to here, then in a temporary file
+LOOK_AHEAD_DOCUMENTS, LOOK_AHEAD_BYTES = 1000, 64 << 20    # a source up to here is split as a whole
 COMMIT_SECONDS = 10.0      # at most this much work is lost when a run is killed
 HEADER_BYTES = 1024
 EOT_TEXT = b"<|endoftext|>"
@@ -259,6 +261,9 @@ COMPARED = "samples compared"
 CHANGED = "samples that the tokenizer does not give back as they were"
 # tiktoken panics where white space runs on for very long: GPT-2's pattern looks ahead behind it.
 LONG_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1000,}")
+# A quick look at the bytes first: 1000 in a row of which each may belong to white space.
+SPACE_BYTES = bytes(32 if b in b"\t\n\v\f\r \x9a\x9f\xa0\xa8\xa9\xaf\xc2\xe1\xe2\xe3" or 0x80 <= b <= 0x8a else 0
+                    for b in range(256))
 
 
 def to_text(data):
@@ -303,7 +308,7 @@ class Gpt2Tokenizer:
         text, damaged = to_text(data)
         # encode_ordinary: where a text spells "<|endoftext|>", that is text, not the end of the document
         ids, at = [], 0
-        for run in LONG_SPACE.finditer(text):
+        for run in LONG_SPACE.finditer(text) if b" " * 1000 in data.translate(SPACE_BYTES) else ():
             end = run.end() - (run.end() < len(text))    # its last character may belong to the word behind it
             ids += self.encoding.encode_ordinary(text[at:run.start()])
             ids += self.encoding._encode_single_piece(text[run.start():end])
@@ -318,7 +323,7 @@ class Gpt2Tokenizer:
 class JsonTokenizer:
     """A Hugging Face tokenizer.json, through the `tokenizers` package."""
 
-    def __init__(self, path, eot_token=None):
+    def __init__(self, path, eot_token=None, encodes=True):
         tokenizers = need("tokenizers", "tokenizers", "a tokenizer.json")
         self.path, self.eot_token = path, eot_token
         self.name = "tokenizer.json"
@@ -336,6 +341,8 @@ class JsonTokenizer:
         if not 1 <= self.vocab_size <= MAX_VOCABULARY:
             raise Failure("%s has %s; ids may go up to %d" % (path, "ids up to %d" % (self.vocab_size - 1) if vocab else
                                                              "no vocabulary", MAX_VOCABULARY - 1))
+        if not encodes:
+            return
         model = json.loads(self.tok.to_str())["model"]
         self.unknown = model["unk_id"] if model.get("unk_id") is not None else vocab.get(model.get("unk_token"))
         names = [eot_token] if eot_token is not None else [n for n in EOT_NAMES if n in vocab]
@@ -659,7 +666,10 @@ def excluded(relative, patterns):
 def pystdlib_files(exclude, left_out):
     root = sysconfig.get_path("stdlib")
     found = []
-    for folder, subs, names in os.walk(root):
+    def refuse(e):
+        raise e
+
+    for folder, subs, names in os.walk(root, onerror=refuse):
         subs[:] = sorted(s for s in subs if s not in ("__pycache__", "site-packages", "dist-packages"))
         for name in names:
             relative = os.path.relpath(os.path.join(folder, name), root)
@@ -917,8 +927,9 @@ def input_files(groups, exclude, out, left_out):
 class Records:
     """What a record must be, and which of its fields is the text."""
 
-    def __init__(self, field, keep, left_out):
-        self.field, self.keep, self.left_out = field, keep, left_out
+    def __init__(self, field, keep, left_out, detokenizer=None):
+        self.field, self.keep, self.left_out, self.detokenizer = field, keep, left_out, detokenizer
+        self.columns = [field] + [k[0] for k in keep] + (["indices"] if detokenizer else [])
 
     def find(self, record, name, where):
         """The field of that name; where there is none, "a.b" is field b of field a."""
@@ -931,21 +942,23 @@ class Records:
             at = at[part]
         return at
 
-    def document(self, record, where, name):
-        """The document of a record as (name, size, chunks), or None if --keep leaves it out; no text gives b""."""
+    def documents(self, record, where, name):
+        """The documents of a record as (name, size, chunks), none if --keep leaves it out; no text gives b""."""
         for field, relation, value in self.keep:
             if not RELATIONS[relation](self.find(record, field, where), value):
                 self.left_out.add("records that --keep leaves out", name)
-                return None
+                return
         text = self.find(record, self.field, where)
+        if self.detokenizer:
+            yield from self.detokenizer.documents(text, record.get("indices"), where, name)
+            return
         if text is None:
             text = ""
         if not isinstance(text, (str, RawText)):
-            raise Failure("%s: field '%s' is a %s, not text: name the one with the text, --text-field NAME"
-                          % (where, self.field, type(text).__name__))
+            raise Failure("%s: field '%s' is a %s, not text: name the one with the text, --text-field NAME; tokens are "
+                          "made text with --detokenize" % (where, self.field, type(text).__name__))
         data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else bytes(text)
-        return name, len(data), [data]
-
+        yield name, len(data), [data]
 
     def holds(self, block):
         """Whether a text begins with a line that is a record with the text in it."""
@@ -955,6 +968,36 @@ class Records:
         except (ValueError, RecursionError):
             return False
         return isinstance(record, dict) and isinstance(record.get(self.field), str)
+
+
+class Detokenizer:
+    """Makes text of token ids, by the tokenizer.json that they were made with."""
+
+    def __init__(self, path):
+        self.path, self.tok = path, JsonTokenizer(path, None, False).tok
+        self.size = max(self.tok.get_vocab(with_added_tokens=True).values()) + 1
+
+    def documents(self, ids, spans, where, name):
+        """One document, or those that the spans (begin, end) mark in a sequence packed of several."""
+        try:
+            if isinstance(ids, (str, bytes)):
+                raise TypeError("it is text already")
+            ids = [int(i) for i in ids]
+            spans = [(int(a), int(b)) for a, b in ([(0, len(ids))] if spans is None else spans)]
+        except (TypeError, ValueError) as e:
+            raise Failure("%s does not hold token ids, which --detokenize wants: %s" % (where, message_of(e)))
+        if ids and not (0 <= min(ids) and max(ids) < self.size):
+            raise Failure("%s holds ids from %d to %d, but %s has %d: they are of another tokenizer"
+                          % (where, min(ids), max(ids), self.path, self.size))
+        at = 0
+        for a, b in spans:
+            if a != at or b < a:
+                break
+            at = b
+            data = self.tok.decode(ids[a:b], skip_special_tokens=True).encode("utf-8")
+            yield "%s[%d:%d]" % (name, a, b), len(data), [data]
+        if at != len(ids):
+            raise Failure("%s: its indices do not cover its %d tokens one after the other" % (where, len(ids)))
 
 
 class RawText(bytes):
@@ -1108,24 +1151,90 @@ def parquet_rows(path, columns):
                                      "is not a parquet file that pyarrow reads", message_of(e)))
 
 
+def mds_records(path, f, columns):
+    """The same of a shard of MosaicML's streaming format: a uint32 with the number of samples, one for where each
+    begins and the last ends, JSON that describes the columns, the samples. Only some columns are read."""
+    number = 0
+    try:
+        data = opened(path, f).read()
+        count, = struct.unpack_from("<I", data)
+        offsets = struct.unpack_from("<%dI" % (count + 1), data, 4)
+        about = json.loads(data[8 + 4 * count:offsets[0]])
+        names, encodings, sizes = (about["column_" + k] for k in ("names", "encodings", "sizes"))
+        if offsets[-1] != len(data):
+            raise ValueError("its samples end at byte %d, the file at %d" % (offsets[-1], len(data)))
+        for begin, end in zip(offsets, offsets[1:]):
+            at, record = begin + 4 * sizes.count(None), {}
+            lengths = iter(struct.unpack_from("<%dI" % sizes.count(None), data, begin))
+            for name, encoding, size in zip(names, encodings, sizes):
+                size = next(lengths) if size is None else size
+                if name in columns or name in [c.split(".")[0] for c in columns]:
+                    record[name] = mds_value(encoding, data[at:at + size])
+                else:
+                    record[name] = None
+                at += size
+            if at != end:
+                raise ValueError("its sample %d ends at byte %d, not %d" % (number, at, end))
+            number += 1
+            yield "%s, sample %d," % (path, number - 1), "%s:%d" % (path, number - 1), record
+    except Failure:
+        raise
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, struct.error, RecursionError) as e:
+        raise Failure("%s is not an .mds shard behind its sample %d: %s" % (path, number, message_of(e)))
+
+
+def mds_value(encoding, data):
+    if encoding == "str":
+        return RawText(data)
+    if encoding == "json":
+        return json.loads(data)
+    if encoding == "int":
+        return int.from_bytes(data, "little", signed=True)
+    kind, *more = encoding.split(":")
+    types = {"uint8": "B", "int8": "b", "uint16": "H", "int16": "h", "uint32": "I", "int32": "i", "uint64": "Q",
+             "int64": "q"}
+    if kind in types and not more:
+        return struct.unpack("<" + types[kind], data)[0]
+    if kind != "ndarray" or len(more) != 1 or more[0] not in types:
+        raise ValueError("its column has the encoding '%s', which is not read" % encoding)
+    width, axes = 1 << data[0] % 4, data[0] >> 2    # of a number of the shape; how many there are
+    shape = [int.from_bytes(data[1 + i * width:1 + (i + 1) * width], "little") for i in range(axes)]
+    values = struct.unpack("<%d%s" % (math.prod(shape), types[more[0]]), data[1 + axes * width:])
+    if len(shape) == 2:
+        return [values[i:i + shape[1]] for i in range(0, len(values), shape[1])]
+    return values
+
+
+def check_mds_index(path):
+    """Beside shards of that format their index.json is no text, but says which shards there are."""
+    with reading(path) as f:
+        try:
+            shards = json.load(f)["shards"]
+            names = [[s[k]["basename"] for k in ("raw_data", "zip_data") if s.get(k)] for s in shards]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise Failure("%s lies beside .mds shards but is not their index: %s" % (path, message_of(e)))
+    for either in names:
+        if not any(os.path.exists(os.path.join(os.path.dirname(path), n)) for n in either):
+            raise Failure("%s names the shard %s, which is missing: get it" % (path, " or ".join(either)))
+
+
 def kind_by_name(path):
     suffix = os.path.splitext(plain_name(path))[1].lower()
     return {".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".jsonl": "json lines",
-            ".ndjson": "json lines"}.get(suffix, "text")
+            ".ndjson": "json lines", ".mds": "mds"}.get(suffix, "text")
 
 
 def record_documents(path, kind, records, base, meter):
     """The documents of one file of records."""
     before = replaced[0]
     with reading(path) as f:
-        rows = parquet_rows(path, [records.field] + [k[0] for k in records.keep]) if kind == "parquet" else \
+        rows = parquet_rows(path, records.columns) if kind == "parquet" else \
+            mds_records(path, f, records.columns) if kind == "mds" else \
             json_lines(path, f) if kind == "json lines" else json_values(path, f) if kind == "json" else \
             csv_rows(path, f, "," if kind == "csv" else "\t")
         for where, name, record in rows:
             meter.position = base + f.tell()
-            document = records.document(record, where, name)
-            if document:
-                yield document
+            yield from records.documents(record, where, name)
             if replaced[0] != before:
                 records.left_out.add("bytes that are not UTF-8 in records, replaced by U+FFFD", name,
                                      replaced[0] - before)
@@ -1169,6 +1278,9 @@ def text_document(path, records, spool_dir, base, meter):
 def file_documents(path, must, as_text, records, spool_dir, base, meter):
     """The documents of one file. must: it was named, so it is an error if it is not text."""
     kind = kind_by_name(path)
+    if os.path.basename(path) == "index.json" and glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*.mds*")):
+        check_mds_index(path)
+        return
     with reading(path) as f:
         kind = "text" if as_text else "parquet" if f.peek(4)[:4] == b"PAR1" else kind
     if kind == "text":
@@ -1190,13 +1302,14 @@ def files_documents(groups, a, meter, left_out):
     """The documents of every group of --input, as often as its weight says: (name, size, chunks, again), where again is
     the number of the document that this one repeats, or None."""
     named = {p for group, _ in a.input for p in group}
+    detokenizer = Detokenizer(a.detokenize) if a.detokenize else None
     meter.total = sum(os.path.getsize(p) * math.ceil(w) for files, (_, w) in zip(groups, a.input) for p in files)
     base = given = 0
     for files, (_, weight) in zip(groups, a.input):
         first = given
         for turn in range(math.ceil(weight)):
             number, share = 0, min(1.0, weight - turn)
-            records = Records(a.text_field, a.keep, left_out if turn == 0 else LeftOut())
+            records = Records(a.text_field, a.keep, left_out if turn == 0 else LeftOut(), detokenizer)
             for path in files:
                 as_text = any(fnmatch.fnmatchcase(path, p) for p in a.as_text)
                 for name, size, chunks in file_documents(path, path in named, as_text, records, a.out, base, meter):
@@ -1229,10 +1342,8 @@ def hf_documents(name, config, split, records):
                           % (name, number, message_of(e)))
         if record is None:
             return
-        document = records.document(record, "%s, record %d," % (name, number), "%s:%d" % (name, number))
+        yield from records.documents(record, "%s, record %d," % (name, number), "%s:%d" % (name, number))
         number += 1
-        if document:
-            yield document
 
 
 # ----------------------------------------------------------------------------
@@ -1243,43 +1354,86 @@ def hashed(seed, number):
     return int.from_bytes(hashlib.sha256(b"%d:%d" % (seed, number)).digest()[:8], "little") / 2.0**64
 
 
-def assigned(documents, fraction, seed, max_bytes, left_out, largest=None):
-    """Give each document its split, and stop before max_bytes would be passed.
-
-    While val's share of the bytes is below the fraction, it takes the documents that the hash of their number picks:
-    long and short ones alike, since the share is looked at before the document is. Only a giant, which would lift
-    the share above one and a half times the fraction, is left to train. If val got none, it gets the last document.
-    A document that repeats another follows it into train; what is in val is not repeated.
-    """
-    total, val, chosen, held = 0, 0, bytearray(), None
+def limited(documents, max_bytes, left_out, largest):
+    """The documents that are not empty, up to max_bytes."""
+    total = 0
     for name, size, chunks, *again in documents:
-        again = again[0] if again else None
         if size == 0:
             left_out.add("empty documents", name)
-            continue
-        if again is not None and chosen[again]:
             continue
         if max_bytes and total + size > max_bytes:
             if total == 0:
                 raise usage("--max-bytes %d is less than the first document, %s, of %d bytes"
                             % (max_bytes, name, size))
+            return
+        total += size
+        if size > largest.get("bytes", 0):
+            largest.update(name=name, bytes=size)
+        yield name, size, chunks, again[0] if again else None
+
+
+def chosen(sizes, fraction, seed):
+    """Of documents that are all known, those for val: in the order of a hash each that brings val nearer to its share,
+    first those that do not lift it far above; at least the smallest, three quarters of them at most."""
+    target, val, picked = fraction * sum(sizes), 0, set()
+    order = sorted(range(len(sizes)), key=lambda i: hashed(seed, i))
+    for most, i in itertools.product((1.1 * target, 2 * target), order):
+        if i not in picked and 4 * len(picked) < 3 * len(sizes) - 3 and val + sizes[i] <= most \
+                and abs(val + sizes[i] - target) < abs(val - target):
+            val += sizes[i]
+            picked.add(i)
+    if not picked and len(sizes) > 1 and fraction > 0:
+        picked.add(min(range(len(sizes)), key=lambda i: (sizes[i], -i)))
+    return picked
+
+
+def assigned(documents, fraction, seed, max_bytes, left_out, largest=None):
+    """Give each document its split, and stop before max_bytes would be passed.
+
+    A small source is looked at as a whole. Of a large one each document is decided on when it comes: while val's share
+    of the bytes is below the fraction, it takes the documents that the hash of their number picks: long and short ones
+    alike, since the share is looked at before the document is. Only a giant, which would lift the share above one and
+    a half times the fraction, is left to train. If val got none, it gets the last document.
+    A document that repeats another follows it into train; what is in val is not repeated.
+    """
+    documents = limited(documents, max_bytes, left_out, {} if largest is None else largest)
+    early = []
+    while len(early) < LOOK_AHEAD_DOCUMENTS and sum(d[1] for d in early) < LOOK_AHEAD_BYTES:
+        document = next(documents, None)
+        if document is None:
             break
+        early.append(document)
+    else:
+        yield from streamed(itertools.chain(early, documents), fraction, seed)
+        return
+    for_val = chosen([size for _, size, _, again in early if again is None], fraction, seed)
+    number = 0
+    for name, size, chunks, again in early:
+        if again is None:
+            yield "val" if number in for_val else "train", name, size, chunks
+            number += 1
+        elif again not in for_val:
+            yield "train", name, size, chunks
+
+
+def streamed(documents, fraction, seed):
+    total, val, was_val, held = 0, 0, bytearray(), None
+    for name, size, chunks, again in documents:
+        if again is not None and was_val[again]:
+            continue
         if held is not None:
             yield held
         below = val < fraction * total
         total += size
-        to_val = again is None and below and hashed(seed, len(chosen)) < 8 * fraction \
+        to_val = again is None and below and hashed(seed, len(was_val)) < 8 * fraction \
             and val + size <= 1.5 * fraction * total
         val += size if to_val else 0
         if again is None:
-            chosen.append(to_val)
-        if largest is not None and size > largest.get("bytes", 0):
-            largest.update(name=name, bytes=size)
+            was_val.append(to_val)
         held = ("val" if to_val else "train", name, size, chunks)
-    if held is not None:
-        if val == 0 and len(chosen) > 1 and fraction > 0 and again is None:
-            held = ("val",) + held[1:]
-        yield held
+    if val == 0 and fraction > 0 and again is None:
+        held = ("val",) + held[1:]
+    yield held
 
 
 def line_end(buf, start, stop, step):
@@ -1485,7 +1639,10 @@ class Shards:
 
 def check_shard(out, shard, width):
     path, want = os.path.join(out, shard["name"]), HEADER_BYTES + shard["tokens"] * width
-    size = os.path.getsize(path) if os.path.exists(path) else None
+    try:
+        size = os.path.getsize(path)
+    except FileNotFoundError:
+        size = None
     if size != want:
         raise Failure("%s %s, where %d bytes are due: --force makes the data set anew"
                       % (path, "is missing" if size is None else "has %d bytes" % size, want))
@@ -1519,12 +1676,14 @@ def parse_arguments(argv):
                    help="files: folders, text files, .jsonl, .json, .csv, .tsv, .parquet, compressed or not; several "
                         "times for groups with weights")
     p.add_argument("--weight", type=float, action=Weight, metavar="W",
-                   help="files: how often the documents of the --input before it are taken; 0.5: half of them, 2: twice "
-                        "(default 1)")
+                   help="files: how often the documents of the --input before it are taken; 0.5: half of them, "
+                        "2: twice (default 1)")
     p.add_argument("--as-text", nargs="+", default=[], metavar="GLOB",
                    help="files: take files whose path matches as plain text, whatever their names say ('*.json')")
     p.add_argument("--text-field", metavar="NAME",
                    help="the field or column that holds the text of a record; a.b: field b of field a (default text)")
+    p.add_argument("--detokenize", metavar="FILE",
+                   help="the text field holds token ids: make text of them by this tokenizer.json")
     p.add_argument("--keep", nargs="+", type=parse_keep, default=[], metavar="CONDITION",
                    help="take only records for which all hold: language=en, score>=3, meta.kind!=test")
     p.add_argument("--min-document-tokens", type=parse_count, default=0, metavar="N",
@@ -1543,7 +1702,8 @@ def parse_arguments(argv):
     p.add_argument("--seed", type=int, default=0, metavar="N", help="another choice of validation documents")
     p.add_argument("--shard-tokens", type=parse_count, default=100 * 10**6, metavar="N",
                    help="tokens per shard at most, 1 to 2147483647 (default 100M)")
-    p.add_argument("--eot-token", metavar="TEXT", help="tokenizer.json: its end-of-text token (default: found by name)")
+    p.add_argument("--eot-token", metavar="TEXT",
+                   help="tokenizer.json: its end-of-text token (default: found by name)")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N",
                    help="tokenizing processes (default: one per core)")
     p.add_argument("--install", action="store_true", help="install Python packages that are missing, with pip")
@@ -1553,7 +1713,9 @@ def parse_arguments(argv):
     install_packages = a.install
 
     owners = {"input": ["files"], "text_field": ["files", "hf"], "linux_archive": ["linux"], "hf_name": ["hf"],
-              "hf_config": ["hf"], "hf_split": ["hf"], "exclude": ["pystdlib", "linux", "files"], "keep": ["files", "hf"],
+              "hf_config": ["hf"], "hf_split": ["hf"], "exclude": ["pystdlib", "linux", "files"],
+              "keep": ["files", "hf"],
+              "detokenize": ["files", "hf"],
               "as_text": ["files"], "weight": ["files"]}
     for name, sources in owners.items():
         if getattr(a, name) and a.source not in sources:
@@ -1574,6 +1736,8 @@ def parse_arguments(argv):
         raise usage("--workers %d is less than 1" % a.workers)
     if a.tokenizer not in ("bytes", "gpt2") and not os.path.isfile(a.tokenizer):
         raise usage("--tokenizer %s is neither bytes nor gpt2 nor a tokenizer.json file" % a.tokenizer)
+    if a.detokenize and not os.path.isfile(a.detokenize):
+        raise usage("--detokenize %s: there is no such file" % a.detokenize)
     if a.eot_token is not None and a.tokenizer in ("bytes", "gpt2"):
         raise usage("--eot-token belongs to a tokenizer.json; %s has its own" % a.tokenizer)
     if a.linux_archive and not os.path.isfile(a.linux_archive):
@@ -1610,7 +1774,8 @@ def open_source(a, cache, meter, left_out):
             meter.say(line)
         return about, files_documents(groups, a, meter, left_out)
     about = {"hf_name": a.hf_name, "hf_config": a.hf_config, "hf_split": a.hf_split, "text_field": a.text_field}
-    return about, hf_documents(a.hf_name, a.hf_config, a.hf_split, Records(a.text_field, a.keep, left_out))
+    return about, hf_documents(a.hf_name, a.hf_config, a.hf_split, Records(
+        a.text_field, a.keep, left_out, Detokenizer(a.detokenize) if a.detokenize else None))
 
 
 OURS = r"(train|val)_[0-9]{6}\.bin(\.tmp)?|(manifest\.json|progress\.json|tokenizer\.bin)(\.tmp)?"
@@ -1705,6 +1870,8 @@ def prepare(a):
                    max_bytes=a.max_bytes, exclude=a.exclude)
     if options["tokenizer"] == "tokenizer.json":
         options.update(tokenizer_sha256=sha256_of(a.tokenizer), eot_token=a.eot_token)
+    if a.detokenize:
+        options["detokenize_sha256"] = sha256_of(a.detokenize)
     for name in ("keep", "as_text", "min_document_tokens"):
         if getattr(a, name):
             options[name] = json.loads(json.dumps(getattr(a, name)))    # tuples are lists there
@@ -1879,8 +2046,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\nprepare.py: stopped; the same command goes on from the last commit", file=sys.stderr)
         return 130
-    except OSError as e:
-        print("prepare.py: %s" % e, file=sys.stderr)
+    except (OSError, MemoryError) as e:
+        print("prepare.py: %s" % (e if isinstance(e, OSError) else "there is not memory enough: the longest document "
+                                  "and --workers decide how much it takes"), file=sys.stderr)
         return 1
     finally:
         signal.signal(signal.SIGTERM, before)

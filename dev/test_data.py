@@ -413,8 +413,8 @@ def test_linux_spools_long_directories(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "SPOOL", 1000)    # so that the documents go through a file
     write(tmp_path / "linux-1.tar.xz", tar_of([("l/a/1.c", b"x" * 5000), ("l/b/2.c", b"y" * 7000)], "xz"))
     _, split = prepared(tmp_path / "out", "--source", "linux", "--linux-archive", tmp_path / "linux-1.tar.xz")
-    assert texts(split, "train") == [b"/* a/1.c */\n" + b"x" * 5000 + b"\n"]
-    assert texts(split, "val") == [b"/* b/2.c */\n" + b"y" * 7000 + b"\n"]
+    assert texts(split, "val") == [b"/* a/1.c */\n" + b"x" * 5000 + b"\n"]
+    assert texts(split, "train") == [b"/* b/2.c */\n" + b"y" * 7000 + b"\n"]
 
 
 def test_files(tmp_path):
@@ -675,6 +675,165 @@ def test_weights(tmp_path, capsys):
     fails(capsys, out + ["--input", tmp_path, "--weight", "0"], 2, "--weight 0 is not above 0")
 
 
+def mds_shard(columns, samples):
+    """A shard of MosaicML's streaming format, of samples of encoded columns."""
+    names = sorted(columns)
+    about = json.dumps({"format": "mds", "version": 2, "column_names": names, "column_sizes":
+                        [8 if columns[n] == "int" else None for n in names],
+                        "column_encodings": [columns[n] for n in names]}).encode()
+    bodies = []
+    for sample in samples:
+        sizes = [len(sample[n]) for n in names if columns[n] != "int"]
+        bodies.append(struct.pack("<%dI" % len(sizes), *sizes) + b"".join(sample[n] for n in names))
+    at, offsets = 4 * (len(bodies) + 2) + len(about), []
+    for body in bodies + [b""]:
+        offsets.append(at)
+        at += len(body)
+    return struct.pack("<%dI" % (len(offsets) + 1), len(bodies), *offsets) + about + b"".join(bodies)
+
+
+def mds_array(values, shape, code):
+    width, wcode = (1, "B") if max(shape) < 256 else (2, "H")
+    return bytes([len(shape) << 2 | {1: 0, 2: 1}[width]]) + struct.pack("<%d%s" % (len(shape), wcode), *shape) \
+        + struct.pack("<%d%s" % (len(values), code), *values)
+
+
+def prolong_set(folder, ranks):
+    """A miniature of ProLong's data: packed ids, with begin and end of each document; GPT-2's ids for Llama's."""
+    tok, texts, samples = prepare.Gpt2Tokenizer(ranks).encoding, [], []
+    for n in range(4):
+        parts = ["ProLong %d.%d \u00e9\n" % (n, k) + "a long document. " * 60 for k in range(3)]
+        ids, spans = [], []
+        for part in parts:
+            mine = [50256] + tok.encode_ordinary(part)
+            spans += [len(ids), len(ids) + len(mine)]
+            ids += mine
+        texts += parts
+        samples.append({"input_ids": mds_array(ids, [len(ids)], "I"), "indices": mds_array(spans, [3, 2], "I"),
+                        "id": struct.pack("<q", n), "domain": b"books"})
+    columns = {"input_ids": "ndarray:uint32", "indices": "ndarray:uint32", "id": "int", "domain": "str"}
+    write(folder / "README.md", "# a card")
+    write(folder / "book-65536" / "proc00-64" / "shard.00000.mds", mds_shard(columns, samples[:3]))
+    import zstandard
+    write(folder / "book-65536" / "proc00-64" / "shard.00001.mds.zstd",
+          zstandard.ZstdCompressor().compress(mds_shard(columns, samples[3:])))
+    index = {"version": 2, "shards": [{"raw_data": {"basename": "shard.00000.mds"}, "zip_data": None}, {
+        "raw_data": {"basename": "shard.00001.mds"}, "zip_data": {"basename": "shard.00001.mds.zstd"}}]}
+    write(folder / "book-65536" / "proc00-64" / "index.json", json.dumps(index))
+    return texts
+
+
+def gpt2_tokenizer_json(path, ranks):
+    """GPT-2's ids as a tokenizer.json: for what is only decoded, no merges are needed."""
+    from tokenizers import Tokenizer, decoders, models
+    plain = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
+    shown = {b: chr(b) for b in plain}
+    shown.update({b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in plain)})
+    table = prepare.Gpt2Tokenizer(ranks).token_bytes()
+    tok = Tokenizer(models.WordLevel({"".join(shown[b] for b in t): i for i, t in enumerate(table[:-1])}, unk_token="!"))
+    tok.decoder = decoders.ByteLevel()
+    tok.add_special_tokens(["<|endoftext|>"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tok.save(str(path))
+
+
+def test_real_sets(tmp_path, ranks):
+    """The commands of data/README.md for real sets, on miniatures of their schemas."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    text = read(ROOT, "data", "README.md").decode()
+    block = re.search(r"## Real sets\n.*?```\n(.*?)```", text, re.S).group(1)
+    commands = {shlex.split(c)[-1].split("/")[1]: shlex.split(c) for c in block.splitlines() if c[0] != "#"}
+    assert list(commands) == ["fineweb_edu", "pg19", "code", "prolong", "mixture"]
+
+    def card(folder, path, config="default"):
+        write(folder / "README.md", "---\nconfigs:\n- config_name: %s\n  data_files:\n  - split: train\n    path: %s\n"
+              "---\n" % (config, path))
+
+    pages = [{"text": "page %d \u00e9" % i, "id": "u%d" % i, "dump": "CC", "url": "http://x", "file_path": "s3://y",
+              "language": "fr" if i == 3 else "en", "language_score": 0.9, "token_count": 7, "score": 2.4 + i / 8,
+              "int_score": 2 if i < 3 else 3} for i in range(9)]
+    fineweb = tmp_path / "fineweb-edu"
+    card(fineweb, "sample/10BT/*.parquet", "sample-10BT")
+    (fineweb / "sample" / "10BT").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(pages), str(fineweb / "sample" / "10BT" / "000_00000.parquet"))
+    books = [{"short_book_title": "B%d" % i, "publication_date": 1800 + i, "url": "http://x",
+              "text": "Book %d. " % i + "It was a dark night. " * n} for i, n in enumerate([3000, 20, 2500])]
+    pg19 = tmp_path / "pg19"
+    card(pg19, "data/train-*")
+    (pg19 / "data").mkdir()
+    pq.write_table(pa.Table.from_pylist(books), str(pg19 / "data" / "train-00000-of-00001.parquet"))
+    sources = [{"id": str(i), "text": "def f%d():\n    return 1\n" % i * n, "source": "stackv2", "added": "2025", "created": "",
+                "metadata": {"path": "a.py", "repo_name": "r", "language": "Python"}} for i, n in enumerate([400, 5, 600])]
+    code = tmp_path / "stackv2_edu_filtered"
+    card(code, "stack-edu-*.json.gz")
+    write(code / "stack-edu-0001.json.gz", gzip.compress("".join(json.dumps(r) + "\n" for r in sources).encode()))
+    prolong = prolong_set(tmp_path / "prolong", ranks)
+    gpt2_tokenizer_json(tmp_path / "llama3" / "tokenizer.json", ranks)
+    for name, n in (("pg19/b.txt", 3), ("code/c.txt", 4), ("books/d.txt", 5)):
+        write(tmp_path / "mixture" / name, "mixture %s " % name * n)
+    table = prepare.Gpt2Tokenizer(ranks).token_bytes()
+    want = {"fineweb_edu": [p["text"] for p in pages if p["int_score"] >= 3 and p["language"] == "en"],
+            "pg19": [b["text"] for b in books if len(b["text"]) > 1000],
+            "code": [s["text"] for s in sources if len(s["text"]) > 1000], "prolong": prolong, "mixture": None}
+    for name, command in commands.items():
+        command = ["prolong" if w == "prolong" else str(tmp_path / w.split("/")[1]) if a == "--hf-name" else w
+                   for a, w in zip([""] + command, command)]
+        done = subprocess.run([sys.executable, SCRIPT] + command[2:] + ["--workers", "1", "--val-fraction", "0"],
+                              cwd=str(tmp_path / "mixture" if name == "mixture" else tmp_path), capture_output=True,
+                              text=True, env=dict(os.environ, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home")))
+        assert done.returncode == 0, done.stderr
+        out = tmp_path / ("mixture" if name == "mixture" else "") / "data" / name
+        got = [b"".join(table[t] for t in d).decode() for d in load(out)[1]["train"]]
+        if want[name] is not None:
+            assert got == want[name], name
+        else:
+            assert [g for g in got if "books" in g] == ["mixture books/d.txt " * 5] * 3 and "pg19" in got[0]
+
+
+def test_mds(tmp_path, ranks, capsys):
+    """Missing and damaged shards of that format, and tokens of another tokenizer, are said."""
+    prolong_set(tmp_path / "in", ranks)
+    folder = tmp_path / "in" / "book-65536" / "proc00-64"
+    gpt2_tokenizer_json(tmp_path / "t.json", ranks)
+    base = ["--source", "files", "--exclude", "*.md", "--text-field", "input_ids", "--out", tmp_path / "out", "--force"]
+    given = base + ["--input", tmp_path / "in"]
+    assert prepare.main([str(x) for x in given + ["--detokenize", tmp_path / "t.json", "--keep", "domain=books", "id<2"]]) == 0
+    manifest = load(tmp_path / "out")[0]
+    assert manifest["left_out"] == {"excluded files": 1, "records that --keep leaves out": 2}
+    assert sum(c["documents"] for c in manifest["counts"].values()) == 6
+    fails(capsys, given, 1, "field 'input_ids' is a tuple, not text: .*--detokenize")
+    fails(capsys, given + ["--detokenize", word_tokenizer(tmp_path / "w.json", ["[UNK]", "a"])], 1,
+          "holds ids from .* to 50256, but .*w.json has 2: they are of another tokenizer")
+    fails(capsys, given + ["--detokenize", tmp_path / "no.json"], 2, "--detokenize .*no.json: there is no such file")
+    fails(capsys, base + ["--input", tmp_path / "in", "--text-field", "domain", "--detokenize", tmp_path / "t.json"], 1,
+          "does not hold token ids")
+    data = read(folder, "shard.00000.mds")
+    for bad in (data[:-1], data[:3], data + b"x", data.replace(b"ndarray:uint32", b"ndarray:uint99")):
+        write(folder / "shard.00000.mds", bad)
+        fails(capsys, given + ["--detokenize", tmp_path / "t.json"], 1, "shard.00000.mds is not an .mds shard behind")
+    write(folder / "shard.00000.mds", data)
+    os.remove(str(folder / "shard.00001.mds.zstd"))
+    fails(capsys, given + ["--detokenize", tmp_path / "t.json"], 1,
+          "index.json names the shard shard.00001.mds or shard.00001.mds.zstd, which is missing")
+
+
+def test_packages_are_installed_when_asked_for(tmp_path, capsys, monkeypatch):
+    """With pip, and only then; where pip fails its last line is said."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    calls = []
+
+    def pip(command, **more):
+        calls.append(command[1:])
+        return subprocess.CompletedProcess(command, 1, stderr="one\nERROR: no such package\n")
+
+    argv = ["--source", "hf", "--hf-name", "x", "--out", tmp_path / "out"]
+    fails(capsys, argv, 1, "needs the Python package 'datasets' .*pip install datasets, or give --install")
+    monkeypatch.setattr(prepare.subprocess, "run", pip)
+    fails(capsys, argv + ["--install"], 1, "pip install datasets' failed: ERROR: no such package")
+    assert calls == [["-m", "pip", "install", "datasets"]]
+
+
 # ---------------------------------------------------------------------------- the split
 
 def splits_of(sizes, fraction, seed=0):
@@ -694,6 +853,10 @@ def test_split_by_document():
         assert 0.04 < len(val) / len(sizes) < 0.065    # long documents are taken like short ones
         chosen[seed] = got
     assert chosen[0] != chosen[1] != chosen[2]
+    few = [1, 3, 50, 7, 2, 900, 13, 4, 120, 31]    # of a small source the splits are near, whatever the order
+    for order in (few, sorted(few), sorted(few, reverse=True)):
+        got = splits_of(order, 0.05)
+        assert 0.045 < sum(n for n, s in zip(order, got) if s == "val") / sum(few) < 0.055
     assert splits_of([10], 0.05) == ["train"]
     assert splits_of([10, 10], 0.05) == ["train", "val"]
     assert splits_of([10, 10, 10], 0.01).count("val") == 1
@@ -703,7 +866,8 @@ def test_split_by_document():
 
 
 @pytest.mark.parametrize("sizes,why", [([10] * 1000, None), ([10] * 3, "33%"), ([10] * 100 + [10**6], "has 1e"),
-                                       ([2**i for i in range(18)], "has 50%"), (list(range(1000, 0, -1)), None)])
+                                       ([2**i for i in range(18)], None), (list(range(1000, 0, -1)), None),
+                                       ([10] * 2000 + [10**6], "has 98%"), ([10**5] + [10] * 20000, None)])
 def test_validation_has_its_share_or_says_why(tmp_path, capsys, sizes, why):
     write(tmp_path / "in.jsonl", "".join('{"text": "%s"}\n' % ("x" * n) for n in sizes))
     manifest, _ = prepared(tmp_path / "out", "--source", "files", "--input", tmp_path / "in.jsonl")
@@ -711,6 +875,7 @@ def test_validation_has_its_share_or_says_why(tmp_path, capsys, sizes, why):
     said = re.search(r"^validation has (\S+)% of the text, not 5%: it takes whole documents, and the largest, .*in.jsonl"
                      r":\d+, has .*%$", capsys.readouterr().out, re.M)
     assert (said is None) == (why is None) == (0.033 <= share <= 0.075)
+    assert manifest["counts"]["val"]["documents"] <= max(1, len(sizes) * 3 / 4)
     if said:
         assert abs(float(said.group(1)) / (100 * share) - 1) < 0.05
 
@@ -750,17 +915,18 @@ def test_min_document_tokens(tmp_path, monkeypatch, ranks):
     """Short documents are left out, counted in tokens; killed anywhere, the same bytes come out."""
     monkeypatch.setattr(prepare, "PIECE", 300)
     lengths = [40, 99, 100, 101, 1, 2000, 100, 99]
-    write(tmp_path / "in.jsonl", "".join(json.dumps({"text": "\u00e9 x\n" * n}) + "\n" for n in lengths))
+    documents = ["\u00e9 x\n" * n for n in lengths] + ["\u00e9 x\n" * 99 + "\u00e9 x", "\u00e9 x\n" * 99 + "\u00e9"]
+    write(tmp_path / "in.jsonl", "".join(json.dumps({"text": d}) + "\n" for d in documents))
     args = ["--source", "files", "--input", str(tmp_path / "in.jsonl"), "--val-fraction", "0", "--workers", "1"]
     manifest, split = prepared(tmp_path / "gpt2", *args, "--tokenizer", "gpt2", "--min-document-tokens", "300")
     assert [len(d) for d in split["train"]] == [3 * n for n in lengths if n >= 100]
-    assert manifest["left_out"] == {"documents shorter than --min-document-tokens": 4}
+    assert manifest["left_out"] == {"documents shorter than --min-document-tokens": 6}    # one of them has 299
     assert manifest["counts"]["train"] == {"documents": 4, "tokens": 4 + 3 * 2301, "bytes": 5 * 2301}
     assert manifest["options"]["min_document_tokens"] == 300
     path = word_tokenizer(tmp_path / "words" / "tokenizer.json", ["[UNK]", "</s>", "\u00e9", "x"])
     more = args + ["--tokenizer", str(path), "--min-document-tokens", "200", "--shard-tokens", "1000"]
     manifest, split = prepared(tmp_path / "want", *more)
-    assert [len(d) for d in split["train"]] == [200, 202, 4000, 200]
+    assert [len(d) for d in split["train"]] == [200, 202, 4000, 200, 200]    # one with 199 is out
     monkeypatch.setattr(prepare, "COMMIT_SECONDS", 0.0)
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     for n in range(1, 60, 3):
@@ -1102,6 +1268,23 @@ def test_bad_files(tmp_path, capsys):
                    "--exclude", "*"], 1, r"--exclude \* leaves no file of --source linux")
 
 
+def test_damaged_parquet(tmp_path, capsys):
+    """Page checksums are verified; text that is not UTF-8 is taken as it is; fewer rows than promised are an error."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    rows = ["row %d with some text" % i for i in range(500)]
+    path = tmp_path / "p.parquet"
+    base = ["--source", "files", "--input", path, "--val-fraction", "0", "--force", "--out", tmp_path / "out"]
+    pq.write_table(pa.table({"text": rows}), str(path), compression="none", use_dictionary=False, write_page_checksum=True)
+    data = read(path)
+    assert data.count(b"row 77 with") >= 1
+    write(path, data.replace(b"row 77 with", b"row 78 with"))
+    fails(capsys, base, 1, "p.parquet cannot be read behind row [0-9]+: .*|p.parquet is not a parquet file")
+    pq.write_table(pa.table({"text": pa.array([b"caf\xe9", b"fine", None]).cast(pa.binary()).view(pa.string())}), str(path))
+    assert prepare.main([str(x) for x in base]) == 0
+    assert texts(load(tmp_path / "out")[1], "train") == [b"caf\xe9", b"fine"]
+
+
 def test_no_apt(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prepare, "DATA_DIR", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -1118,6 +1301,16 @@ def test_bad_tokenizers(tmp_path, capsys, monkeypatch):
     path = word_tokenizer(tmp_path / "tokenizer.json", ["[UNK]", "a"])
     fails(capsys, base + [path], 1, "none of the usual end-of-text tokens .*--eot-token")
     fails(capsys, base + [path, "--eot-token", "b"], 1, "--eot-token 'b' is not among the 2 tokens")
+    for name, change, pattern in [
+        ("empty", lambda d: d["model"].update(vocab={"[UNK]": 0}) or d["model"].update(vocab={}), "has no vocabulary|reads"),
+        ("large", lambda d: d["model"]["vocab"].update(b=3000000000), "has ids up to 3000000000; .* 16777215"),
+        ("shape", lambda d: d.update(model=[]), "is not a tokenizer.json that the tokenizers package reads"),
+        ("added", lambda d: d.update(added_tokens=[{"id": 1}]), "is not a tokenizer.json"),
+    ]:
+        changed = json.loads(read(path))
+        change(changed)
+        write(tmp_path / (name + ".json"), json.dumps(changed))
+        fails(capsys, base + [tmp_path / (name + ".json"), "--eot-token", "a"], 1, "%s.json .*(%s)" % (name, pattern))
     # a package that is missing
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     fails(capsys, base + [path], 1, "needs the Python package 'tokenizers'.*pip install tokenizers")
@@ -1144,3 +1337,10 @@ def test_dead_worker(tmp_path, ranks, capsys, monkeypatch):
     monkeypatch.setattr(prepare, "start_worker", os.abort)
     fails(capsys, small_set(tmp_path) + ["--out", tmp_path / "out", "--tokenizer", "gpt2", "--workers", "2"], 1,
           "a worker process died")
+
+
+def test_mutated_files():
+    """A few mutations of every kind of file; dev/fuzz_prepare.py does thousands."""
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "dev", "fuzz_prepare.py"), "--count", "120"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
