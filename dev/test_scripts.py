@@ -1208,10 +1208,10 @@ def test_compare_resumed_log(tmp_path, capsys):
 
 
 def test_compare_brief_is_four_lines(tmp_path, capsys):
-    runs = [write_log(tmp_path / "lh", lighthouse_events()), write_log(tmp_path / "dense", dense_events())]
+    runs = [write_log(tmp_path / "lh", first_events()), write_log(tmp_path / "dense", dense_events())]
     run(compare, *runs, "--brief")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines[2:6]] == ["lighthouse phase: tokens/s", "dense phase: tokens/s",
+    assert [line.split("  ")[0] for line in lines[2:6]] == ["first phase: tokens/s", "dense phase: tokens/s",
                                                             "training time", "validation loss, final"]
     assert not [line for line in lines[6:] if not line.startswith("warning: ")]
 
