@@ -774,7 +774,7 @@ def test_imported_end_of_text_leaves_again(tmp_path):
         run(export_hf, tmp_path / "model.bin", tmp_path / "again")
         assert exported_ids(tmp_path / "again") == [eot, eot]
     raw = bytearray((tmp_path / "model.bin").read_bytes())
-    struct.pack_into("<i", raw, 40, 132)
+    struct.pack_into("<i", raw, 48, 132)
     (tmp_path / "bad.bin").write_bytes(raw)
     assert "the end-of-text id is 131, wanted -1 (unknown) to 130" in refused(export_hf, tmp_path / "bad.bin", "x")
 

@@ -132,7 +132,7 @@ def pack_header(config):
     if config.positions == "rope":
         header[8] = np.array(config.rope_theta, "<f4").view("<i4")
     header[9] = config.step
-    header[10] = 0 if config.eot is None else config.eot + 1
+    header[12] = 0 if config.eot is None else config.eot + 1
     return header.tobytes()
 
 
@@ -162,10 +162,10 @@ def unpack_header(raw, name):
             raise FileError(f"{name}: the RoPE theta is {theta}, wanted a positive number")
         if (C // H) % 2:
             raise FileError(f"{name}: the head size is {C // H}, RoPE wants an even one")
-    if not 0 <= header[10] <= V:
-        raise FileError(f"{name}: the end-of-text id is {header[10] - 1}, wanted -1 (unknown) to {V - 1}")
+    if not 0 <= header[12] <= V:
+        raise FileError(f"{name}: the end-of-text id is {header[12] - 1}, wanted -1 (unknown) to {V - 1}")
     return ModelConfig(positions, max_T, V, Vp, L, H, C, dtype, theta, int(header[9]),
-                       int(header[10]) - 1 if header[10] else None)
+                       int(header[12]) - 1 if header[12] else None)
 
 
 def read_model(path):
