@@ -100,7 +100,7 @@ static void test_file(const char* path) {
     m->windows = 1;
     m->window[0] = h[14];
     if (m->uses[LIGHTHOUSE] && !lighthouse_shape(&m->shape, T, h[7], h[8] / h[7], h[10], h[11], h[12], h[13], why, sizeof why)) fatal("%s: %s", path, why);
-    Plan plan;
+    Plan plan = {};
     size_t activations = 0;  // here every kind of pass runs: room for the largest one's
     int sums = 4 * m->dims.L + 1;
     for (c.fp8 = 0; c.fp8 <= has_fp8(); c.fp8++)

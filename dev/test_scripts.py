@@ -1065,8 +1065,8 @@ def eval_event(step, dense, first, train_s):
             "train_s": train_s, "wall_s": train_s + 1.0}
 
 
-def first_events(losses=(5.0, 4.6, 4.2, 4.0, 5.5, 4.5, 4.2, 3.9)):
-    out, t = [config_event("lighthouse"), eval_event(0, 6.0, 6.1, 0.0)], 0.0
+def first_events(losses=(5.0, 4.6, 4.2, 4.0, 5.5, 4.5, 4.2, 3.9), **changes):
+    out, t = [config_event("lighthouse", **changes), eval_event(0, 6.0, 6.1, 0.0)], 0.0
     for i, loss in enumerate(losses, 1):
         t += 0.1 if i <= 4 else 0.4
         out.append(step_event(i, loss, t, 100.0 if i <= 4 else 400.0, "first" if i <= 4 else "dense"))
@@ -1137,9 +1137,9 @@ def test_compare_figures(tmp_path, capsys):
     assert row_of(text, "training time") == ["2.0", "s", "3.2", "s"]
     assert row_of(text, "speed-up of the whole run over dense") == ["1.60", "x", "-"]
     assert row_of(text, "speed-up of a step of the first phase over dense") == ["4.00", "x", "-"]
-    assert row_of(text, "validation loss, final") == ["4.0000", "3.8000"]
-    assert row_of(text, "validation loss at equal tokens, 800 tokens") == ["4.0000", "3.8000"]
-    assert row_of(text, "validation loss at equal training time, 2.0 s") == ["4.0000", "4.2500"]
+    assert row_of(text, "validation loss, final") == ["4.0000", "(+0.2000)", "3.8000"]
+    assert row_of(text, "validation loss at equal tokens") == ["4.0000", "at", "800", "(+0.2000)", "-"]
+    assert row_of(text, "validation loss at equal training time") == ["4.0000", "at", "2.0", "s", "(-0.2500)", "-"]
     assert row_of(text, "switch after step") == ["4", "-"]
     assert row_of(text, "training loss before the switch") == ["4.1000", "-"]
     assert row_of(text, "spike at the switch") == ["+0.9000", "-"]
@@ -1171,7 +1171,7 @@ def test_compare_cannot_interpolate_before_the_first_evaluation(tmp_path, capsys
     out, text = compared(tmp_path, capsys, a, b)
     equal = out["pairs"][0]["val_at_equal_time"]
     assert (equal["at"], equal["run"], equal["reference"], equal["difference"]) == (pytest.approx(2.0), 4.0, None, None)
-    assert row_of(text, "validation loss at equal training time, 2.0 s") == ["4.0000", "-"]
+    assert row_of(text, "validation loss at equal training time") == ["4.0000", "at", "2.0", "s", "-"]
     assert "dense was first evaluated after that" in text
     write_log(tmp_path / "dense", dense_events(evals=()))
     out, text = compared(tmp_path, capsys, a, b)
@@ -1185,7 +1185,7 @@ def test_compare_does_not_interpolate_between_evaluations_far_apart(tmp_path, ca
     pair, = out["pairs"]
     equal = pair["val_at_equal_time"]
     assert (equal["at"], equal["run"], equal["reference"], equal["difference"]) == (pytest.approx(2.0), 4.0, None, None)
-    assert row_of(text, "validation loss at equal training time, 2.0 s") == ["4.0000", "-"]
+    assert row_of(text, "validation loss at equal training time") == ["4.0000", "at", "2.0", "s", "-"]
     assert out["warnings"] == ["validation loss at equal training time: dense's evaluations around it are 3.2 s apart, "
                                "more than 10% of its 3.2 s: use a smaller --val-every"]
     assert (pair["val_at_equal_tokens"]["reference"], pair["val_at_equal_tokens"]["note"]) == (3.8, None)  # none needed
@@ -1299,12 +1299,99 @@ def test_compare_warns_of_different_runs(tmp_path, capsys):
     assert "has no config line" in compared(tmp_path, capsys, a, tmp_path / "dense")[1]
 
 
+def with_context(events, positions, copies):
+    """The events with the last validation by position, and copying: (distance, of the text, of random ids) each."""
+    last = max(i for i, e in enumerate(events) if e["event"] == "eval")
+    events[last] = dict(events[last], positions_dense=positions, positions_first=None)
+    return events[:last + 1] + [{"event": "copying", "step": events[last]["step"], "tokens": 240, "sequences": 2, "copies": [
+        {"distance": d, "text_loss": x, "text_right": 0.5, "random_loss": y, "random_right": 0.25} for d, x, y in copies]}
+    ] + events[last + 1:]
+
+
+def seeds_of(tmp_path, name, events_of, finals):
+    """Runs of seeds 1, 2, ... that end with these losses, as an argument of compare."""
+    folders = []
+    for seed, final in enumerate(finals, 1):
+        events = events_of(options={"seed": str(seed)})
+        last = max(i for i, e in enumerate(events) if e["event"] == "eval")
+        events[last] = dict(events[last], loss_dense=final)
+        events = with_context(events, [9.0] * 10 + [final, final - 1], [(1024, final, 2.0), (1792, 3.0, 5.0)])
+        folders.append(str(write_log(tmp_path / f"{name}_s{seed}", events)))
+    return f"{name}={','.join(folders)}"
+
+
+def test_compare_seeds(tmp_path, capsys):
+    """Means over the seeds, and the differences of equal seeds: .2, .3 and .4 have .3 +- 4.303 * .1 / sqrt(3)."""
+    lh = seeds_of(tmp_path, "lh", first_events, (4.0, 4.2, 4.4))
+    dense = seeds_of(tmp_path, "dense", dense_events, (3.8, 3.9, 4.0))
+    out, text = compared(tmp_path, capsys, lh, dense)
+    assert out["recipes"] == {"lh": ["lh_s1", "lh_s2", "lh_s3"], "dense": ["dense_s1", "dense_s2", "dense_s3"]}
+    assert out["reference"] == "dense" and out["warnings"] == []
+    assert [(p["recipe"], p["run"], p["reference"]) for p in out["pairs"]] == [
+        ("lh", f"lh_s{i}", f"dense_s{i}") for i in (1, 2, 3)]
+    found = {d["what"]: d for d in out["differences"]}
+    final = found["validation loss, final"]
+    assert final["values"] == pytest.approx([0.2, 0.3, 0.4]) and final["mean"] == pytest.approx(0.3)
+    assert final["interval"] == pytest.approx(4.303 * 0.1 / math.sqrt(3))
+    assert row_of(text, "validation loss, final") == ["4.2000", "(+0.3000", "±", "0.2484)", "3.9000"]
+    assert row_of(text, "validation loss at equal tokens") == ["4.2000", "at", "800", "(+0.3000", "±", "0.2484)", "-"]
+    assert found["validation loss at equal training time"]["values"] == pytest.approx([-0.25, -0.05, 0.15])
+    assert row_of(text, "seeds") == ["1,", "2,", "3", "1,", "2,", "3"]
+    assert row_of(text, "training time") == ["2.0", "s", "3.2", "s"]
+    # By position: every second of the powers of two from 256 on, up to the last.
+    assert row_of(text, "final loss from position 512 to 1K") == ["9.0000", "(+0.0000", "±", "0.0000)", "9.0000"]
+    assert row_of(text, "final loss from position 2K on") == ["3.2000", "(+0.3000", "±", "0.2484)", "2.9000"]
+    assert "from position 1K" not in text and "from position 128 " not in text
+    assert row_of(text, "copies of the text 1K back: loss, right") == ["4.2000,", "50%", "(+0.3000", "±", "0.2484)", "3.9000,", "50%"]
+    assert row_of(text, "copies of random ids 1,792 back: loss, right")[:2] == ["5.0000,", "25%"]
+    # A glob finds them too; another baseline; one run alone has a difference without an interval.
+    again, _ = compared(tmp_path, capsys, lh, f"dense={tmp_path}/dense_s*")
+    assert again == out
+    run(compare, dense, lh, "--baseline", "lh", "--window", "2")
+    assert "(-0.3000 ± 0.2484)" in capsys.readouterr().out
+    assert "4.2000 (+0.3000)" in compared(tmp_path, capsys, tmp_path / "lh_s2", dense)[1]
+    # Seeds that the baseline lacks, seeds twice, names twice, other options than the first's.
+    out, text = compared(tmp_path, capsys, lh, f"dense={tmp_path}/dense_s2,{tmp_path}/dense_s3")
+    assert out["warnings"] == ["lh_s1: no run of dense has its seed, 1"] and "(+0.3500 ± 0.6353, 2 of 3 runs)" in text
+    assert "x: two of its runs have one seed; they have 1, 1" in refused(compare, f"x={tmp_path}/lh_s1,{tmp_path}/lh_s1")
+    assert "two have one name: dense, dense" in refused(compare, dense, dense)
+    assert "--baseline x: there is only lh" in refused(compare, lh, "--baseline", "x")
+    assert "No such file" in refused(compare, "x=none")
+    write_log(tmp_path / "lh_s2", first_events(options={"seed": "2", "attention": "W"}))
+    assert '--attention differs: lh_s2 has "W", lh_s1 "L"' in compared(tmp_path, capsys, lh, dense)[1]
+
+
+def test_compare_smoothing_and_limits():
+    """No mean reaches across the switch, none is a single loss, one that is no number is left out; a run that diverges
+    does not press the others into a line."""
+    steps = [{"phase": "first" if i < 4 else "dense", "loss": x} for i, x in enumerate([8, 6, 4, 2, 10, None, 4, 2])]
+    assert compare.smoothed(steps, 4) == [7, 6, 5, 4, 10, 7, 16 / 3, 3]  # two before, itself and one after
+    good, bad = [[5 - 0.02 * i for i in range(100)]], [[5 - 0.02 * i for i in range(40)] + [900.0] * 60]
+    runs = [{"steps": [0] * 100, "evals": [{"step": 50, "loss_dense": 4.5, "loss_first": None}]}] * 2
+    low, high = compare.loss_limits(runs[:1], good)
+    assert low == pytest.approx(3.02 - 0.05 * 1.88) and high == pytest.approx(4.9 + 0.05 * 1.88)
+    runs[1] = {"steps": [0] * 100, "evals": [{"step": 80, "loss_dense": 900.0, "loss_first": None}]}
+    assert compare.loss_limits(runs, good + bad) == (low, high) and compare.loss_limits(runs, [[math.nan]] * 2) is None
+
+
+def test_compare_png_with_the_context(tmp_path):
+    """A third column: the loss by position, and copying by distance."""
+    image = pytest.importorskip("matplotlib.image")
+    run(compare, seeds_of(tmp_path, "lh", first_events, (4.0, 4.2)), seeds_of(tmp_path, "dense", dense_events, (3.8, 3.9)),
+        "--png", tmp_path / "out.png")
+    pixels = np.round(image.imread(tmp_path / "out.png")[..., :3] * 255)
+    assert pixels.shape == (660, 2220, 3)
+    for panel in (pixels[:330, 1560:], pixels[330:, 1560:]):
+        for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
+            assert (np.abs(panel - colour).max(-1) <= 2).sum() > 100
+
+
 def test_compare_png(tmp_path):
     image = pytest.importorskip("matplotlib.image")
     a, b = write_log(tmp_path / "lh", first_events()), write_log(tmp_path / "dense", dense_events())
     run(compare, a, b, "--png", tmp_path / "out.png", "--window", 2)
     raw = (tmp_path / "out.png").read_bytes()
-    assert raw[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">2I", raw[16:24]) == (1560, 600)
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">2I", raw[16:24]) == (1560, 660)
     pixels = np.round(image.imread(tmp_path / "out.png")[..., :3] * 255)
     for panel in (pixels[:, :780], pixels[:, 780:]):  # both runs' colours in both panels, and mostly white
         for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
