@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from test_trainer import (CALLS, ENV, ROOT, Lab, calls_in_order, checkpoint, checkpoint_body, checkpoints, events, execute,
+from test_trainer import (CALLS, ENV, ROOT, Lab, calls_in_order, figures_agree, checkpoint, checkpoint_body, checkpoints, events, execute,
                           little_memory, model_bytes, preload, programs, step_events, write_shard, write_tokenizer)
 
 T, STEPS, SWITCH = 128, 20, 11
@@ -158,6 +158,7 @@ def test_losses_are_those_of_one_rank(lab, reference, case):
     same_losses(run, one)
     assert result.out.count(f"step {STEPS}/{STEPS} ") == 1, "only rank 0 prints"
     assert "\033" not in result.out, "mpirun gives its first process a terminal; its output in a file has plain lines"
+    figures_agree(run, result.out, options["ranks"])
     config, = events(run, "config")
     assert config["processes"] == options["ranks"] and config["tokens_per_step"] == BATCH * T
 
