@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from test_trainer import (CALLS, ENV, ROOT, Lab, calls_in_order, checkpoint, checkpoint_body, checkpoints, events, execute,
+from test_trainer import (CALLS, ENV, ROOT, Lab, calls_in_order, figures_agree, checkpoint, checkpoint_body, checkpoints, events, execute,
                           little_memory, model_bytes, preload, programs, step_events, write_shard, write_tokenizer)
 
 T, STEPS, SWITCH = 128, 20, 11
@@ -170,6 +170,7 @@ def test_losses_are_those_of_one_rank(lab, reference, case):
     same_losses(run, one)
     assert result.out.count(f"step {STEPS}/{STEPS} ") == 1, "only rank 0 prints"
     assert "\033" not in result.out, "mpirun gives its first process a terminal; its output in a file has plain lines"
+    figures_agree(run, result.out, options["ranks"])
     config, = events(run, "config")
     assert config["processes"] == options["ranks"] and config["tokens_per_step"] == BATCH * T
 
@@ -556,6 +557,18 @@ def test_ranks_with_other_options_are_named(lab):
     job = together(lab, lab.command("run"), lab.command("other"))
     lab.ends(job, 20, "rank 1", "--out-dir", lab.folder / "run", lab.folder / "other")
     assert not (lab.folder / "run").exists() and not (lab.folder / "other").exists()
+
+
+def test_options_of_every_kind_are_compared(lab):
+    """From the first of the table to the last, numbers, texts and flags: a rank with another value than rank 0 is refused."""
+    rows = [row.split("\t") for row in execute([lab.programs["units"], "options"]).out.splitlines()]
+    flag = [row for row in rows if row[2] == "flag"][:1]
+    for name, _, kind, low, high, fallback in rows[::7] + rows[-2:] + flag:
+        value = "other" if kind == "text" else high if float(fallback) != float(high) else low
+        value = {"lr-schedule": "wsd", "positions": "learned"}.get(name, value)
+        job = together(lab, lab.command("run"), lab.command("run") + [f"--{name}" if kind == "flag" else f"--{name}={value}"])
+        lab.ends(job, 20, "rank 1", f"--{name} is", "on rank 0")
+    assert len(rows) > 40 and not (lab.folder / "run").exists()
 
 
 @pytest.mark.parametrize("different", ["train-data", "val-data", "model", "out-dir"])

@@ -1768,6 +1768,84 @@ def test_logs(lab, table):
     assert all(abs(copies[e["step"]] - e["copies"][0]["text_loss"]) < 1e-4 for e in copying) and len(copies) == 2
 
 
+def clock(text):
+    """Seconds of h:mm:ss."""
+    hours, minutes, seconds = (int(x) for x in text.split(":"))
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def figures_agree(folder, out, processes=1):
+    """The figures of a run's steps against each other and against the sizes: times, MFU, what is left, on screen and in logs."""
+    config, steps = events(folder, "config")[0], events(folder, "step")
+    tokens, model, T_ = config["tokens_per_step"], config["model"], config["options"]["seq-len"]
+    C, L = model["channels"], model["layers"]
+    for before, e in zip(steps, steps[1:]):
+        rows = [T_] * L
+        if e["phase"] == "lighthouse":
+            rows = [T_ if layer in config["lighthouse"]["dense_layers"] else config["lighthouse"]["slots"] for layer in range(L)]
+        flops = 6 * tokens * (model["padded_vocab"] * C + 12 * L * C * C) + 6 * C * tokens / T_ * sum(r * r for r in rows)
+        assert e["mfu"] == pytest.approx(flops / (e["ms"] / 1e3) / config["measured_flops"] / processes, rel=0.01, abs=1e-4)
+        assert e["train_s"] - before["train_s"] == pytest.approx(e["ms"] / 1e3, abs=1e-5)
+        if not any(x["step"] == before["step"] for x in events(folder, "eval") + events(folder, "sample") + events(folder, "checkpoint")):
+            assert e["wall_s"] - before["wall_s"] == pytest.approx(e["ms"] / 1e3, rel=0.3, abs=0.02)
+    lines = re.findall(r"^step +(\d+)/\d+ \| loss ([\d.]+) \| norm ([\d.]+) \| lr (\S+) \| ([\d.]+) ms \| (\d+) tok/s \| mfu ([\d.]+)% \| (\w+) "
+                       r"\| ETA ([\d:]+)", out, re.M)
+    logged = re.findall(r"^s:(\d+) trl:([\d.]+) lr:([\d.]+) norm:([\d.]+) ms:([\d.]+) tps:(\d+) ph:(\w+)$", (folder / "main.log").read_text(), re.M)
+    assert len(lines) == len(logged) == len(steps)
+    for line, log, e in zip(lines, logged, steps):
+        assert int(line[0]) == int(log[0]) + 1 == e["step"] and line[7] == log[6] == e["phase"] and line[5] == log[5]
+        for shown, figure, digits in [(line[1], "loss", 4), (line[2], "norm", 4), (log[1], "loss", 6), (log[2], "lr", 8), (log[3], "norm", 6),
+                                      (line[4], "ms", 1), (log[4], "ms", 2), (line[5], "tokens_per_second", 0)]:
+            assert float(shown) == pytest.approx(e[figure], abs=0.51 * 10 ** -digits), (figure, shown, e[figure])
+        assert float(line[6]) == pytest.approx(100 * e["mfu"], abs=0.06)
+    return lines
+
+
+def test_figures(lab):
+    """Times, MFU and the time that is left follow from the sizes and from each other; a resume goes on counting; of two validation
+    losses each has its name on the screen."""
+    options = dict(steps=8, switch_step=5, checkpoint_every=4, keep_last=0, val_data=lab.data.val, val_every=4, **SLOW)
+    result = lab.run("run", **options)
+    folder = lab.folder / "run"
+    figures_agree(folder, result.out)
+    evaluations = events(folder, "eval")
+    assert [e["tokens"] for e in evaluations] == [e["step"] * 12 * T for e in evaluations] and len(evaluations) == 4
+    shown = re.findall(r"^step (\d+) \| validation loss ([\d.]+)(?: under dense attention, ([\d.]+) under Lighthouse)?$", result.out, re.M)
+    for (step, dense, lighthouse), e in zip(shown, evaluations):
+        assert int(step) == e["step"] and float(dense) == pytest.approx(e["loss_dense"], abs=6e-5)
+        assert float(lighthouse or 0) == pytest.approx(e["loss_lighthouse"] or 0, abs=6e-5)
+    for line, e in zip(re.findall(r"^s:(\d+) tel:(.*)$", (folder / "main.log").read_text(), re.M), evaluations):
+        dense, _, lighthouse = line[1].partition(" lhtel:")
+        assert float(dense) == pytest.approx(e["loss_dense"], abs=1e-6) and float(lighthouse or 0) == pytest.approx(e["loss_lighthouse"] or 0, abs=1e-6)
+    assert any(e["loss_lighthouse"] and abs(e["loss_lighthouse"] - e["loss_dense"]) > 1e-4 for e in evaluations), "two that differ"
+
+    resumed = lab.folder / "resumed"
+    resumed.mkdir()
+    shutil.copy(checkpoint(folder, 4), resumed)
+    lab.train("resumed", **options, resume=1)
+    saved, went_on = step_events(folder)[3], step_events(resumed)[0]
+    assert went_on["train_s"] == pytest.approx(saved["train_s"] + went_on["ms"] / 1e3, abs=1e-4)
+    assert saved["wall_s"] < went_on["wall_s"] < saved["wall_s"] + 30
+    total = events(resumed, "total")[0]
+    assert total["phases"]["lighthouse"]["steps"] == 5 and total["train_s"] == pytest.approx(step_events(resumed)[-1]["train_s"], abs=1e-4)
+
+
+@pytest.mark.parametrize("switch", ["0", "0.5"])
+def test_time_left(lab, switch):
+    """Steps left at the pace so far; a phase not yet seen at the same rate of operations."""
+    code, out = kill_at(lab.command("run", steps=2 * 10 ** 5, switch_step=switch, **SLOW), 12, signal.SIGTERM, 0)
+    folder = lab.folder / "run"
+    lines, steps, config = figures_agree(folder, out), events(folder, "step"), events(folder, "config")[0]
+    model, slots = config["model"], 48
+    C, matrices = model["channels"], model["padded_vocab"] * model["channels"] + 12 * 4 * model["channels"] ** 2
+    dense = matrices + C * 4 * T
+    lighthouse = matrices + C * (2 * T + 2 * slots * slots / T)  # of four layers the first and the last are dense
+    for line, e in list(zip(lines, steps))[2:]:
+        pace = e["train_s"] / e["step"]
+        left = pace * (2 * 10 ** 5 - e["step"]) if switch == "0" else pace * (10 ** 5 - e["step"]) + pace * dense / lighthouse * 10 ** 5
+        assert clock(line[8]) == pytest.approx(left, rel=0.01, abs=2)
+
+
 def test_dense_program_logs(lab):
     """The baseline's log says that it is dense, and has no Lighthouse loss."""
     folder = lab.train("run", program="dense", steps=3, val_data=lab.data.val)
