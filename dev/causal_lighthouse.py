@@ -23,6 +23,7 @@ usage:
     causal_lighthouse.py --data DIR --list FILE --limit SECONDS --results FILE [options for all]
                      one run per line of FILE (its options); runs that the results hold already are skipped, and none is
                      begun that would not end in time, so call it again for the rest
+    causal_lighthouse.py --table RESULTS...              what the results say, as a table
     --data random:4  uniform random ids out of 4 instead of text: no causal model can go below ln 4
 
 Every run appends one line of JSON to the results:
@@ -972,6 +973,23 @@ def run_list(o, parser, arguments, begin):
     return failed
 
 
+def print_table(paths):
+    """A row a run. Losses and copying dense, if not said otherwise; copying in thousands of tokens and its loss."""
+    results = [json.loads(line) for path in paths for line in open(path) if line.strip()]
+    columns = ["run", "slots/tokens", "loss", "before the switch", "the same under the pattern", "training s",
+               "copying", "before the switch", "the same under the pattern"]
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+
+    def copies(table, which):
+        return " ".join(f"{int(d) / 1024:.3g}K {x[0]:.2f}" for d, x in (table or {}).get(which, {}).items())
+    for r in results:
+        switch = round(r["key"]["share"] * r["key"]["steps"])
+        under, dense = [e[1:] for e in r["evals"] if e[0] == switch][0] if r["copy_switch"] else ("", "")
+        row = [r["name"], r.get("slot_share", ""), r["loss"]["dense"], dense, under, r["seconds"],
+               copies(r["copy"], "dense"), copies(r["copy_switch"], "dense"), copies(r["copy_switch"], "pattern")]
+        print("| " + " | ".join(map(str, row)) + " |")
+
+
 def check(o):
     if not o.pattern or set(o.pattern) - set("DWSLC"):
         raise ValueError(f"--pattern {o.pattern}: the letters are D, W, S, L and C")
@@ -995,6 +1013,7 @@ def main():
     begin = time.monotonic()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--smoke", action="store_true", help="try every kind and exit")
+    p.add_argument("--table", nargs="+", default=[], help="files of results to print as a table")
     p.add_argument("--smoke-steps", type=int, default=20)
     p.add_argument("--data", default="", help="directory of train.raw and val.raw, or random:IDS")
     p.add_argument("--list", default="", help="file of runs, the options of one a line")
@@ -1019,6 +1038,8 @@ def main():
                    help="library attention; auto: the fastest that is right")
     p.add_argument("--no-compile", action="store_true")
     o = p.parse_args()
+    if o.table:
+        return print_table(o.table)
     try:
         check(o)
         if o.smoke:
