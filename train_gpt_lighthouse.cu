@@ -670,6 +670,14 @@ static void device_name(char* name, size_t size) {
     snprintf(name, size, "%.200s, CUDA %d.%d", properties.name, runtime / 1000, runtime % 1000 / 10);
 }
 
+// Starts a kernel behind everything before it.
+#define LAUNCH_SHARED(kernel, blocks, threads, shared, ...) \
+    do { \
+        kernel<<<blocks, threads, shared, main_stream>>>(__VA_ARGS__); \
+        cuda_check(cudaGetLastError(), #kernel, __FILE__, __LINE__); \
+    } while (0)
+#define LAUNCH(kernel, blocks, threads, ...) LAUNCH_SHARED(kernel, blocks, threads, 0, __VA_ARGS__)
+
 // Blocks for work items, per_block each, along grid.x (the one dimension that reaches 2^31 - 1).
 static unsigned grid_for(int64_t work, int64_t per_block) {
     int64_t blocks = (work + per_block - 1) / per_block;
@@ -1589,8 +1597,7 @@ __global__ void __launch_bounds__(1024) add_partials_kernel(SumTargets to, const
 }
 
 static void add_partials(SumTargets to, const float* partial, int groups, int n) {
-    add_partials_kernel<<<grid_for(n, 32), dim3(32, 32), 0, main_stream>>>(to, partial, groups, n);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(add_partials_kernel, grid_for(n, 32), dim3(32, 32), to, partial, groups, n);
 }
 
 // ---- encoder
@@ -1619,8 +1626,7 @@ static void encoder_forward(floatX* out /*(B,T,C)*/, const int* tokens /*(B,T)*/
                             int64_t t0 /*position of token 0*/) {
     opRequireRows("encoder_forward", C);
     int64_t N = B * T;
-    encoder_forward_kernel<<<grid_for(N, 8), dim3(32, 8), 0, main_stream>>>(out, tokens, wte, wpe, N, T, C, t0);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(encoder_forward_kernel, grid_for(N, 8), dim3(32, 8), out, tokens, wte, wpe, N, T, C, t0);
 }
 
 // dwte sums the rows of dout that hold the same token, anything from none to all of them (bytes: N/257 on average).
@@ -1785,18 +1791,15 @@ static void encoder_backward(float* dwte /*(Vp,C) +=*/, float* dwpe /*(maxT,C) +
     EncoderScratch s = encoder_scratch((char*)scratch(encoder_backward_scratch_bytes(N, C), "encoder_backward"), N, C);
     int bits = 1;
     while ((Vp - 1) >> bits) bits++;
-    count_up_kernel<<<grid_for(N, 256), 256, 0, main_stream>>>(s.unsorted, N);
+    LAUNCH(count_up_kernel, grid_for(N, 256), 256, s.unsorted, N);
     cudaCheck(cub::DeviceRadixSort::SortPairs(s.sort, s.sort_bytes, tokens, s.key, s.unsorted, s.row, (int)N, 0, bits,
                                               main_stream));
     int threads = std::min(256, (int)ceil_div(C / 8, 32) * 32);
     dim3 ranges(s.ranges, ceil_div(C / 8, threads)), joins(ceil_div(s.ranges, 8), ceil_div(C, 256));
-    encoder_backward_kernel<<<ranges, threads, 0, main_stream>>>(dwte, s.head, s.tail, dout, s.key, s.row, N, s.range,
-                                                                 C);
-    encoder_backward_join_kernel<<<joins, 256, 0, main_stream>>>(dwte, s.head, s.tail, s.key, N, s.range, s.ranges, C);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(encoder_backward_kernel, ranges, threads, dwte, s.head, s.tail, dout, s.key, s.row, N, s.range, C);
+    LAUNCH(encoder_backward_join_kernel, joins, 256, dwte, s.head, s.tail, s.key, N, s.range, s.ranges, C);
     if (dwpe) {
-        encoder_backward_wpe_kernel<<<grid_for(T, 8), dim3(32, 8), 0, main_stream>>>(dwpe, dout, B, T, C, t0);
-        cudaCheck(cudaGetLastError());
+        LAUNCH(encoder_backward_wpe_kernel, grid_for(T, 8), dim3(32, 8), dwpe, dout, B, T, C, t0);
     }
 }
 
@@ -1861,8 +1864,7 @@ static void layernorm_forward(floatX* out, float* mean /*(N)*/, float* rstd /*(N
         layernorm_forward_kernel<7>, layernorm_forward_kernel<8>};
     int groups = (C + 255) / 256;
     auto kernel = groups <= 8 ? kernels[groups - 1] : layernorm_forward_kernel<LAYERNORM_MAX_C / 256>;
-    kernel<<<grid_for(N, 8), dim3(32, 8), 0, main_stream>>>(out, mean, rstd, inp, weight, bias, N, C);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(kernel, grid_for(N, 8), dim3(32, 8), out, mean, rstd, inp, weight, bias, N, C);
 }
 
 // A block spans a row, 8 channels a thread, and goes from row to row; one wave of blocks does them all. Each thread
@@ -1929,8 +1931,7 @@ static void layernorm_backward(floatX* dinp /*(N,C) +=*/, float* dweight /*(C) +
         cudaCheck(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, layernorm_backward_kernel, threads, 0));
     }
     int blocks = (int)std::min(N, (int64_t)std::min(blocks_per_sm * device_sms, LAYERNORM_MAX_BLOCKS));
-    layernorm_backward_kernel<<<blocks, threads, 0, main_stream>>>(dinp, partial, dout, inp, weight, mean, rstd, N, C);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(layernorm_backward_kernel, blocks, threads, dinp, partial, dout, inp, weight, mean, rstd, N, C);
     add_partials({{dweight, dbias, dsum}, 3}, partial, blocks, 3 * C);
 }
 
@@ -2101,9 +2102,7 @@ static void bias_backward(float* dbias /*(OC) +=*/, const floatX* dout /*(N,OC)*
     ranges = std::min(ranges, ceil_div(N, 64));
     int64_t range = ceil_div(N, ranges);
     ranges = ceil_div(N, range);
-    bias_backward_kernel<<<dim3(column_blocks, (unsigned)ranges), dim3(32, 8), 0, main_stream>>>(partial, dout, N, OC,
-                                                                                                 range);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(bias_backward_kernel, dim3(column_blocks, (unsigned)ranges), dim3(32, 8), partial, dout, N, OC, range);
     add_partials({{dbias}, 1}, partial, (int)ranges, OC);
 }
 
@@ -2140,14 +2139,12 @@ __global__ void __launch_bounds__(256) gelu_backward_kernel(floatX* dinp, const 
 
 static void gelu_forward(floatX* out, const floatX* inp, int64_t n) {
     opRequire(n % 8 == 0, "gelu_forward: %ld elements, not a multiple of 8", n);
-    gelu_forward_kernel<<<grid_for(n, 2048), 256, 0, main_stream>>>(out, inp, n);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(gelu_forward_kernel, grid_for(n, 2048), 256, out, inp, n);
 }
 
 static void gelu_backward(floatX* dinp /*may be dout*/, const floatX* dout, const floatX* inp, int64_t n) {
     opRequire(n % 8 == 0, "gelu_backward: %ld elements, not a multiple of 8", n);
-    gelu_backward_kernel<<<grid_for(n, 2048), 256, 0, main_stream>>>(dinp, dout, inp, n);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(gelu_backward_kernel, grid_for(n, 2048), 256, dinp, dout, inp, n);
 }
 
 // cuBLASLt multiplies by GELU' where it writes dinp, but not in fp32; and for some shapes it knows only one kernel that
@@ -2204,8 +2201,7 @@ __global__ void __launch_bounds__(256) fp8_amax_kernel(float* amax, const floatX
 static void fp8_amax(Fp8Scale* scale, const floatX* x /*(n) or NULL*/, const floatX* pre /*(n) or NULL*/, int64_t n) {
     opRequire(n % 8 == 0, "fp8_amax: %ld elements, not a multiple of 8", n);
     unsigned blocks = std::min(grid_for(n, 2048), (unsigned)(8 * device_sms));
-    fp8_amax_kernel<<<blocks, 256, 0, main_stream>>>(&scale->amax, x ? x : pre, n, x && pre ? 1.13f : 1.0f);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(fp8_amax_kernel, blocks, 256, &scale->amax, x ? x : pre, n, x && pre ? 1.13f : 1.0f);
 }
 
 // Four numbers to FP8, the first in the lowest byte. Past the largest they become the largest; NaN stays NaN.
@@ -2304,9 +2300,8 @@ static void fp8_quantize(Fp8Matrix y /*(N,C)*/, float* dbias /*(C) += or NULL*/,
     ranges = ceil_div(N, range);
     auto kernel = gradient ? pre ? fp8_quantize_kernel<true, true> : fp8_quantize_kernel<true, false>
                            : pre ? fp8_quantize_kernel<false, true> : fp8_quantize_kernel<false, false>;
-    kernel<<<dim3(column_blocks, (unsigned)ranges), 256, 0, main_stream>>>(y.rows, y.columns, partial, y.scale, x, pre,
-                                                                           N, C, range);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(kernel, dim3(column_blocks, (unsigned)ranges), 256, y.rows, y.columns, partial, y.scale, x, pre, N, C,
+           range);
     if (dbias) add_partials({{dbias}, 1}, partial, (int)ranges, C);
 }
 
@@ -2444,14 +2439,10 @@ static void crossentropy_forward_backward(floatX* logits /*(N,Vp) in, dlogits ou
                                           float dloss /*gradient of each row's loss*/, int64_t N, int V, int Vp,
                                           bool grad) {
     opRequireRows("crossentropy_forward_backward", Vp);
-    if (Vp <= 1024) {
-        crossentropy_kernel<16><<<grid_for(N, 16), 256, 0, main_stream>>>(logits, losses, targets, dloss, N, V, Vp,
-                                                                          grad);
-    } else {
-        crossentropy_kernel<512><<<grid_for(N, 1), 512, 0, main_stream>>>(logits, losses, targets, dloss, N, V, Vp,
-                                                                          grad);
-    }
-    cudaCheck(cudaGetLastError());
+    if (Vp <= 1024)
+        LAUNCH(crossentropy_kernel<16>, grid_for(N, 16), 256, logits, losses, targets, dloss, N, V, Vp, grad);
+    else
+        LAUNCH(crossentropy_kernel<512>, grid_for(N, 1), 512, logits, losses, targets, dloss, N, V, Vp, grad);
 }
 
 // ---- RoPE
@@ -2524,8 +2515,7 @@ static void rope_rotate(floatX* qkv /*(B,T,3,H,D), q and k in place*/, const flo
                         int64_t t0 /*position of token 0*/) {
     opRequire(D >= 16 && D <= 256 && (D & (D - 1)) == 0, "rope_rotate: head size %d, not 16, 32, 64, 128 or 256", D);
     int64_t N = B * T;
-    rope_rotate_kernel<<<grid_for(N, 8), dim3(32, 8), 0, main_stream>>>(qkv, table, (float)direction, N, T, H, D, t0);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(rope_rotate_kernel, grid_for(N, 8), dim3(32, 8), qkv, table, (float)direction, N, T, H, D, t0);
 }
 
 // ---- context parallelism: blocks of heads
@@ -2545,14 +2535,12 @@ __global__ void __launch_bounds__(256) heads_pack_kernel(floatX* __restrict__ ou
 
 static void heads_pack(floatX* out /*(B,W,R,n)*/, const floatX* inp /*(B,R,W,n)*/, int B, int64_t R, int W, int n) {
     opRequireRows("heads_pack", n);
-    heads_pack_kernel<true><<<grid_for(B * R, 8), dim3(32, 8), 0, main_stream>>>(out, inp, B * R, R, W, n);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(heads_pack_kernel<true>, grid_for(B * R, 8), dim3(32, 8), out, inp, B * R, R, W, n);
 }
 
 static void heads_unpack(floatX* out /*(B,R,W,n)*/, const floatX* inp /*(B,W,R,n)*/, int B, int64_t R, int W, int n) {
     opRequireRows("heads_unpack", n);
-    heads_pack_kernel<false><<<grid_for(B * R, 8), dim3(32, 8), 0, main_stream>>>(out, inp, B * R, R, W, n);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(heads_pack_kernel<false>, grid_for(B * R, 8), dim3(32, 8), out, inp, B * R, R, W, n);
 }
 
 // ---- sums
@@ -2601,9 +2589,8 @@ static size_t sum_scratch_bytes() { return SUM_BLOCKS * sizeof(double); }
 
 template <bool SQUARE> static void add_sum(double* total, const float* x, int64_t n) {
     double* partial = (double*)scratch(sum_scratch_bytes(), "sum");
-    sum_kernel<SQUARE><<<SUM_BLOCKS, SUM_THREADS, 0, main_stream>>>(partial, x, n);
-    sum_partials_kernel<<<1, SUM_THREADS, 0, main_stream>>>(total, partial);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(sum_kernel<SQUARE>, SUM_BLOCKS, SUM_THREADS, partial, x, n);
+    LAUNCH(sum_partials_kernel, 1, SUM_THREADS, total, partial);
 }
 // The totals stay on the device, so nothing waits.
 static void sum_squares(double* total /*+=, device memory*/, const float* x /*(n)*/, int64_t n) {
@@ -2655,8 +2642,7 @@ static void adamw_update(floatX* params, float* master /*or NULL: params are fp3
     opRequire((((uintptr_t)params | (uintptr_t)master | (uintptr_t)m | (uintptr_t)v | (uintptr_t)grads) & 15) == 0,
               "adamw_update: a tensor does not start at a multiple of 16 bytes");
     AdamW a = {lr, beta1, beta2, beta1_correction, beta2_correction, eps, weight_decay, grad_scale};
-    adamw_kernel<<<grid_for(n, 2048), 256, 0, main_stream>>>(params, master, m, v, grads, n, a);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(adamw_kernel, grid_for(n, 2048), 256, params, master, m, v, grads, n, a);
 }
 
 // ---- causal attention
@@ -3088,15 +3074,17 @@ template <class Attend> static void each_window(int B, int64_t T, int64_t window
 // (Pack8) in each lane, and works alone: the lanes of a group do the same, groups of one warp may not. Pooling factors
 // are powers of 2, so entry indices come from shifts. Sums are fp32, in one group's registers and in a fixed order.
 
+#define HEAD_SIZE(size, ...) case size: { constexpr int HEAD = size; __VA_ARGS__; break; }
+#ifdef TRAINER_NO_MAIN
+#define TEST_HEAD_SIZES(...) HEAD_SIZE(16, __VA_ARGS__) HEAD_SIZE(32, __VA_ARGS__)  // of small models
+#else
+#define TEST_HEAD_SIZES(...)
+#endif
 #define WITH_HEAD_SIZE(D, ...) \
     switch (D) { \
-        case 16: { constexpr int HEAD = 16; __VA_ARGS__; break; } \
-        case 32: { constexpr int HEAD = 32; __VA_ARGS__; break; } \
-        case 64: { constexpr int HEAD = 64; __VA_ARGS__; break; } \
-        case 128: { constexpr int HEAD = 128; __VA_ARGS__; break; } \
-        default: opRequire(false, "head size %d: Lighthouse on the GPU knows 16, 32, 64 and 128", D); \
-    } \
-    cudaCheck(cudaGetLastError())
+        TEST_HEAD_SIZES(__VA_ARGS__) HEAD_SIZE(64, __VA_ARGS__) HEAD_SIZE(128, __VA_ARGS__) \
+        default: opRequire(false, "head size %d: Lighthouse on the GPU knows 64 and 128", D); \
+    }
 
 template <int LANES> __device__ __forceinline__ unsigned group_mask() {
     if (LANES == 32) return 0xffffffffu;
@@ -3188,16 +3176,15 @@ static void lighthouse_scores(float* scores /*(2,B,H,E): a then b*/, const float
     opRequire(shared <= 48 << 10, "%d heads: at most 94 fit into a block of lighthouse_scores", s->H);
     unsigned chunks = grid_for(s->T, SCORE_TOKENS);
     unsigned blocks = grid_for((int64_t)chunks * B, 1);
-    WITH_HEAD_SIZE(s->D, lighthouse_scores_kernel<HEAD><<<blocks, threads, shared, main_stream>>>(
-                             scores, qkv, B, *s, rows, chunks));
+    WITH_HEAD_SIZE(s->D, LAUNCH_SHARED(lighthouse_scores_kernel<HEAD>, blocks, threads, shared, scores, qkv, B, *s,
+                                       rows, chunks));
     int64_t width = 1;
     for (int l = 1; l < s->levels; l++) {
         width *= s->pool;
         if (width <= SCORE_TOKENS) continue;
         chunks = grid_for(s->n[l], 256);
         blocks = grid_for(2 * (int64_t)B * s->H * chunks, 1);
-        lighthouse_pyramid_kernel<<<blocks, 256, 0, main_stream>>>(scores, l, *s, chunks);
-        cudaCheck(cudaGetLastError());
+        LAUNCH(lighthouse_pyramid_kernel, blocks, 256, scores, l, *s, chunks);
     }
 }
 
@@ -3383,9 +3370,8 @@ static void lighthouse_select(int32_t* index /*(B,H,S) flat entry index in seque
     bool cached = shared + keys <= select_shared_limit;
     int threads = most >= 1024 ? 1024 : most <= 128 ? 128 : (int)(most + 31) / 32 * 32;
     if (cached) shared += keys;
-    lighthouse_select_kernel<<<grid_for((int64_t)B * s->H * s->tiles, 1), threads, shared, main_stream>>>(
-        index, scores, B, *s, (int)(most / 32 + 1), cached);
-    cudaCheck(cudaGetLastError());
+    LAUNCH_SHARED(lighthouse_select_kernel, grid_for((int64_t)B * s->H * s->tiles, 1), threads, shared, index, scores,
+                  B, *s, (int)(most / 32 + 1), cached);
 }
 
 __global__ void lighthouse_invert_kernel(int32_t* slot, const int32_t* index, LighthouseShape s, unsigned chunks) {
@@ -3398,8 +3384,7 @@ static void lighthouse_invert(int32_t* slot /*(B,H,E) slot of the entry, or -1*/
     int64_t heads = (int64_t)B * s->H;
     unsigned chunks = grid_for(s->S, 256);
     cudaCheck(cudaMemsetAsync(slot, 0xff, heads * s->off[s->levels] * sizeof(int32_t), main_stream));
-    lighthouse_invert_kernel<<<grid_for(heads * chunks, 1), 256, 0, main_stream>>>(slot, index, *s, chunks);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(lighthouse_invert_kernel, grid_for(heads * chunks, 1), 256, slot, index, *s, chunks);
 }
 
 // ---- gather, and the backward of scatter: kernels that make slots
@@ -3484,8 +3469,8 @@ static void lighthouse_gather(floatX* slots /*(B,S,3,H,D)*/, const floatX* qkv /
                               const int32_t* index /*(B,H,S)*/, const float* rope /*table or NULL*/, int B,
                               const LighthouseShape* s, int64_t t0 /*position of token 0*/) {
     unsigned chunks = grid_for(s->S, SLOT_THREADS / (s->D / 8)), blocks = grid_for((int64_t)B * s->H * chunks, 1);
-    WITH_HEAD_SIZE(s->D, lighthouse_gather_kernel<HEAD><<<blocks, SLOT_THREADS, 0, main_stream>>>(
-                             slots, qkv, index, rope, *s, t0, chunks));
+    WITH_HEAD_SIZE(s->D, LAUNCH(lighthouse_gather_kernel<HEAD>, blocks, SLOT_THREADS, slots, qkv, index, rope, *s, t0,
+                                chunks));
 }
 
 // A slot's gradient is the sum of dout over the tokens that it was added to: c_l tokens from the last one it covers on.
@@ -3518,7 +3503,7 @@ static void lighthouse_scatter_backward(floatX* dattn /*(B,S,H,D)*/, const float
     unsigned chunks = grid_for(s->S, SLOT_THREADS / (s->D / 8)), blocks = grid_for((int64_t)B * s->H * chunks, 1);
     WITH_HEAD_SIZE(s->D, auto* kernel = halo ? lighthouse_scatter_backward_kernel<HEAD, true>
                                              : lighthouse_scatter_backward_kernel<HEAD, false>;
-                   kernel<<<blocks, SLOT_THREADS, 0, main_stream>>>(dattn, dout, halo, index, *s, chunks));
+                   LAUNCH(kernel, blocks, SLOT_THREADS, dattn, dout, halo, index, *s, chunks));
 }
 
 // ---- scatter, and the backward of gather: kernels that make tokens
@@ -3582,7 +3567,7 @@ static void lighthouse_scatter(floatX* out /*(B,T,H,D)*/, const floatX* attn /*(
         unsigned blocks = grid_for(groups * (s->D / 8), 128);
         WITH_HEAD_SIZE(s->D, auto* kernel = halo ? lighthouse_scatter_kernel<HEAD, CHUNK, true>
                                                  : lighthouse_scatter_kernel<HEAD, CHUNK, false>;
-                       kernel<<<blocks, 128, 0, main_stream>>>(out, attn, halo, slot, B, *s));
+                       LAUNCH(kernel, blocks, 128, out, attn, halo, slot, B, *s));
     });
 }
 
@@ -3600,8 +3585,7 @@ __global__ void lighthouse_halo_kernel(floatX* halo, const floatX* attn, const i
 // What the last entry of each level above 0 gives to the tokens that follow: zeros where it is not in the sequence.
 static void lighthouse_halo(floatX* halo /*(B,L-1,H,D)*/, const floatX* attn /*(B,S,H,D)*/,
                             const int32_t* slot /*(B,H,E)*/, int B, const LighthouseShape* s) {
-    lighthouse_halo_kernel<<<grid_for((int64_t)B * (s->levels - 1), 1), 256, 0, main_stream>>>(halo, attn, slot, *s);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(lighthouse_halo_kernel, grid_for((int64_t)B * (s->levels - 1), 1), 256, halo, attn, slot, *s);
 }
 
 // Gives the gradients of a slot's q, k and v, the rotation undone, to use(which of the three, the lane's 8 elements).
@@ -3676,8 +3660,8 @@ static void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const float
         int64_t groups = s->T / CHUNK * s->H * B;
         opRequire(groups <= UINT32_MAX, "%ld groups of tokens: more than 32 bits count", groups);
         unsigned blocks = grid_for(groups * (s->D / 8), 64);
-        WITH_HEAD_SIZE(s->D, lighthouse_gather_backward_kernel<HEAD, CHUNK><<<blocks, 64, 0, main_stream>>>(
-                                 dqkv, dslots, slot, rope, B, *s, t0));
+        WITH_HEAD_SIZE(s->D, LAUNCH((lighthouse_gather_backward_kernel<HEAD, CHUNK>), blocks, 64, dqkv, dslots, slot,
+                                    rope, B, *s, t0));
     });
 }
 
