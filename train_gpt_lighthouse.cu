@@ -538,6 +538,9 @@ typedef __nv_bfloat16 floatX;
 #endif
 static const char* backend_name = "cuda";
 
+// One macro checks the calls of every library, CUDA, cuBLAS, cuDNN and NCCL: by the type of what they return.
+#define cudaCheck(call) cuda_check((call), #call, __FILE__, __LINE__)
+
 static void cuda_check(cudaError_t error, const char* call, const char* file, int line) {
     if (error == cudaSuccess) return;
     const char* hint = "run again under compute-sanitizer to find the kernel";
@@ -553,14 +556,12 @@ static void cuda_check(cudaError_t error, const char* call, const char* file, in
         hint = "no GPU was found: look at nvidia-smi and CUDA_VISIBLE_DEVICES, or use the _cpu program";
     fatal("%s:%d: %s failed: %s (%s); %s", file, line, call, cudaGetErrorString(error), cudaGetErrorName(error), hint);
 }
-#define cudaCheck(call) cuda_check((call), #call, __FILE__, __LINE__)
 
-static void cublas_check(cublasStatus_t status, const char* call, const char* file, int line) {
+static void cuda_check(cublasStatus_t status, const char* call, const char* file, int line) {
     if (status == CUBLAS_STATUS_SUCCESS) return;
     fatal("%s:%d: %s failed: %s; check that the cuBLAS libraries at run time are those of the build (ldd), and that "
           "every dimension of the model is a multiple of 8", file, line, call, cublasLtGetStatusString(status));
 }
-#define cublasCheck(call) cublas_check((call), #call, __FILE__, __LINE__)
 
 // What a kernel assumes of its arguments; the message names the value, since the caller is far away.
 #define opRequire(condition, ...) do { if (!(condition)) fatal(__VA_ARGS__); } while (0)
@@ -594,7 +595,7 @@ static void device_open(int local_rank) {
     cudaCheck(cudaStreamCreateWithFlags(&main_stream, cudaStreamNonBlocking));
     size_t total;
     cudaCheck(cudaMemGetInfo(&device_free_at_start, &total));
-    cublasCheck(cublasLtCreate(&cublaslt_handle));
+    cudaCheck(cublasLtCreate(&cublaslt_handle));
 }
 // What the device does may wait for other processes' devices: so the host looks whether it is done, and only then calls
 // what waits without a limit. "Not ready" counts as the last error, and is none.
@@ -936,12 +937,11 @@ static void processes_end() {
 #ifdef USE_NCCL  // on GPUs; below, on the CPU backend
 #include <nccl.h>
 
-static void nccl_check(ncclResult_t result, const char* call, const char* file, int line) {
+static void cuda_check(ncclResult_t result, const char* call, const char* file, int line) {
     if (result == ncclSuccess) return;
     fatal("%s:%d: %s failed: %s: %s; NCCL_DEBUG=INFO says more", file, line, call, ncclGetErrorString(result),
           ncclGetLastError(NULL));
 }
-#define ncclCheck(call) nccl_check((call), #call, __FILE__, __LINE__)
 
 // The collectives of gradients and parameters run beside the kernels, on their own stream and communicator; those
 // inside the model run on main_stream, in order with the kernels. All ranks start both kinds in the same order.
@@ -954,13 +954,13 @@ static ncclComm_t nccl_open(MPI_Comm comm) {
     MPI_Comm_rank(comm, &rank);
     MPI_Comm_size(comm, &size);
     ncclUniqueId id;
-    if (rank == 0) ncclCheck(ncclGetUniqueId(&id));
+    if (rank == 0) cudaCheck(ncclGetUniqueId(&id));
     MPI_Request r;
     MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, comm, &r);
     wait_for(&r, 1);
     ncclComm_t nccl;
     limit_start(true);
-    ncclCheck(ncclCommInitRank(&nccl, size, id, rank));
+    cudaCheck(ncclCommInitRank(&nccl, size, id, rank));
     limit_start(false);
     return nccl;
 }
@@ -996,11 +996,11 @@ static void reduce_scatter_start(float* x, int rows, int64_t n) {
     cudaCheck(cudaEventRecord(collective_event, main_stream));
     cudaCheck(cudaStreamWaitEvent(collective_stream, collective_event));
     int64_t piece = n / procs.world;
-    ncclCheck(ncclGroupStart());
+    cudaCheck(ncclGroupStart());
     for (int row = 0; row < rows; row++, x += n)
-        ncclCheck(ncclReduceScatter(x, x + procs.rank * piece, piece, ncclFloat32, ncclSum, nccl_world,
+        cudaCheck(ncclReduceScatter(x, x + procs.rank * piece, piece, ncclFloat32, ncclSum, nccl_world,
                                     collective_stream));
-    ncclCheck(ncclGroupEnd());
+    cudaCheck(ncclGroupEnd());
 }
 
 // Starts the pieces of each of the rows of x (rows, bytes) being gathered: rank r's piece r of bytes / world of a row
@@ -1010,10 +1010,10 @@ static void all_gather_start(void* x, int rows, int64_t bytes) {
     cudaCheck(cudaEventRecord(collective_event, main_stream));
     cudaCheck(cudaStreamWaitEvent(collective_stream, collective_event));
     int64_t piece = bytes / procs.world;
-    ncclCheck(ncclGroupStart());
+    cudaCheck(ncclGroupStart());
     for (char* row = (char*)x; rows > 0; rows--, row += bytes)
-        ncclCheck(ncclAllGather(row + procs.rank * piece, row, piece, ncclInt8, nccl_world, collective_stream));
-    ncclCheck(ncclGroupEnd());
+        cudaCheck(ncclAllGather(row + procs.rank * piece, row, piece, ncclInt8, nccl_world, collective_stream));
+    cudaCheck(ncclGroupEnd());
 }
 
 // What follows on main_stream runs after the collectives started so far.
@@ -1026,22 +1026,22 @@ static void collectives_join() {
 // Piece p of send goes to cp rank p, piece p of recv comes from it: recv, send (cp, bytes_per_peer) on the device, not
 // the same memory. On main_stream.
 static void all_to_all(void* recv, const void* send, int64_t bytes_per_peer) {
-    ncclCheck(ncclGroupStart());
+    cudaCheck(ncclGroupStart());
     for (int p = 0; p < procs.cp; p++) {
-        ncclCheck(ncclSend((const char*)send + p * bytes_per_peer, bytes_per_peer, ncclInt8, p, nccl_cp, main_stream));
-        ncclCheck(ncclRecv((char*)recv + p * bytes_per_peer, bytes_per_peer, ncclInt8, p, nccl_cp, main_stream));
+        cudaCheck(ncclSend((const char*)send + p * bytes_per_peer, bytes_per_peer, ncclInt8, p, nccl_cp, main_stream));
+        cudaCheck(ncclRecv((char*)recv + p * bytes_per_peer, bytes_per_peer, ncclInt8, p, nccl_cp, main_stream));
     }
-    ncclCheck(ncclGroupEnd());
+    cudaCheck(ncclGroupEnd());
 }
 
 // Sends to cp rank + step and receives as many bytes from cp rank - step, where there is such a rank; step is 1 or -1.
 // recv, send on the device, not the same memory. On main_stream.
 static void shift(void* recv, const void* send, int64_t bytes, int step) {
     int to = procs.cp_rank + step, from = procs.cp_rank - step;
-    ncclCheck(ncclGroupStart());
-    if (to >= 0 && to < procs.cp) ncclCheck(ncclSend(send, bytes, ncclInt8, to, nccl_cp, main_stream));
-    if (from >= 0 && from < procs.cp) ncclCheck(ncclRecv(recv, bytes, ncclInt8, from, nccl_cp, main_stream));
-    ncclCheck(ncclGroupEnd());
+    cudaCheck(ncclGroupStart());
+    if (to >= 0 && to < procs.cp) cudaCheck(ncclSend(send, bytes, ncclInt8, to, nccl_cp, main_stream));
+    if (from >= 0 && from < procs.cp) cudaCheck(ncclRecv(recv, bytes, ncclInt8, from, nccl_cp, main_stream));
+    cudaCheck(ncclGroupEnd());
 }
 
 // Connects the device's collectives; device_open comes before. NCCL takes its buffers at the first call of each kind,
@@ -1965,13 +1965,13 @@ static int64_t matmul_plan_count;
 // for dgelu, which can do without.
 static void matmul_choose(MatmulPlan* p) {
     cublasLtMatmulPreference_t preference;
-    cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                                                     &cublaslt_workspace_bytes, sizeof(cublaslt_workspace_bytes)));
+    cudaCheck(cublasLtMatmulPreferenceCreate(&preference));
+    cudaCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                   &cublaslt_workspace_bytes, sizeof(cublaslt_workspace_bytes)));
     uint32_t alignment = 16;  // cuBLASLt assumes 256 unless told; tensors inside the parameter memory have 16
     for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES}) {
-        cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, which, &alignment, sizeof(alignment)));
+        cudaCheck(cublasLtMatmulPreferenceSetAttribute(preference, which, &alignment, sizeof(alignment)));
     }
     cublasLtMatmulHeuristicResult_t found[2];
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(cublaslt_handle, p->desc, p->a, p->b, p->d, p->d, preference,
@@ -1982,7 +1982,11 @@ static void matmul_choose(MatmulPlan* p) {
               "bias %d, operands of kind %d: %s", s.m, s.n, s.k, s.trans_a, s.trans_b, s.bias, s.operands,
               cublasLtGetStatusString(status));
     if (p->proposals > 0) p->algo = found[0].algo;
-    cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
+    cudaCheck(cublasLtMatmulPreferenceDestroy(preference));
+}
+
+template <typename T> static void matmul_set(MatmulPlan* p, cublasLtMatmulDescAttributes_t name, const T& value) {
+    cudaCheck(cublasLtMatmulDescSetAttribute(p->desc, name, &value, sizeof value));
 }
 
 static MatmulPlan* matmul_plan(const MatmulShape& s) {
@@ -1995,35 +1999,34 @@ static MatmulPlan* matmul_plan(const MatmulShape& s) {
     }
     MatmulPlan* p = &matmul_plans[matmul_plan_count % MATMUL_PLANS];
     if (matmul_plan_count++ >= MATMUL_PLANS) {  // the oldest plan goes
-        cublasCheck(cublasLtMatmulDescDestroy(p->desc));
-        cublasCheck(cublasLtMatrixLayoutDestroy(p->a));
-        cublasCheck(cublasLtMatrixLayoutDestroy(p->b));
-        cublasCheck(cublasLtMatrixLayoutDestroy(p->d));
+        cudaCheck(cublasLtMatmulDescDestroy(p->desc));
+        cudaCheck(cublasLtMatrixLayoutDestroy(p->a));
+        cudaCheck(cublasLtMatrixLayoutDestroy(p->b));
+        cudaCheck(cublasLtMatrixLayoutDestroy(p->d));
     }
     *p = {s};
     cublasOperation_t op_a = s.trans_a ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = s.trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;
     cublasLtEpilogue_t epilogue = s.bias ? CUBLASLT_EPILOGUE_BIAS
                                 : s.dgelu ? CUBLASLT_EPILOGUE_DGELU : CUBLASLT_EPILOGUE_DEFAULT;
-    cublasCheck(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof(op_a)));
-    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof(op_b)));
-    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(epilogue)));
-    if (s.dgelu)
-        cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &s.m, sizeof(s.m)));
+    cudaCheck(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    matmul_set(p, CUBLASLT_MATMUL_DESC_TRANSA, op_a);
+    matmul_set(p, CUBLASLT_MATMUL_DESC_TRANSB, op_b);
+    matmul_set(p, CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
+    if (s.dgelu) matmul_set(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, s.m);
     int64_t a_rows = s.trans_a ? s.k : s.m, a_cols = s.trans_a ? s.m : s.k;
     int64_t b_rows = s.trans_b ? s.n : s.k, b_cols = s.trans_b ? s.k : s.n;
     const cudaDataType_t a_type[] = {FLOATX_CUDA, CUDA_R_8F_E4M3, CUDA_R_8F_E4M3};
     const cudaDataType_t b_type[] = {FLOATX_CUDA, CUDA_R_8F_E4M3, CUDA_R_8F_E5M2};
-    cublasCheck(cublasLtMatrixLayoutCreate(&p->a, a_type[s.operands], a_rows, a_cols, a_rows));
-    cublasCheck(cublasLtMatrixLayoutCreate(&p->b, b_type[s.operands], b_rows, b_cols, b_rows));
-    cublasCheck(cublasLtMatrixLayoutCreate(&p->d, s.float_out ? CUDA_R_32F : FLOATX_CUDA, s.m, s.n, s.m));
+    cudaCheck(cublasLtMatrixLayoutCreate(&p->a, a_type[s.operands], a_rows, a_cols, a_rows));
+    cudaCheck(cublasLtMatrixLayoutCreate(&p->b, b_type[s.operands], b_rows, b_cols, b_rows));
+    cudaCheck(cublasLtMatrixLayoutCreate(&p->d, s.float_out ? CUDA_R_32F : FLOATX_CUDA, s.m, s.n, s.m));
     // Hopper's tensor cores keep 14 bits of a sum of FP8 products: enough for an activation. Gradients, of smaller
     // terms and longer sums, leave them for fp32 registers every few steps.
     int8_t fast = s.operands == FP8;
-    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof(fast)));
+    matmul_set(p, CUBLASLT_MATMUL_DESC_FAST_ACCUM, fast);
     if (s.operands != FLOATX) {  // the choice of a kernel should know that there are scales; every product has its own
-        for (auto scale : {CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER})
-            cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, scale, &cublaslt_workspace, sizeof(void*)));
+        matmul_set(p, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, cublaslt_workspace);
+        matmul_set(p, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, cublaslt_workspace);
     }
     matmul_choose(p);
     return p;
@@ -2038,20 +2041,15 @@ static void matmul_cublaslt(MatmulShape s, void* d, const void* a, const void* b
     for (const void* p : {(const void*)d, a, b, (const void*)bias, add, (const void*)gelu_inp})
         opRequire((uintptr_t)p % 16 == 0, "matmul: a tensor starts at %p, which is no multiple of 16 bytes", p);
     MatmulPlan* p = matmul_plan(s);
-    if (bias)
-        cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
-    if (gelu_inp)
-        cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &gelu_inp,
-                                                   sizeof(gelu_inp)));
+    if (bias) matmul_set(p, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+    if (gelu_inp) matmul_set(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, gelu_inp);
     if (s.operands != FLOATX) {
-        cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &a_scale,
-                                                   sizeof(a_scale)));
-        cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &b_scale,
-                                                   sizeof(b_scale)));
+        matmul_set(p, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, a_scale);
+        matmul_set(p, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, b_scale);
     }
     const float one = 1.0f, beta = add ? 1.0f : 0.0f;
-    cublasCheck(cublasLtMatmul(cublaslt_handle, p->desc, &one, a, p->a, b, p->b, &beta, add ? add : d, p->d, d, p->d,
-                               &p->algo, cublaslt_workspace, cublaslt_workspace_bytes, main_stream));
+    cudaCheck(cublasLtMatmul(cublaslt_handle, p->desc, &one, a, p->a, b, p->b, &beta, add ? add : d, p->d, d, p->d,
+                             &p->algo, cublaslt_workspace, cublaslt_workspace_bytes, main_stream));
 }
 
 static void matmul_forward(floatX* out /*(N,OC)*/, const floatX* inp /*(N,C)*/, const floatX* weight /*(OC,C)*/,
@@ -2656,14 +2654,13 @@ static size_t sdpa_workspace_bytes;
 [[maybe_unused]] static int64_t sdpa_deterministic_bytes = (int64_t)8 << 30;
 
 #ifndef FLOATX_FP32  // cuDNN's; below, plain kernels of the tests
-static void cudnn_check(cudnnStatus_t status, const char* call, const char* file, int line) {
+static void cuda_check(cudnnStatus_t status, const char* call, const char* file, int line) {
     if (status == CUDNN_STATUS_SUCCESS) return;
     char reason[1024] = "";
     cudnnGetLastErrorString(reason, sizeof(reason));
     fatal("%s:%d: %s failed: %s: %s; CUDNN_LOGLEVEL_DBG=3 CUDNN_LOGDEST_DBG=stdout makes cuDNN say more", file, line,
           call, cudnnGetErrorString(status), reason);
 }
-#define cudnnCheck(call) cudnn_check((call), #call, __FILE__, __LINE__)
 
 static cudnnHandle_t cudnn_handle;
 typedef cudnnBackendDescriptor_t CudnnNode;  // a tensor, an operation, a graph, a plan
@@ -2774,14 +2771,14 @@ struct SdpaGraph {
 
 static void cudnn_set(CudnnNode d, cudnnBackendAttributeName_t name, cudnnBackendAttributeType_t type, int64_t count,
                       const void* value) {
-    cudnnCheck(cudnnBackendSetAttribute(d, name, type, count, value));
+    cudaCheck(cudnnBackendSetAttribute(d, name, type, count, value));
 }
 static void cudnn_set_descriptor(CudnnNode d, cudnnBackendAttributeName_t name, CudnnNode value) {
     cudnn_set(d, name, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &value);
 }
 static CudnnNode cudnn_new(SdpaGraph* g, cudnnBackendDescriptorType_t type) {
     CudnnNode d;
-    cudnnCheck(cudnnBackendCreateDescriptor(type, &d));
+    cudaCheck(cudnnBackendCreateDescriptor(type, &d));
     opRequire(g->made_count < 160, "the attention graph outgrew its list of descriptors");
     g->made[g->made_count++] = d;
     return d;
@@ -2830,7 +2827,7 @@ static CudnnNode sdpa_tensor(SdpaGraph* g, SdpaTensor id) {
     cudnn_set(d, CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, CUDNN_TYPE_INT64, 1, &alignment);
     if (!passed) cudnn_set(d, CUDNN_ATTR_TENSOR_IS_VIRTUAL, CUDNN_TYPE_BOOLEAN, 1, &yes);
     if (scalar) cudnn_set(d, CUDNN_ATTR_TENSOR_IS_BY_VALUE, CUDNN_TYPE_BOOLEAN, 1, &yes);
-    cudnnCheck(cudnnBackendFinalize(d));
+    cudaCheck(cudnnBackendFinalize(d));
     if (passed) p->ids[p->ids_count++] = id;
     return d;
 }
@@ -2845,14 +2842,14 @@ static void sdpa_op(SdpaGraph* g, const SdpaOp& o) {
         cudnn_set(kind, name.precision, CUDNN_TYPE_DATA_TYPE, 1, &precision);
         if (o.kind != SDPA_MATMUL) cudnn_set(kind, name.mode, name.mode_type, 1, &o.mode);
         if (o.axis) cudnn_set(kind, CUDNN_ATTR_POINTWISE_AXIS, CUDNN_TYPE_INT64, 1, &o.axis);
-        cudnnCheck(cudnnBackendFinalize(kind));
+        cudaCheck(cudnnBackendFinalize(kind));
         cudnn_set_descriptor(op, name.of_kind, kind);
     }
     cudnn_set_descriptor(op, name.x, sdpa_tensor(g, o.x));
     if (o.b) cudnn_set_descriptor(op, name.b, sdpa_tensor(g, o.b));
     if (o.t) cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_POINTWISE_TDESC, sdpa_tensor(g, o.t));
     cudnn_set_descriptor(op, name.y, sdpa_tensor(g, o.y));
-    cudnnCheck(cudnnBackendFinalize(op));
+    cudaCheck(cudnnBackendFinalize(op));
     g->ops[g->ops_count++] = op;
 }
 
@@ -2862,8 +2859,8 @@ static void sdpa_build(SdpaPlan* p) {
         opRequire(version >= 90000 && version != 91000 && version != 91001,
                   "cuDNN %zu.%zu.%zu is %s: install 9.14 or later", version / 10000, version / 100 % 100, version % 100,
                   version < 90000 ? "too old" : "known to compute attention wrongly");
-        cudnnCheck(cudnnCreate(&cudnn_handle));
-        cudnnCheck(cudnnSetStream(cudnn_handle, main_stream));
+        cudaCheck(cudnnCreate(&cudnn_handle));
+        cudaCheck(cudnnSetStream(cudnn_handle, main_stream));
     }
     SdpaGraph graph = {p}, *g = &graph;
     if (!p->backward) for (SdpaOp o : sdpa_forward_ops) sdpa_op(g, o);
@@ -2876,34 +2873,34 @@ static void sdpa_build(SdpaPlan* p) {
     CudnnNode operations = cudnn_new(g, CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR);
     cudnn_set(operations, CUDNN_ATTR_OPERATIONGRAPH_OPS, CUDNN_TYPE_BACKEND_DESCRIPTOR, g->ops_count, g->ops);
     cudnn_set(operations, CUDNN_ATTR_OPERATIONGRAPH_HANDLE, CUDNN_TYPE_HANDLE, 1, &cudnn_handle);
-    cudnnCheck(cudnnBackendFinalize(operations));
+    cudaCheck(cudnnBackendFinalize(operations));
 
     CudnnNode heuristic = cudnn_new(g, CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR);
     cudnnBackendHeurMode_t mode = CUDNN_HEUR_MODE_A;
     cudnn_set_descriptor(heuristic, CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, operations);
     cudnn_set(heuristic, CUDNN_ATTR_ENGINEHEUR_MODE, CUDNN_TYPE_HEUR_MODE, 1, &mode);
-    cudnnCheck(cudnnBackendFinalize(heuristic));
+    cudaCheck(cudnnBackendFinalize(heuristic));
 
     // The first query gives an upper bound of the number of engines, the second the engines, best first.
     CudnnNode engines[16];
     int64_t count = 0;
-    cudnnCheck(cudnnBackendGetAttribute(heuristic, CUDNN_ATTR_ENGINEHEUR_RESULTS, CUDNN_TYPE_BACKEND_DESCRIPTOR, 0,
-                                        &count, NULL));
+    cudaCheck(cudnnBackendGetAttribute(heuristic, CUDNN_ATTR_ENGINEHEUR_RESULTS, CUDNN_TYPE_BACKEND_DESCRIPTOR, 0,
+                                       &count, NULL));
     int64_t asked = count < 16 ? count : 16;
     for (int64_t i = 0; i < asked; i++) engines[i] = cudnn_new(g, CUDNN_BACKEND_ENGINECFG_DESCRIPTOR);
     count = 0;
     if (asked > 0) {
-        cudnnCheck(cudnnBackendGetAttribute(heuristic, CUDNN_ATTR_ENGINEHEUR_RESULTS, CUDNN_TYPE_BACKEND_DESCRIPTOR,
-                                            asked, &count, engines));
+        cudaCheck(cudnnBackendGetAttribute(heuristic, CUDNN_ATTR_ENGINEHEUR_RESULTS, CUDNN_TYPE_BACKEND_DESCRIPTOR,
+                                           asked, &count, engines));
     }
     p->plan = NULL;
     for (int64_t i = 0; i < count && i < asked && !p->plan; i++) {
         CudnnNode plan;
-        cudnnCheck(cudnnBackendCreateDescriptor(CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR, &plan));
+        cudaCheck(cudnnBackendCreateDescriptor(CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR, &plan));
         cudnn_set(plan, CUDNN_ATTR_EXECUTION_PLAN_HANDLE, CUDNN_TYPE_HANDLE, 1, &cudnn_handle);
         cudnn_set_descriptor(plan, CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, engines[i]);
         if (cudnnBackendFinalize(plan) == CUDNN_STATUS_SUCCESS) p->plan = plan;
-        else cudnnCheck(cudnnBackendDestroyDescriptor(plan));
+        else cudaCheck(cudnnBackendDestroyDescriptor(plan));
     }
     if (!p->plan) {
         char reason[1024] = "";
@@ -2913,9 +2910,9 @@ static void sdpa_build(SdpaPlan* p) {
                   "graph, heuristic and engines libraries beside libcudnn); its last word: %s", cudnnGetVersion(),
                   p->backward ? "backward" : "forward", p->B, p->T, p->H, p->D, reason);
     }
-    cudnnCheck(cudnnBackendGetAttribute(p->plan, CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, CUDNN_TYPE_INT64, 1, &count,
-                                        &p->workspace));
-    for (int i = g->made_count - 1; i >= 0; i--) cudnnCheck(cudnnBackendDestroyDescriptor(g->made[i]));
+    cudaCheck(cudnnBackendGetAttribute(p->plan, CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, CUDNN_TYPE_INT64, 1, &count,
+                                       &p->workspace));
+    for (int i = g->made_count - 1; i >= 0; i--) cudaCheck(cudnnBackendDestroyDescriptor(g->made[i]));
 }
 
 // The plan for the whole (B, H) or, for a deterministic backward that would take too much memory, for one head.
@@ -2978,13 +2975,13 @@ static void sdpa_run(const SdpaPlan* p, void* (&at)[SDPA_PASSED]) {
                   "multiple of %ld", id, at[id], alignment);
     }
     CudnnNode pack;
-    cudnnCheck(cudnnBackendCreateDescriptor(CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR, &pack));
+    cudaCheck(cudnnBackendCreateDescriptor(CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR, &pack));
     cudnn_set(pack, CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, CUDNN_TYPE_INT64, p->ids_count, p->ids);
     cudnn_set(pack, CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, CUDNN_TYPE_VOID_PTR, p->ids_count, pointers);
     cudnn_set(pack, CUDNN_ATTR_VARIANT_PACK_WORKSPACE, CUDNN_TYPE_VOID_PTR, 1, &workspace);
-    cudnnCheck(cudnnBackendFinalize(pack));
-    cudnnCheck(cudnnBackendExecute(cudnn_handle, p->plan, pack));
-    cudnnCheck(cudnnBackendDestroyDescriptor(pack));
+    cudaCheck(cudnnBackendFinalize(pack));
+    cudaCheck(cudnnBackendExecute(cudnn_handle, p->plan, pack));
+    cudaCheck(cudnnBackendDestroyDescriptor(pack));
 }
 
 static void sdpa_forward(floatX* out /*(B,T,H,D)*/, float* stats /*(B,H,T) or NULL*/, const floatX* qkv /*(B,T,3,H,D)*/,
