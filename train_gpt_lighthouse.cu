@@ -1459,6 +1459,27 @@ struct Fp8Matrix {
     Fp8Scale* scale;
 };
 
+struct AdamW {
+    float lr, beta1, beta2, beta1_correction, beta2_correction;  // corrections: 1 - beta^t
+    float eps, weight_decay, grad_scale;
+};
+
+// Angles at position 10^6 need more bits than fp32 has, and a table of every position would be as large as q. So the
+// host makes two short tables in double, of pos & 1023 and of the multiples of 1024, and a complex product joins them.
+template <typename Real>  // float; in the tests double too
+static void rope_table(Real* table /*(1024 + ceil(T/1024), D/2, 2) cos, sin; host memory*/, int64_t T, int D,
+                       double theta) {
+    int64_t rows = 1024 + (T + 1023) / 1024;
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t position = r < 1024 ? r : (r - 1024) * 1024;
+        for (int d = 0; d < D / 2; d++) {
+            double angle = position * pow(theta, -2.0 * d / D);
+            table[(r * (D / 2) + d) * 2] = (Real)cos(angle);
+            table[(r * (D / 2) + d) * 2 + 1] = (Real)sin(angle);
+        }
+    }
+}
+
 #ifdef CPU_BACKEND  // the twins; below, down to the end of the section, CUDA
 #include "dev/cpu_ops.h"
 using namespace cpu;
@@ -2444,21 +2465,6 @@ static void crossentropy_forward_backward(floatX* logits /*(N,Vp) in, dlogits ou
 }
 
 // ---- RoPE
-// Angles at position 10^6 need more bits than fp32 has, and a table of every position would be as large as q. So the
-// host makes two short tables in double, of pos & 1023 and of the multiples of 1024, and a complex product joins them.
-static void rope_table(float* table /*(1024 + ceil(T/1024), D/2, 2) cos, sin; host memory*/, int64_t T, int D,
-                       double theta) {
-    int64_t rows = 1024 + (T + 1023) / 1024;
-    for (int64_t r = 0; r < rows; r++) {
-        int64_t position = r < 1024 ? r : (r - 1024) * 1024;
-        for (int d = 0; d < D / 2; d++) {
-            double angle = position * pow(theta, -2.0 * d / D);
-            table[(r * (D / 2) + d) * 2] = (float)cos(angle);
-            table[(r * (D / 2) + d) * 2 + 1] = (float)sin(angle);
-        }
-    }
-}
-
 // cos and sin of dimensions d .. d+7 at a position.
 __device__ __forceinline__ void rope_angles(float (&cosine)[8], float (&sine)[8], const float* table, int64_t position,
                                             int d, int D) {
@@ -2599,8 +2605,6 @@ static void sum_losses(double* total /*+=, device memory*/, const float* x /*(n)
 }
 
 // ---- AdamW
-struct AdamW { float lr, beta1, beta2, beta1_correction, beta2_correction, eps, weight_decay, grad_scale; };
-
 __device__ __forceinline__ void adamw_element(float& p, float& m, float& v, float grad, const AdamW& a) {
     float g = grad * a.grad_scale;
     m = a.beta1 * m + (1.0f - a.beta1) * g;
@@ -2628,9 +2632,7 @@ __global__ void __launch_bounds__(256) adamw_kernel(floatX* params /*or NULL*/, 
 }
 
 static void adamw_update(floatX* params, float* master /*or NULL: params are fp32*/, float* m, float* v,
-                         const float* grads, int64_t n, float lr, float beta1, float beta2,
-                         float beta1_correction /*1-beta1^t*/, float beta2_correction, float eps, float weight_decay,
-                         float grad_scale) {
+                         const float* grads, int64_t n, AdamW a) {
     if (n == 0) return;
     if (!master) {
         opRequire(sizeof(floatX) == sizeof(float), "adamw_update: parameters in bf16 need fp32 masters");
@@ -2639,7 +2641,6 @@ static void adamw_update(floatX* params, float* master /*or NULL: params are fp3
     }
     opRequire((((uintptr_t)params | (uintptr_t)master | (uintptr_t)m | (uintptr_t)v | (uintptr_t)grads) & 15) == 0,
               "adamw_update: a tensor does not start at a multiple of 16 bytes");
-    AdamW a = {lr, beta1, beta2, beta1_correction, beta2_correction, eps, weight_decay, grad_scale};
     LAUNCH(adamw_kernel, grid_for(n, 2048), 256, params, master, m, v, grads, n, a);
 }
 
@@ -4608,6 +4609,8 @@ static void add_gradient_squares(Model* m) {
 // One AdamW update of this process's slices, whose weights then go to all; `update` counts from 1. Weight decay falls
 // on the matrices only.
 static void model_update(Model* m, const Config* c, double lr, double grad_scale, int64_t update) {
+    AdamW adamw = {(float)lr, (float)c->beta1, (float)c->beta2, (float)(1 - pow(c->beta1, update)),
+                   (float)(1 - pow(c->beta2, update)), (float)c->adam_eps, 0, (float)grad_scale};
     for (int g = 0; g <= m->dims.L; g++) {
         int64_t begin = slice_begin(m, g), owned = slice_owned(m, g), n = slice_size(m, g);
         int64_t vectors = group_begin(m, g) + m->group_matrices[g > 0];  // where they begin
@@ -4617,9 +4620,9 @@ static void model_update(Model* m, const Config* c, double lr, double grad_scale
         for (auto& p : parts) {
             if (p.n == 0) continue;
             float* master = m->master ? m->master + owned + p.at : NULL;
+            adamw.weight_decay = (float)p.decay;
             adamw_update(m->params + begin + p.at, master, m->m + owned + p.at, m->v + owned + p.at,
-                         m->grads + begin + p.at, p.n, lr, c->beta1, c->beta2, 1 - pow(c->beta1, update),
-                         1 - pow(c->beta2, update), c->adam_eps, p.decay, grad_scale);
+                         m->grads + begin + p.at, p.n, adamw);
         }
         if (g % LAYERS_AT_ONCE != 0 && g < m->dims.L) continue;
         int first = g > 0 ? g - (g - 1) % LAYERS_AT_ONCE : 0;  // the embeddings go alone
