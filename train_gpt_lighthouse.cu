@@ -538,6 +538,9 @@ typedef __nv_bfloat16 floatX;
 #endif
 static const char* backend_name = "cuda";
 
+// One macro checks the calls of every library, CUDA, cuBLAS, cuDNN and NCCL: by the type of what they return.
+#define cudaCheck(call) cuda_check((call), #call, __FILE__, __LINE__)
+
 static void cuda_check(cudaError_t error, const char* call, const char* file, int line) {
     if (error == cudaSuccess) return;
     const char* hint = "run again under compute-sanitizer to find the kernel";
@@ -553,14 +556,12 @@ static void cuda_check(cudaError_t error, const char* call, const char* file, in
         hint = "no GPU was found: look at nvidia-smi and CUDA_VISIBLE_DEVICES, or use the _cpu program";
     fatal("%s:%d: %s failed: %s (%s); %s", file, line, call, cudaGetErrorString(error), cudaGetErrorName(error), hint);
 }
-#define cudaCheck(call) cuda_check((call), #call, __FILE__, __LINE__)
 
-static void cublas_check(cublasStatus_t status, const char* call, const char* file, int line) {
+static void cuda_check(cublasStatus_t status, const char* call, const char* file, int line) {
     if (status == CUBLAS_STATUS_SUCCESS) return;
     fatal("%s:%d: %s failed: %s; check that the cuBLAS libraries at run time are those of the build (ldd), and that "
           "every dimension of the model is a multiple of 8", file, line, call, cublasLtGetStatusString(status));
 }
-#define cublasCheck(call) cublas_check((call), #call, __FILE__, __LINE__)
 
 // What a kernel assumes of its arguments; the message names the value, since the caller is far away.
 #define opRequire(condition, ...) do { if (!(condition)) fatal(__VA_ARGS__); } while (0)
@@ -594,7 +595,7 @@ static void device_open(int local_rank) {
     cudaCheck(cudaStreamCreateWithFlags(&main_stream, cudaStreamNonBlocking));
     size_t total;
     cudaCheck(cudaMemGetInfo(&device_free_at_start, &total));
-    cublasCheck(cublasLtCreate(&cublaslt_handle));
+    cudaCheck(cublasLtCreate(&cublaslt_handle));
 }
 // What the device does may wait for other processes' devices: so the host looks whether it is done, and only then calls
 // what waits without a limit. "Not ready" counts as the last error, and is none.
@@ -669,6 +670,14 @@ static void device_name(char* name, size_t size) {
     cudaCheck(cudaRuntimeGetVersion(&runtime));
     snprintf(name, size, "%.200s, CUDA %d.%d", properties.name, runtime / 1000, runtime % 1000 / 10);
 }
+
+// Starts a kernel behind everything before it.
+#define LAUNCH_SHARED(kernel, blocks, threads, shared, ...) \
+    do { \
+        kernel<<<blocks, threads, shared, main_stream>>>(__VA_ARGS__); \
+        cuda_check(cudaGetLastError(), #kernel, __FILE__, __LINE__); \
+    } while (0)
+#define LAUNCH(kernel, blocks, threads, ...) LAUNCH_SHARED(kernel, blocks, threads, 0, __VA_ARGS__)
 
 // Blocks for work items, per_block each, along grid.x (the one dimension that reaches 2^31 - 1).
 static unsigned grid_for(int64_t work, int64_t per_block) {
@@ -928,12 +937,11 @@ static void processes_end() {
 #ifdef USE_NCCL  // on GPUs; below, on the CPU backend
 #include <nccl.h>
 
-static void nccl_check(ncclResult_t result, const char* call, const char* file, int line) {
+static void cuda_check(ncclResult_t result, const char* call, const char* file, int line) {
     if (result == ncclSuccess) return;
     fatal("%s:%d: %s failed: %s: %s; NCCL_DEBUG=INFO says more", file, line, call, ncclGetErrorString(result),
           ncclGetLastError(NULL));
 }
-#define ncclCheck(call) nccl_check((call), #call, __FILE__, __LINE__)
 
 // The collectives of gradients and parameters run beside the kernels, on their own stream and communicator; those
 // inside the model run on main_stream, in order with the kernels. All ranks start both kinds in the same order.
@@ -946,13 +954,13 @@ static ncclComm_t nccl_open(MPI_Comm comm) {
     MPI_Comm_rank(comm, &rank);
     MPI_Comm_size(comm, &size);
     ncclUniqueId id;
-    if (rank == 0) ncclCheck(ncclGetUniqueId(&id));
+    if (rank == 0) cudaCheck(ncclGetUniqueId(&id));
     MPI_Request r;
     MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, comm, &r);
     wait_for(&r, 1);
     ncclComm_t nccl;
     limit_start(true);
-    ncclCheck(ncclCommInitRank(&nccl, size, id, rank));
+    cudaCheck(ncclCommInitRank(&nccl, size, id, rank));
     limit_start(false);
     return nccl;
 }
@@ -988,11 +996,11 @@ static void reduce_scatter_start(float* x, int rows, int64_t n) {
     cudaCheck(cudaEventRecord(collective_event, main_stream));
     cudaCheck(cudaStreamWaitEvent(collective_stream, collective_event));
     int64_t piece = n / procs.world;
-    ncclCheck(ncclGroupStart());
+    cudaCheck(ncclGroupStart());
     for (int row = 0; row < rows; row++, x += n)
-        ncclCheck(ncclReduceScatter(x, x + procs.rank * piece, piece, ncclFloat32, ncclSum, nccl_world,
+        cudaCheck(ncclReduceScatter(x, x + procs.rank * piece, piece, ncclFloat32, ncclSum, nccl_world,
                                     collective_stream));
-    ncclCheck(ncclGroupEnd());
+    cudaCheck(ncclGroupEnd());
 }
 
 // Starts the pieces of each of the rows of x (rows, bytes) being gathered: rank r's piece r of bytes / world of a row
@@ -1002,10 +1010,10 @@ static void all_gather_start(void* x, int rows, int64_t bytes) {
     cudaCheck(cudaEventRecord(collective_event, main_stream));
     cudaCheck(cudaStreamWaitEvent(collective_stream, collective_event));
     int64_t piece = bytes / procs.world;
-    ncclCheck(ncclGroupStart());
+    cudaCheck(ncclGroupStart());
     for (char* row = (char*)x; rows > 0; rows--, row += bytes)
-        ncclCheck(ncclAllGather(row + procs.rank * piece, row, piece, ncclInt8, nccl_world, collective_stream));
-    ncclCheck(ncclGroupEnd());
+        cudaCheck(ncclAllGather(row + procs.rank * piece, row, piece, ncclInt8, nccl_world, collective_stream));
+    cudaCheck(ncclGroupEnd());
 }
 
 // What follows on main_stream runs after the collectives started so far.
@@ -1018,22 +1026,22 @@ static void collectives_join() {
 // Piece p of send goes to cp rank p, piece p of recv comes from it: recv, send (cp, bytes_per_peer) on the device, not
 // the same memory. On main_stream.
 static void all_to_all(void* recv, const void* send, int64_t bytes_per_peer) {
-    ncclCheck(ncclGroupStart());
+    cudaCheck(ncclGroupStart());
     for (int p = 0; p < procs.cp; p++) {
-        ncclCheck(ncclSend((const char*)send + p * bytes_per_peer, bytes_per_peer, ncclInt8, p, nccl_cp, main_stream));
-        ncclCheck(ncclRecv((char*)recv + p * bytes_per_peer, bytes_per_peer, ncclInt8, p, nccl_cp, main_stream));
+        cudaCheck(ncclSend((const char*)send + p * bytes_per_peer, bytes_per_peer, ncclInt8, p, nccl_cp, main_stream));
+        cudaCheck(ncclRecv((char*)recv + p * bytes_per_peer, bytes_per_peer, ncclInt8, p, nccl_cp, main_stream));
     }
-    ncclCheck(ncclGroupEnd());
+    cudaCheck(ncclGroupEnd());
 }
 
 // Sends to cp rank + step and receives as many bytes from cp rank - step, where there is such a rank; step is 1 or -1.
 // recv, send on the device, not the same memory. On main_stream.
 static void shift(void* recv, const void* send, int64_t bytes, int step) {
     int to = procs.cp_rank + step, from = procs.cp_rank - step;
-    ncclCheck(ncclGroupStart());
-    if (to >= 0 && to < procs.cp) ncclCheck(ncclSend(send, bytes, ncclInt8, to, nccl_cp, main_stream));
-    if (from >= 0 && from < procs.cp) ncclCheck(ncclRecv(recv, bytes, ncclInt8, from, nccl_cp, main_stream));
-    ncclCheck(ncclGroupEnd());
+    cudaCheck(ncclGroupStart());
+    if (to >= 0 && to < procs.cp) cudaCheck(ncclSend(send, bytes, ncclInt8, to, nccl_cp, main_stream));
+    if (from >= 0 && from < procs.cp) cudaCheck(ncclRecv(recv, bytes, ncclInt8, from, nccl_cp, main_stream));
+    cudaCheck(ncclGroupEnd());
 }
 
 // Connects the device's collectives; device_open comes before. NCCL takes its buffers at the first call of each kind,
@@ -1451,6 +1459,27 @@ struct Fp8Matrix {
     Fp8Scale* scale;
 };
 
+struct AdamW {
+    float lr, beta1, beta2, beta1_correction, beta2_correction;  // corrections: 1 - beta^t
+    float eps, weight_decay, grad_scale;
+};
+
+// Angles at position 10^6 need more bits than fp32 has, and a table of every position would be as large as q. So the
+// host makes two short tables in double, of pos & 1023 and of the multiples of 1024, and a complex product joins them.
+template <typename Real>  // float; in the tests double too
+static void rope_table(Real* table /*(1024 + ceil(T/1024), D/2, 2) cos, sin; host memory*/, int64_t T, int D,
+                       double theta) {
+    int64_t rows = 1024 + (T + 1023) / 1024;
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t position = r < 1024 ? r : (r - 1024) * 1024;
+        for (int d = 0; d < D / 2; d++) {
+            double angle = position * pow(theta, -2.0 * d / D);
+            table[(r * (D / 2) + d) * 2] = (Real)cos(angle);
+            table[(r * (D / 2) + d) * 2 + 1] = (Real)sin(angle);
+        }
+    }
+}
+
 #ifdef CPU_BACKEND  // the twins; below, down to the end of the section, CUDA
 #include "dev/cpu_ops.h"
 using namespace cpu;
@@ -1589,8 +1618,7 @@ __global__ void __launch_bounds__(1024) add_partials_kernel(SumTargets to, const
 }
 
 static void add_partials(SumTargets to, const float* partial, int groups, int n) {
-    add_partials_kernel<<<grid_for(n, 32), dim3(32, 32), 0, main_stream>>>(to, partial, groups, n);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(add_partials_kernel, grid_for(n, 32), dim3(32, 32), to, partial, groups, n);
 }
 
 // ---- encoder
@@ -1619,8 +1647,7 @@ static void encoder_forward(floatX* out /*(B,T,C)*/, const int* tokens /*(B,T)*/
                             int64_t t0 /*position of token 0*/) {
     opRequireRows("encoder_forward", C);
     int64_t N = B * T;
-    encoder_forward_kernel<<<grid_for(N, 8), dim3(32, 8), 0, main_stream>>>(out, tokens, wte, wpe, N, T, C, t0);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(encoder_forward_kernel, grid_for(N, 8), dim3(32, 8), out, tokens, wte, wpe, N, T, C, t0);
 }
 
 // dwte sums the rows of dout that hold the same token, anything from none to all of them (bytes: N/257 on average).
@@ -1785,18 +1812,15 @@ static void encoder_backward(float* dwte /*(Vp,C) +=*/, float* dwpe /*(maxT,C) +
     EncoderScratch s = encoder_scratch((char*)scratch(encoder_backward_scratch_bytes(N, C), "encoder_backward"), N, C);
     int bits = 1;
     while ((Vp - 1) >> bits) bits++;
-    count_up_kernel<<<grid_for(N, 256), 256, 0, main_stream>>>(s.unsorted, N);
+    LAUNCH(count_up_kernel, grid_for(N, 256), 256, s.unsorted, N);
     cudaCheck(cub::DeviceRadixSort::SortPairs(s.sort, s.sort_bytes, tokens, s.key, s.unsorted, s.row, (int)N, 0, bits,
                                               main_stream));
     int threads = std::min(256, (int)ceil_div(C / 8, 32) * 32);
     dim3 ranges(s.ranges, ceil_div(C / 8, threads)), joins(ceil_div(s.ranges, 8), ceil_div(C, 256));
-    encoder_backward_kernel<<<ranges, threads, 0, main_stream>>>(dwte, s.head, s.tail, dout, s.key, s.row, N, s.range,
-                                                                 C);
-    encoder_backward_join_kernel<<<joins, 256, 0, main_stream>>>(dwte, s.head, s.tail, s.key, N, s.range, s.ranges, C);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(encoder_backward_kernel, ranges, threads, dwte, s.head, s.tail, dout, s.key, s.row, N, s.range, C);
+    LAUNCH(encoder_backward_join_kernel, joins, 256, dwte, s.head, s.tail, s.key, N, s.range, s.ranges, C);
     if (dwpe) {
-        encoder_backward_wpe_kernel<<<grid_for(T, 8), dim3(32, 8), 0, main_stream>>>(dwpe, dout, B, T, C, t0);
-        cudaCheck(cudaGetLastError());
+        LAUNCH(encoder_backward_wpe_kernel, grid_for(T, 8), dim3(32, 8), dwpe, dout, B, T, C, t0);
     }
 }
 
@@ -1861,8 +1885,7 @@ static void layernorm_forward(floatX* out, float* mean /*(N)*/, float* rstd /*(N
         layernorm_forward_kernel<7>, layernorm_forward_kernel<8>};
     int groups = (C + 255) / 256;
     auto kernel = groups <= 8 ? kernels[groups - 1] : layernorm_forward_kernel<LAYERNORM_MAX_C / 256>;
-    kernel<<<grid_for(N, 8), dim3(32, 8), 0, main_stream>>>(out, mean, rstd, inp, weight, bias, N, C);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(kernel, grid_for(N, 8), dim3(32, 8), out, mean, rstd, inp, weight, bias, N, C);
 }
 
 // A block spans a row, 8 channels a thread, and goes from row to row; one wave of blocks does them all. Each thread
@@ -1929,8 +1952,7 @@ static void layernorm_backward(floatX* dinp /*(N,C) +=*/, float* dweight /*(C) +
         cudaCheck(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, layernorm_backward_kernel, threads, 0));
     }
     int blocks = (int)std::min(N, (int64_t)std::min(blocks_per_sm * device_sms, LAYERNORM_MAX_BLOCKS));
-    layernorm_backward_kernel<<<blocks, threads, 0, main_stream>>>(dinp, partial, dout, inp, weight, mean, rstd, N, C);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(layernorm_backward_kernel, blocks, threads, dinp, partial, dout, inp, weight, mean, rstd, N, C);
     add_partials({{dweight, dbias, dsum}, 3}, partial, blocks, 3 * C);
 }
 
@@ -1964,13 +1986,13 @@ static int64_t matmul_plan_count;
 // for dgelu, which can do without.
 static void matmul_choose(MatmulPlan* p) {
     cublasLtMatmulPreference_t preference;
-    cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                                                     &cublaslt_workspace_bytes, sizeof(cublaslt_workspace_bytes)));
+    cudaCheck(cublasLtMatmulPreferenceCreate(&preference));
+    cudaCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                   &cublaslt_workspace_bytes, sizeof(cublaslt_workspace_bytes)));
     uint32_t alignment = 16;  // cuBLASLt assumes 256 unless told; tensors inside the parameter memory have 16
     for (auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES}) {
-        cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, which, &alignment, sizeof(alignment)));
+        cudaCheck(cublasLtMatmulPreferenceSetAttribute(preference, which, &alignment, sizeof(alignment)));
     }
     cublasLtMatmulHeuristicResult_t found[2];
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(cublaslt_handle, p->desc, p->a, p->b, p->d, p->d, preference,
@@ -1981,7 +2003,11 @@ static void matmul_choose(MatmulPlan* p) {
               "bias %d, operands of kind %d: %s", s.m, s.n, s.k, s.trans_a, s.trans_b, s.bias, s.operands,
               cublasLtGetStatusString(status));
     if (p->proposals > 0) p->algo = found[0].algo;
-    cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
+    cudaCheck(cublasLtMatmulPreferenceDestroy(preference));
+}
+
+template <typename T> static void matmul_set(MatmulPlan* p, cublasLtMatmulDescAttributes_t name, const T& value) {
+    cudaCheck(cublasLtMatmulDescSetAttribute(p->desc, name, &value, sizeof value));
 }
 
 static MatmulPlan* matmul_plan(const MatmulShape& s) {
@@ -1994,35 +2020,34 @@ static MatmulPlan* matmul_plan(const MatmulShape& s) {
     }
     MatmulPlan* p = &matmul_plans[matmul_plan_count % MATMUL_PLANS];
     if (matmul_plan_count++ >= MATMUL_PLANS) {  // the oldest plan goes
-        cublasCheck(cublasLtMatmulDescDestroy(p->desc));
-        cublasCheck(cublasLtMatrixLayoutDestroy(p->a));
-        cublasCheck(cublasLtMatrixLayoutDestroy(p->b));
-        cublasCheck(cublasLtMatrixLayoutDestroy(p->d));
+        cudaCheck(cublasLtMatmulDescDestroy(p->desc));
+        cudaCheck(cublasLtMatrixLayoutDestroy(p->a));
+        cudaCheck(cublasLtMatrixLayoutDestroy(p->b));
+        cudaCheck(cublasLtMatrixLayoutDestroy(p->d));
     }
     *p = {s};
     cublasOperation_t op_a = s.trans_a ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = s.trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;
     cublasLtEpilogue_t epilogue = s.bias ? CUBLASLT_EPILOGUE_BIAS
                                 : s.dgelu ? CUBLASLT_EPILOGUE_DGELU : CUBLASLT_EPILOGUE_DEFAULT;
-    cublasCheck(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof(op_a)));
-    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof(op_b)));
-    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(epilogue)));
-    if (s.dgelu)
-        cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &s.m, sizeof(s.m)));
+    cudaCheck(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    matmul_set(p, CUBLASLT_MATMUL_DESC_TRANSA, op_a);
+    matmul_set(p, CUBLASLT_MATMUL_DESC_TRANSB, op_b);
+    matmul_set(p, CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
+    if (s.dgelu) matmul_set(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, s.m);
     int64_t a_rows = s.trans_a ? s.k : s.m, a_cols = s.trans_a ? s.m : s.k;
     int64_t b_rows = s.trans_b ? s.n : s.k, b_cols = s.trans_b ? s.k : s.n;
     const cudaDataType_t a_type[] = {FLOATX_CUDA, CUDA_R_8F_E4M3, CUDA_R_8F_E4M3};
     const cudaDataType_t b_type[] = {FLOATX_CUDA, CUDA_R_8F_E4M3, CUDA_R_8F_E5M2};
-    cublasCheck(cublasLtMatrixLayoutCreate(&p->a, a_type[s.operands], a_rows, a_cols, a_rows));
-    cublasCheck(cublasLtMatrixLayoutCreate(&p->b, b_type[s.operands], b_rows, b_cols, b_rows));
-    cublasCheck(cublasLtMatrixLayoutCreate(&p->d, s.float_out ? CUDA_R_32F : FLOATX_CUDA, s.m, s.n, s.m));
+    cudaCheck(cublasLtMatrixLayoutCreate(&p->a, a_type[s.operands], a_rows, a_cols, a_rows));
+    cudaCheck(cublasLtMatrixLayoutCreate(&p->b, b_type[s.operands], b_rows, b_cols, b_rows));
+    cudaCheck(cublasLtMatrixLayoutCreate(&p->d, s.float_out ? CUDA_R_32F : FLOATX_CUDA, s.m, s.n, s.m));
     // Hopper's tensor cores keep 14 bits of a sum of FP8 products: enough for an activation. Gradients, of smaller
     // terms and longer sums, leave them for fp32 registers every few steps.
     int8_t fast = s.operands == FP8;
-    cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof(fast)));
+    matmul_set(p, CUBLASLT_MATMUL_DESC_FAST_ACCUM, fast);
     if (s.operands != FLOATX) {  // the choice of a kernel should know that there are scales; every product has its own
-        for (auto scale : {CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER})
-            cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, scale, &cublaslt_workspace, sizeof(void*)));
+        matmul_set(p, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, cublaslt_workspace);
+        matmul_set(p, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, cublaslt_workspace);
     }
     matmul_choose(p);
     return p;
@@ -2037,20 +2062,15 @@ static void matmul_cublaslt(MatmulShape s, void* d, const void* a, const void* b
     for (const void* p : {(const void*)d, a, b, (const void*)bias, add, (const void*)gelu_inp})
         opRequire((uintptr_t)p % 16 == 0, "matmul: a tensor starts at %p, which is no multiple of 16 bytes", p);
     MatmulPlan* p = matmul_plan(s);
-    if (bias)
-        cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
-    if (gelu_inp)
-        cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &gelu_inp,
-                                                   sizeof(gelu_inp)));
+    if (bias) matmul_set(p, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+    if (gelu_inp) matmul_set(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, gelu_inp);
     if (s.operands != FLOATX) {
-        cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &a_scale,
-                                                   sizeof(a_scale)));
-        cublasCheck(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &b_scale,
-                                                   sizeof(b_scale)));
+        matmul_set(p, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, a_scale);
+        matmul_set(p, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, b_scale);
     }
     const float one = 1.0f, beta = add ? 1.0f : 0.0f;
-    cublasCheck(cublasLtMatmul(cublaslt_handle, p->desc, &one, a, p->a, b, p->b, &beta, add ? add : d, p->d, d, p->d,
-                               &p->algo, cublaslt_workspace, cublaslt_workspace_bytes, main_stream));
+    cudaCheck(cublasLtMatmul(cublaslt_handle, p->desc, &one, a, p->a, b, p->b, &beta, add ? add : d, p->d, d, p->d,
+                             &p->algo, cublaslt_workspace, cublaslt_workspace_bytes, main_stream));
 }
 
 static void matmul_forward(floatX* out /*(N,OC)*/, const floatX* inp /*(N,C)*/, const floatX* weight /*(OC,C)*/,
@@ -2101,9 +2121,7 @@ static void bias_backward(float* dbias /*(OC) +=*/, const floatX* dout /*(N,OC)*
     ranges = std::min(ranges, ceil_div(N, 64));
     int64_t range = ceil_div(N, ranges);
     ranges = ceil_div(N, range);
-    bias_backward_kernel<<<dim3(column_blocks, (unsigned)ranges), dim3(32, 8), 0, main_stream>>>(partial, dout, N, OC,
-                                                                                                 range);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(bias_backward_kernel, dim3(column_blocks, (unsigned)ranges), dim3(32, 8), partial, dout, N, OC, range);
     add_partials({{dbias}, 1}, partial, (int)ranges, OC);
 }
 
@@ -2140,14 +2158,12 @@ __global__ void __launch_bounds__(256) gelu_backward_kernel(floatX* dinp, const 
 
 static void gelu_forward(floatX* out, const floatX* inp, int64_t n) {
     opRequire(n % 8 == 0, "gelu_forward: %ld elements, not a multiple of 8", n);
-    gelu_forward_kernel<<<grid_for(n, 2048), 256, 0, main_stream>>>(out, inp, n);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(gelu_forward_kernel, grid_for(n, 2048), 256, out, inp, n);
 }
 
 static void gelu_backward(floatX* dinp /*may be dout*/, const floatX* dout, const floatX* inp, int64_t n) {
     opRequire(n % 8 == 0, "gelu_backward: %ld elements, not a multiple of 8", n);
-    gelu_backward_kernel<<<grid_for(n, 2048), 256, 0, main_stream>>>(dinp, dout, inp, n);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(gelu_backward_kernel, grid_for(n, 2048), 256, dinp, dout, inp, n);
 }
 
 // cuBLASLt multiplies by GELU' where it writes dinp, but not in fp32; and for some shapes it knows only one kernel that
@@ -2204,8 +2220,7 @@ __global__ void __launch_bounds__(256) fp8_amax_kernel(float* amax, const floatX
 static void fp8_amax(Fp8Scale* scale, const floatX* x /*(n) or NULL*/, const floatX* pre /*(n) or NULL*/, int64_t n) {
     opRequire(n % 8 == 0, "fp8_amax: %ld elements, not a multiple of 8", n);
     unsigned blocks = std::min(grid_for(n, 2048), (unsigned)(8 * device_sms));
-    fp8_amax_kernel<<<blocks, 256, 0, main_stream>>>(&scale->amax, x ? x : pre, n, x && pre ? 1.13f : 1.0f);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(fp8_amax_kernel, blocks, 256, &scale->amax, x ? x : pre, n, x && pre ? 1.13f : 1.0f);
 }
 
 // Four numbers to FP8, the first in the lowest byte. Past the largest they become the largest; NaN stays NaN.
@@ -2304,9 +2319,8 @@ static void fp8_quantize(Fp8Matrix y /*(N,C)*/, float* dbias /*(C) += or NULL*/,
     ranges = ceil_div(N, range);
     auto kernel = gradient ? pre ? fp8_quantize_kernel<true, true> : fp8_quantize_kernel<true, false>
                            : pre ? fp8_quantize_kernel<false, true> : fp8_quantize_kernel<false, false>;
-    kernel<<<dim3(column_blocks, (unsigned)ranges), 256, 0, main_stream>>>(y.rows, y.columns, partial, y.scale, x, pre,
-                                                                           N, C, range);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(kernel, dim3(column_blocks, (unsigned)ranges), 256, y.rows, y.columns, partial, y.scale, x, pre, N, C,
+           range);
     if (dbias) add_partials({{dbias}, 1}, partial, (int)ranges, C);
 }
 
@@ -2444,32 +2458,13 @@ static void crossentropy_forward_backward(floatX* logits /*(N,Vp) in, dlogits ou
                                           float dloss /*gradient of each row's loss*/, int64_t N, int V, int Vp,
                                           bool grad) {
     opRequireRows("crossentropy_forward_backward", Vp);
-    if (Vp <= 1024) {
-        crossentropy_kernel<16><<<grid_for(N, 16), 256, 0, main_stream>>>(logits, losses, targets, dloss, N, V, Vp,
-                                                                          grad);
-    } else {
-        crossentropy_kernel<512><<<grid_for(N, 1), 512, 0, main_stream>>>(logits, losses, targets, dloss, N, V, Vp,
-                                                                          grad);
-    }
-    cudaCheck(cudaGetLastError());
+    if (Vp <= 1024)
+        LAUNCH(crossentropy_kernel<16>, grid_for(N, 16), 256, logits, losses, targets, dloss, N, V, Vp, grad);
+    else
+        LAUNCH(crossentropy_kernel<512>, grid_for(N, 1), 512, logits, losses, targets, dloss, N, V, Vp, grad);
 }
 
 // ---- RoPE
-// Angles at position 10^6 need more bits than fp32 has, and a table of every position would be as large as q. So the
-// host makes two short tables in double, of pos & 1023 and of the multiples of 1024, and a complex product joins them.
-static void rope_table(float* table /*(1024 + ceil(T/1024), D/2, 2) cos, sin; host memory*/, int64_t T, int D,
-                       double theta) {
-    int64_t rows = 1024 + (T + 1023) / 1024;
-    for (int64_t r = 0; r < rows; r++) {
-        int64_t position = r < 1024 ? r : (r - 1024) * 1024;
-        for (int d = 0; d < D / 2; d++) {
-            double angle = position * pow(theta, -2.0 * d / D);
-            table[(r * (D / 2) + d) * 2] = (float)cos(angle);
-            table[(r * (D / 2) + d) * 2 + 1] = (float)sin(angle);
-        }
-    }
-}
-
 // cos and sin of dimensions d .. d+7 at a position.
 __device__ __forceinline__ void rope_angles(float (&cosine)[8], float (&sine)[8], const float* table, int64_t position,
                                             int d, int D) {
@@ -2524,8 +2519,7 @@ static void rope_rotate(floatX* qkv /*(B,T,3,H,D), q and k in place*/, const flo
                         int64_t t0 /*position of token 0*/) {
     opRequire(D >= 16 && D <= 256 && (D & (D - 1)) == 0, "rope_rotate: head size %d, not 16, 32, 64, 128 or 256", D);
     int64_t N = B * T;
-    rope_rotate_kernel<<<grid_for(N, 8), dim3(32, 8), 0, main_stream>>>(qkv, table, (float)direction, N, T, H, D, t0);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(rope_rotate_kernel, grid_for(N, 8), dim3(32, 8), qkv, table, (float)direction, N, T, H, D, t0);
 }
 
 // ---- context parallelism: blocks of heads
@@ -2545,14 +2539,12 @@ __global__ void __launch_bounds__(256) heads_pack_kernel(floatX* __restrict__ ou
 
 static void heads_pack(floatX* out /*(B,W,R,n)*/, const floatX* inp /*(B,R,W,n)*/, int B, int64_t R, int W, int n) {
     opRequireRows("heads_pack", n);
-    heads_pack_kernel<true><<<grid_for(B * R, 8), dim3(32, 8), 0, main_stream>>>(out, inp, B * R, R, W, n);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(heads_pack_kernel<true>, grid_for(B * R, 8), dim3(32, 8), out, inp, B * R, R, W, n);
 }
 
 static void heads_unpack(floatX* out /*(B,R,W,n)*/, const floatX* inp /*(B,W,R,n)*/, int B, int64_t R, int W, int n) {
     opRequireRows("heads_unpack", n);
-    heads_pack_kernel<false><<<grid_for(B * R, 8), dim3(32, 8), 0, main_stream>>>(out, inp, B * R, R, W, n);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(heads_pack_kernel<false>, grid_for(B * R, 8), dim3(32, 8), out, inp, B * R, R, W, n);
 }
 
 // ---- sums
@@ -2601,9 +2593,8 @@ static size_t sum_scratch_bytes() { return SUM_BLOCKS * sizeof(double); }
 
 template <bool SQUARE> static void add_sum(double* total, const float* x, int64_t n) {
     double* partial = (double*)scratch(sum_scratch_bytes(), "sum");
-    sum_kernel<SQUARE><<<SUM_BLOCKS, SUM_THREADS, 0, main_stream>>>(partial, x, n);
-    sum_partials_kernel<<<1, SUM_THREADS, 0, main_stream>>>(total, partial);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(sum_kernel<SQUARE>, SUM_BLOCKS, SUM_THREADS, partial, x, n);
+    LAUNCH(sum_partials_kernel, 1, SUM_THREADS, total, partial);
 }
 // The totals stay on the device, so nothing waits.
 static void sum_squares(double* total /*+=, device memory*/, const float* x /*(n)*/, int64_t n) {
@@ -2614,8 +2605,6 @@ static void sum_losses(double* total /*+=, device memory*/, const float* x /*(n)
 }
 
 // ---- AdamW
-struct AdamW { float lr, beta1, beta2, beta1_correction, beta2_correction, eps, weight_decay, grad_scale; };
-
 __device__ __forceinline__ void adamw_element(float& p, float& m, float& v, float grad, const AdamW& a) {
     float g = grad * a.grad_scale;
     m = a.beta1 * m + (1.0f - a.beta1) * g;
@@ -2643,9 +2632,7 @@ __global__ void __launch_bounds__(256) adamw_kernel(floatX* params /*or NULL*/, 
 }
 
 static void adamw_update(floatX* params, float* master /*or NULL: params are fp32*/, float* m, float* v,
-                         const float* grads, int64_t n, float lr, float beta1, float beta2,
-                         float beta1_correction /*1-beta1^t*/, float beta2_correction, float eps, float weight_decay,
-                         float grad_scale) {
+                         const float* grads, int64_t n, AdamW a) {
     if (n == 0) return;
     if (!master) {
         opRequire(sizeof(floatX) == sizeof(float), "adamw_update: parameters in bf16 need fp32 masters");
@@ -2654,9 +2641,7 @@ static void adamw_update(floatX* params, float* master /*or NULL: params are fp3
     }
     opRequire((((uintptr_t)params | (uintptr_t)master | (uintptr_t)m | (uintptr_t)v | (uintptr_t)grads) & 15) == 0,
               "adamw_update: a tensor does not start at a multiple of 16 bytes");
-    AdamW a = {lr, beta1, beta2, beta1_correction, beta2_correction, eps, weight_decay, grad_scale};
-    adamw_kernel<<<grid_for(n, 2048), 256, 0, main_stream>>>(params, master, m, v, grads, n, a);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(adamw_kernel, grid_for(n, 2048), 256, params, master, m, v, grads, n, a);
 }
 
 // ---- causal attention
@@ -2670,14 +2655,13 @@ static size_t sdpa_workspace_bytes;
 [[maybe_unused]] static int64_t sdpa_deterministic_bytes = (int64_t)8 << 30;
 
 #ifndef FLOATX_FP32  // cuDNN's; below, plain kernels of the tests
-static void cudnn_check(cudnnStatus_t status, const char* call, const char* file, int line) {
+static void cuda_check(cudnnStatus_t status, const char* call, const char* file, int line) {
     if (status == CUDNN_STATUS_SUCCESS) return;
     char reason[1024] = "";
     cudnnGetLastErrorString(reason, sizeof(reason));
     fatal("%s:%d: %s failed: %s: %s; CUDNN_LOGLEVEL_DBG=3 CUDNN_LOGDEST_DBG=stdout makes cuDNN say more", file, line,
           call, cudnnGetErrorString(status), reason);
 }
-#define cudnnCheck(call) cudnn_check((call), #call, __FILE__, __LINE__)
 
 static cudnnHandle_t cudnn_handle;
 typedef cudnnBackendDescriptor_t CudnnNode;  // a tensor, an operation, a graph, a plan
@@ -2788,14 +2772,14 @@ struct SdpaGraph {
 
 static void cudnn_set(CudnnNode d, cudnnBackendAttributeName_t name, cudnnBackendAttributeType_t type, int64_t count,
                       const void* value) {
-    cudnnCheck(cudnnBackendSetAttribute(d, name, type, count, value));
+    cudaCheck(cudnnBackendSetAttribute(d, name, type, count, value));
 }
 static void cudnn_set_descriptor(CudnnNode d, cudnnBackendAttributeName_t name, CudnnNode value) {
     cudnn_set(d, name, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &value);
 }
 static CudnnNode cudnn_new(SdpaGraph* g, cudnnBackendDescriptorType_t type) {
     CudnnNode d;
-    cudnnCheck(cudnnBackendCreateDescriptor(type, &d));
+    cudaCheck(cudnnBackendCreateDescriptor(type, &d));
     opRequire(g->made_count < 160, "the attention graph outgrew its list of descriptors");
     g->made[g->made_count++] = d;
     return d;
@@ -2844,7 +2828,7 @@ static CudnnNode sdpa_tensor(SdpaGraph* g, SdpaTensor id) {
     cudnn_set(d, CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, CUDNN_TYPE_INT64, 1, &alignment);
     if (!passed) cudnn_set(d, CUDNN_ATTR_TENSOR_IS_VIRTUAL, CUDNN_TYPE_BOOLEAN, 1, &yes);
     if (scalar) cudnn_set(d, CUDNN_ATTR_TENSOR_IS_BY_VALUE, CUDNN_TYPE_BOOLEAN, 1, &yes);
-    cudnnCheck(cudnnBackendFinalize(d));
+    cudaCheck(cudnnBackendFinalize(d));
     if (passed) p->ids[p->ids_count++] = id;
     return d;
 }
@@ -2859,14 +2843,14 @@ static void sdpa_op(SdpaGraph* g, const SdpaOp& o) {
         cudnn_set(kind, name.precision, CUDNN_TYPE_DATA_TYPE, 1, &precision);
         if (o.kind != SDPA_MATMUL) cudnn_set(kind, name.mode, name.mode_type, 1, &o.mode);
         if (o.axis) cudnn_set(kind, CUDNN_ATTR_POINTWISE_AXIS, CUDNN_TYPE_INT64, 1, &o.axis);
-        cudnnCheck(cudnnBackendFinalize(kind));
+        cudaCheck(cudnnBackendFinalize(kind));
         cudnn_set_descriptor(op, name.of_kind, kind);
     }
     cudnn_set_descriptor(op, name.x, sdpa_tensor(g, o.x));
     if (o.b) cudnn_set_descriptor(op, name.b, sdpa_tensor(g, o.b));
     if (o.t) cudnn_set_descriptor(op, CUDNN_ATTR_OPERATION_POINTWISE_TDESC, sdpa_tensor(g, o.t));
     cudnn_set_descriptor(op, name.y, sdpa_tensor(g, o.y));
-    cudnnCheck(cudnnBackendFinalize(op));
+    cudaCheck(cudnnBackendFinalize(op));
     g->ops[g->ops_count++] = op;
 }
 
@@ -2876,8 +2860,8 @@ static void sdpa_build(SdpaPlan* p) {
         opRequire(version >= 90000 && version != 91000 && version != 91001,
                   "cuDNN %zu.%zu.%zu is %s: install 9.14 or later", version / 10000, version / 100 % 100, version % 100,
                   version < 90000 ? "too old" : "known to compute attention wrongly");
-        cudnnCheck(cudnnCreate(&cudnn_handle));
-        cudnnCheck(cudnnSetStream(cudnn_handle, main_stream));
+        cudaCheck(cudnnCreate(&cudnn_handle));
+        cudaCheck(cudnnSetStream(cudnn_handle, main_stream));
     }
     SdpaGraph graph = {p}, *g = &graph;
     if (!p->backward) for (SdpaOp o : sdpa_forward_ops) sdpa_op(g, o);
@@ -2890,34 +2874,34 @@ static void sdpa_build(SdpaPlan* p) {
     CudnnNode operations = cudnn_new(g, CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR);
     cudnn_set(operations, CUDNN_ATTR_OPERATIONGRAPH_OPS, CUDNN_TYPE_BACKEND_DESCRIPTOR, g->ops_count, g->ops);
     cudnn_set(operations, CUDNN_ATTR_OPERATIONGRAPH_HANDLE, CUDNN_TYPE_HANDLE, 1, &cudnn_handle);
-    cudnnCheck(cudnnBackendFinalize(operations));
+    cudaCheck(cudnnBackendFinalize(operations));
 
     CudnnNode heuristic = cudnn_new(g, CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR);
     cudnnBackendHeurMode_t mode = CUDNN_HEUR_MODE_A;
     cudnn_set_descriptor(heuristic, CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, operations);
     cudnn_set(heuristic, CUDNN_ATTR_ENGINEHEUR_MODE, CUDNN_TYPE_HEUR_MODE, 1, &mode);
-    cudnnCheck(cudnnBackendFinalize(heuristic));
+    cudaCheck(cudnnBackendFinalize(heuristic));
 
     // The first query gives an upper bound of the number of engines, the second the engines, best first.
     CudnnNode engines[16];
     int64_t count = 0;
-    cudnnCheck(cudnnBackendGetAttribute(heuristic, CUDNN_ATTR_ENGINEHEUR_RESULTS, CUDNN_TYPE_BACKEND_DESCRIPTOR, 0,
-                                        &count, NULL));
+    cudaCheck(cudnnBackendGetAttribute(heuristic, CUDNN_ATTR_ENGINEHEUR_RESULTS, CUDNN_TYPE_BACKEND_DESCRIPTOR, 0,
+                                       &count, NULL));
     int64_t asked = count < 16 ? count : 16;
     for (int64_t i = 0; i < asked; i++) engines[i] = cudnn_new(g, CUDNN_BACKEND_ENGINECFG_DESCRIPTOR);
     count = 0;
     if (asked > 0) {
-        cudnnCheck(cudnnBackendGetAttribute(heuristic, CUDNN_ATTR_ENGINEHEUR_RESULTS, CUDNN_TYPE_BACKEND_DESCRIPTOR,
-                                            asked, &count, engines));
+        cudaCheck(cudnnBackendGetAttribute(heuristic, CUDNN_ATTR_ENGINEHEUR_RESULTS, CUDNN_TYPE_BACKEND_DESCRIPTOR,
+                                           asked, &count, engines));
     }
     p->plan = NULL;
     for (int64_t i = 0; i < count && i < asked && !p->plan; i++) {
         CudnnNode plan;
-        cudnnCheck(cudnnBackendCreateDescriptor(CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR, &plan));
+        cudaCheck(cudnnBackendCreateDescriptor(CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR, &plan));
         cudnn_set(plan, CUDNN_ATTR_EXECUTION_PLAN_HANDLE, CUDNN_TYPE_HANDLE, 1, &cudnn_handle);
         cudnn_set_descriptor(plan, CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, engines[i]);
         if (cudnnBackendFinalize(plan) == CUDNN_STATUS_SUCCESS) p->plan = plan;
-        else cudnnCheck(cudnnBackendDestroyDescriptor(plan));
+        else cudaCheck(cudnnBackendDestroyDescriptor(plan));
     }
     if (!p->plan) {
         char reason[1024] = "";
@@ -2927,9 +2911,9 @@ static void sdpa_build(SdpaPlan* p) {
                   "graph, heuristic and engines libraries beside libcudnn); its last word: %s", cudnnGetVersion(),
                   p->backward ? "backward" : "forward", p->B, p->T, p->H, p->D, reason);
     }
-    cudnnCheck(cudnnBackendGetAttribute(p->plan, CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, CUDNN_TYPE_INT64, 1, &count,
-                                        &p->workspace));
-    for (int i = g->made_count - 1; i >= 0; i--) cudnnCheck(cudnnBackendDestroyDescriptor(g->made[i]));
+    cudaCheck(cudnnBackendGetAttribute(p->plan, CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, CUDNN_TYPE_INT64, 1, &count,
+                                       &p->workspace));
+    for (int i = g->made_count - 1; i >= 0; i--) cudaCheck(cudnnBackendDestroyDescriptor(g->made[i]));
 }
 
 // The plan for the whole (B, H) or, for a deterministic backward that would take too much memory, for one head.
@@ -2992,13 +2976,13 @@ static void sdpa_run(const SdpaPlan* p, void* (&at)[SDPA_PASSED]) {
                   "multiple of %ld", id, at[id], alignment);
     }
     CudnnNode pack;
-    cudnnCheck(cudnnBackendCreateDescriptor(CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR, &pack));
+    cudaCheck(cudnnBackendCreateDescriptor(CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR, &pack));
     cudnn_set(pack, CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, CUDNN_TYPE_INT64, p->ids_count, p->ids);
     cudnn_set(pack, CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, CUDNN_TYPE_VOID_PTR, p->ids_count, pointers);
     cudnn_set(pack, CUDNN_ATTR_VARIANT_PACK_WORKSPACE, CUDNN_TYPE_VOID_PTR, 1, &workspace);
-    cudnnCheck(cudnnBackendFinalize(pack));
-    cudnnCheck(cudnnBackendExecute(cudnn_handle, p->plan, pack));
-    cudnnCheck(cudnnBackendDestroyDescriptor(pack));
+    cudaCheck(cudnnBackendFinalize(pack));
+    cudaCheck(cudnnBackendExecute(cudnn_handle, p->plan, pack));
+    cudaCheck(cudnnBackendDestroyDescriptor(pack));
 }
 
 static void sdpa_forward(floatX* out /*(B,T,H,D)*/, float* stats /*(B,H,T) or NULL*/, const floatX* qkv /*(B,T,3,H,D)*/,
@@ -3088,15 +3072,17 @@ template <class Attend> static void each_window(int B, int64_t T, int64_t window
 // (Pack8) in each lane, and works alone: the lanes of a group do the same, groups of one warp may not. Pooling factors
 // are powers of 2, so entry indices come from shifts. Sums are fp32, in one group's registers and in a fixed order.
 
+#define HEAD_SIZE(size, ...) case size: { constexpr int HEAD = size; __VA_ARGS__; break; }
+#ifdef TRAINER_NO_MAIN
+#define TEST_HEAD_SIZES(...) HEAD_SIZE(16, __VA_ARGS__) HEAD_SIZE(32, __VA_ARGS__)  // of small models
+#else
+#define TEST_HEAD_SIZES(...)
+#endif
 #define WITH_HEAD_SIZE(D, ...) \
     switch (D) { \
-        case 16: { constexpr int HEAD = 16; __VA_ARGS__; break; } \
-        case 32: { constexpr int HEAD = 32; __VA_ARGS__; break; } \
-        case 64: { constexpr int HEAD = 64; __VA_ARGS__; break; } \
-        case 128: { constexpr int HEAD = 128; __VA_ARGS__; break; } \
-        default: opRequire(false, "head size %d: Lighthouse on the GPU knows 16, 32, 64 and 128", D); \
-    } \
-    cudaCheck(cudaGetLastError())
+        TEST_HEAD_SIZES(__VA_ARGS__) HEAD_SIZE(64, __VA_ARGS__) HEAD_SIZE(128, __VA_ARGS__) \
+        default: opRequire(false, "head size %d: Lighthouse on the GPU knows 64 and 128", D); \
+    }
 
 template <int LANES> __device__ __forceinline__ unsigned group_mask() {
     if (LANES == 32) return 0xffffffffu;
@@ -3188,16 +3174,15 @@ static void lighthouse_scores(float* scores /*(2,B,H,E): a then b*/, const float
     opRequire(shared <= 48 << 10, "%d heads: at most 94 fit into a block of lighthouse_scores", s->H);
     unsigned chunks = grid_for(s->T, SCORE_TOKENS);
     unsigned blocks = grid_for((int64_t)chunks * B, 1);
-    WITH_HEAD_SIZE(s->D, lighthouse_scores_kernel<HEAD><<<blocks, threads, shared, main_stream>>>(
-                             scores, qkv, B, *s, rows, chunks));
+    WITH_HEAD_SIZE(s->D, LAUNCH_SHARED(lighthouse_scores_kernel<HEAD>, blocks, threads, shared, scores, qkv, B, *s,
+                                       rows, chunks));
     int64_t width = 1;
     for (int l = 1; l < s->levels; l++) {
         width *= s->pool;
         if (width <= SCORE_TOKENS) continue;
         chunks = grid_for(s->n[l], 256);
         blocks = grid_for(2 * (int64_t)B * s->H * chunks, 1);
-        lighthouse_pyramid_kernel<<<blocks, 256, 0, main_stream>>>(scores, l, *s, chunks);
-        cudaCheck(cudaGetLastError());
+        LAUNCH(lighthouse_pyramid_kernel, blocks, 256, scores, l, *s, chunks);
     }
 }
 
@@ -3383,9 +3368,8 @@ static void lighthouse_select(int32_t* index /*(B,H,S) flat entry index in seque
     bool cached = shared + keys <= select_shared_limit;
     int threads = most >= 1024 ? 1024 : most <= 128 ? 128 : (int)(most + 31) / 32 * 32;
     if (cached) shared += keys;
-    lighthouse_select_kernel<<<grid_for((int64_t)B * s->H * s->tiles, 1), threads, shared, main_stream>>>(
-        index, scores, B, *s, (int)(most / 32 + 1), cached);
-    cudaCheck(cudaGetLastError());
+    LAUNCH_SHARED(lighthouse_select_kernel, grid_for((int64_t)B * s->H * s->tiles, 1), threads, shared, index, scores,
+                  B, *s, (int)(most / 32 + 1), cached);
 }
 
 __global__ void lighthouse_invert_kernel(int32_t* slot, const int32_t* index, LighthouseShape s, unsigned chunks) {
@@ -3398,8 +3382,7 @@ static void lighthouse_invert(int32_t* slot /*(B,H,E) slot of the entry, or -1*/
     int64_t heads = (int64_t)B * s->H;
     unsigned chunks = grid_for(s->S, 256);
     cudaCheck(cudaMemsetAsync(slot, 0xff, heads * s->off[s->levels] * sizeof(int32_t), main_stream));
-    lighthouse_invert_kernel<<<grid_for(heads * chunks, 1), 256, 0, main_stream>>>(slot, index, *s, chunks);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(lighthouse_invert_kernel, grid_for(heads * chunks, 1), 256, slot, index, *s, chunks);
 }
 
 // ---- gather, and the backward of scatter: kernels that make slots
@@ -3484,8 +3467,8 @@ static void lighthouse_gather(floatX* slots /*(B,S,3,H,D)*/, const floatX* qkv /
                               const int32_t* index /*(B,H,S)*/, const float* rope /*table or NULL*/, int B,
                               const LighthouseShape* s, int64_t t0 /*position of token 0*/) {
     unsigned chunks = grid_for(s->S, SLOT_THREADS / (s->D / 8)), blocks = grid_for((int64_t)B * s->H * chunks, 1);
-    WITH_HEAD_SIZE(s->D, lighthouse_gather_kernel<HEAD><<<blocks, SLOT_THREADS, 0, main_stream>>>(
-                             slots, qkv, index, rope, *s, t0, chunks));
+    WITH_HEAD_SIZE(s->D, LAUNCH(lighthouse_gather_kernel<HEAD>, blocks, SLOT_THREADS, slots, qkv, index, rope, *s, t0,
+                                chunks));
 }
 
 // A slot's gradient is the sum of dout over the tokens that it was added to: c_l tokens from the last one it covers on.
@@ -3518,7 +3501,7 @@ static void lighthouse_scatter_backward(floatX* dattn /*(B,S,H,D)*/, const float
     unsigned chunks = grid_for(s->S, SLOT_THREADS / (s->D / 8)), blocks = grid_for((int64_t)B * s->H * chunks, 1);
     WITH_HEAD_SIZE(s->D, auto* kernel = halo ? lighthouse_scatter_backward_kernel<HEAD, true>
                                              : lighthouse_scatter_backward_kernel<HEAD, false>;
-                   kernel<<<blocks, SLOT_THREADS, 0, main_stream>>>(dattn, dout, halo, index, *s, chunks));
+                   LAUNCH(kernel, blocks, SLOT_THREADS, dattn, dout, halo, index, *s, chunks));
 }
 
 // ---- scatter, and the backward of gather: kernels that make tokens
@@ -3582,7 +3565,7 @@ static void lighthouse_scatter(floatX* out /*(B,T,H,D)*/, const floatX* attn /*(
         unsigned blocks = grid_for(groups * (s->D / 8), 128);
         WITH_HEAD_SIZE(s->D, auto* kernel = halo ? lighthouse_scatter_kernel<HEAD, CHUNK, true>
                                                  : lighthouse_scatter_kernel<HEAD, CHUNK, false>;
-                       kernel<<<blocks, 128, 0, main_stream>>>(out, attn, halo, slot, B, *s));
+                       LAUNCH(kernel, blocks, 128, out, attn, halo, slot, B, *s));
     });
 }
 
@@ -3600,8 +3583,7 @@ __global__ void lighthouse_halo_kernel(floatX* halo, const floatX* attn, const i
 // What the last entry of each level above 0 gives to the tokens that follow: zeros where it is not in the sequence.
 static void lighthouse_halo(floatX* halo /*(B,L-1,H,D)*/, const floatX* attn /*(B,S,H,D)*/,
                             const int32_t* slot /*(B,H,E)*/, int B, const LighthouseShape* s) {
-    lighthouse_halo_kernel<<<grid_for((int64_t)B * (s->levels - 1), 1), 256, 0, main_stream>>>(halo, attn, slot, *s);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(lighthouse_halo_kernel, grid_for((int64_t)B * (s->levels - 1), 1), 256, halo, attn, slot, *s);
 }
 
 // Gives the gradients of a slot's q, k and v, the rotation undone, to use(which of the three, the lane's 8 elements).
@@ -3676,8 +3658,8 @@ static void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const float
         int64_t groups = s->T / CHUNK * s->H * B;
         opRequire(groups <= UINT32_MAX, "%ld groups of tokens: more than 32 bits count", groups);
         unsigned blocks = grid_for(groups * (s->D / 8), 64);
-        WITH_HEAD_SIZE(s->D, lighthouse_gather_backward_kernel<HEAD, CHUNK><<<blocks, 64, 0, main_stream>>>(
-                                 dqkv, dslots, slot, rope, B, *s, t0));
+        WITH_HEAD_SIZE(s->D, LAUNCH((lighthouse_gather_backward_kernel<HEAD, CHUNK>), blocks, 64, dqkv, dslots, slot,
+                                    rope, B, *s, t0));
     });
 }
 
@@ -4627,6 +4609,8 @@ static void add_gradient_squares(Model* m) {
 // One AdamW update of this process's slices, whose weights then go to all; `update` counts from 1. Weight decay falls
 // on the matrices only.
 static void model_update(Model* m, const Config* c, double lr, double grad_scale, int64_t update) {
+    AdamW adamw = {(float)lr, (float)c->beta1, (float)c->beta2, (float)(1 - pow(c->beta1, update)),
+                   (float)(1 - pow(c->beta2, update)), (float)c->adam_eps, 0, (float)grad_scale};
     for (int g = 0; g <= m->dims.L; g++) {
         int64_t begin = slice_begin(m, g), owned = slice_owned(m, g), n = slice_size(m, g);
         int64_t vectors = group_begin(m, g) + m->group_matrices[g > 0];  // where they begin
@@ -4636,9 +4620,9 @@ static void model_update(Model* m, const Config* c, double lr, double grad_scale
         for (auto& p : parts) {
             if (p.n == 0) continue;
             float* master = m->master ? m->master + owned + p.at : NULL;
+            adamw.weight_decay = (float)p.decay;
             adamw_update(m->params + begin + p.at, master, m->m + owned + p.at, m->v + owned + p.at,
-                         m->grads + begin + p.at, p.n, lr, c->beta1, c->beta2, 1 - pow(c->beta1, update),
-                         1 - pow(c->beta2, update), c->adam_eps, p.decay, grad_scale);
+                         m->grads + begin + p.at, p.n, adamw);
         }
         if (g % LAYERS_AT_ONCE != 0 && g < m->dims.L) continue;
         int first = g > 0 ? g - (g - 1) % LAYERS_AT_ONCE : 0;  // the embeddings go alone

@@ -87,27 +87,27 @@ static std::function<void()> product(void* d, const void* a, const void* b, int6
     cublasLtMatrixLayout_t la, lb, ld;
     cublasLtMatmulPreference_t preference;
     cublasOperation_t op_a = trans_a ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;
-    cublasCheck(cublasLtMatmulDescCreate(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    cublasCheck(cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof op_a));
-    cublasCheck(cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof op_b));
-    cublasCheck(cublasLtMatrixLayoutCreate(&la, type, trans_a ? k : m, trans_a ? m : k, trans_a ? k : m));
-    cublasCheck(cublasLtMatrixLayoutCreate(&lb, type, trans_b ? n : k, trans_b ? k : n, trans_b ? n : k));
-    cublasCheck(cublasLtMatrixLayoutCreate(&ld, result, m, n, m));
-    cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                                                     &cublaslt_workspace_bytes, sizeof cublaslt_workspace_bytes));
+    cudaCheck(cublasLtMatmulDescCreate(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    cudaCheck(cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof op_a));
+    cudaCheck(cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof op_b));
+    cudaCheck(cublasLtMatrixLayoutCreate(&la, type, trans_a ? k : m, trans_a ? m : k, trans_a ? k : m));
+    cudaCheck(cublasLtMatrixLayoutCreate(&lb, type, trans_b ? n : k, trans_b ? k : n, trans_b ? n : k));
+    cudaCheck(cublasLtMatrixLayoutCreate(&ld, result, m, n, m));
+    cudaCheck(cublasLtMatmulPreferenceCreate(&preference));
+    cudaCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                   &cublaslt_workspace_bytes, sizeof cublaslt_workspace_bytes));
     cublasLtMatmulHeuristicResult_t found[6];
     int count = 0;
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(cublaslt_handle, desc, la, lb, ld, ld, preference, 6, found,
                                                            &count);
     opRequire(status == CUBLAS_STATUS_SUCCESS && count > 0, "cuBLASLt knows no kernel for m = %ld, n = %ld, k = %ld, "
               "trans %d %d, fp8 %d: %s", m, n, k, trans_a, trans_b, fp8, cublasLtGetStatusString(status));
-    cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
+    cudaCheck(cublasLtMatmulPreferenceDestroy(preference));
     auto with = [=](cublasLtMatmulAlgo_t algo) {
         return [=] {
             const float one = 1.0f, beta = sum ? 1.0f : 0.0f;
-            cublasCheck(cublasLtMatmul(cublaslt_handle, desc, &one, a, la, b, lb, &beta, d, ld, d, ld, &algo,
-                                       cublaslt_workspace, cublaslt_workspace_bytes, main_stream));
+            cudaCheck(cublasLtMatmul(cublaslt_handle, desc, &one, a, la, b, lb, &beta, d, ld, d, ld, &algo,
+                                     cublaslt_workspace, cublaslt_workspace_bytes, main_stream));
         };
     };
     int best = 0;

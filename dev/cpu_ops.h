@@ -1,9 +1,9 @@
 // The CPU operations: the readable statement of what each kernel of the trainer computes, the oracle of the GPU tests,
 // and the CPU backend. Same names and arguments as the kernels' launchers, everything in fp32.
 //
-// The includer defines LighthouseShape, Fp8Scale and Fp8Matrix before. Compile with -O3 -march=native -fopenmp; with
-// -DUSE_CBLAS the matmuls go through cblas_sgemm. Every result is owned by one loop iteration, so that with the same
-// number of threads the same bits come out. Counts that involve the number of tokens are 64-bit.
+// The includer defines LighthouseShape, Fp8Scale, Fp8Matrix and AdamW before. Compile with -O3 -march=native -fopenmp;
+// with -DUSE_CBLAS the matmuls go through cblas_sgemm. Every result is owned by one loop iteration, so that with the
+// same number of threads the same bits come out. Counts that involve the number of tokens are 64-bit.
 #ifndef CPU_OPS_H  // no pragma once: dev/test_ops.cpp includes it a second time, with double in the place of float
 #define CPU_OPS_H
 #include <math.h>
@@ -441,20 +441,6 @@ void crossentropy_forward_backward(floatX* logits /*(N,Vp) in, dlogits out when 
 }
 
 // ---- rotary positions -----------------------------------------------------------------------------------------
-
-// Rows 0..1023: positions 0..1023; row 1024+j: position 1024 j. Made in double: at position 2^21 an angle in fp32 is
-// off by a tenth of a radian.
-void rope_table(float* table /*(1024 + ceil(T/1024), D/2, 2) cos,sin*/, int64_t T, int D, double theta) {
-    int64_t rows = 1024 + (T + 1023) / 1024;
-    for (int64_t row = 0; row < rows; row++) {
-        double position = row < 1024 ? (double)row : (row - 1024) * 1024.0;
-        for (int64_t d = 0; d < D / 2; d++) {
-            double angle = position * std::pow(theta, -2.0 * d / D);
-            table[(row * (D / 2) + d) * 2] = std::cos(angle);
-            table[(row * (D / 2) + d) * 2 + 1] = std::sin(angle);
-        }
-    }
-}
 
 // Turns one head's vector: dimension d is paired with d + D/2. direction -1 turns back, which is also the gradient.
 static inline void rope_turn(floatX* x /*(D)*/, const float* table, int64_t position, int direction, int D) {
@@ -922,15 +908,14 @@ void sum_squares(double* total /*+=*/, const float* x, int64_t n) { *total += su
 void sum_losses(double* total /*+=*/, const float* x, int64_t n) { *total += sum_pieces(x, n, false); }
 
 void adamw_update(floatX* params, float* master /*or NULL: params are fp32*/, float* m, float* v, const float* grads,
-                  int64_t n, float lr, float beta1, float beta2, float beta1_correction /*1-beta1^t*/,
-                  float beta2_correction, float eps, float weight_decay, float grad_scale) {
+                  int64_t n, AdamW a) {
     #pragma omp parallel for simd
     for (int64_t i = 0; i < n; i++) {
-        float g = grads[i] * grad_scale;
-        m[i] = beta1 * m[i] + (1 - beta1) * g;
-        v[i] = beta2 * v[i] + (1 - beta2) * g * g;
+        float g = grads[i] * a.grad_scale;
+        m[i] = a.beta1 * m[i] + (1 - a.beta1) * g;
+        v[i] = a.beta2 * v[i] + (1 - a.beta2) * g * g;
         float p = master ? master[i] : (float)params[i];
-        p -= lr * (m[i] / beta1_correction / (std::sqrt(v[i] / beta2_correction) + eps) + weight_decay * p);
+        p -= a.lr * (m[i] / a.beta1_correction / (std::sqrt(v[i] / a.beta2_correction) + a.eps) + a.weight_decay * p);
         if (master) master[i] = p;
         params[i] = (floatX)p;
     }

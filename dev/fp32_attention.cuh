@@ -84,15 +84,12 @@ __global__ void sdpa_backward_dkv_kernel(float* dqkv, const float* dout, const f
 
 static void sdpa_forward(floatX* out, float* stats, const floatX* qkv, int B, int64_t T, int H, int D) {
     opRequire(D <= SDPA_MAX_D, "attention with D = %d: at most %d in fp32", D, SDPA_MAX_D);
-    sdpa_forward_kernel<<<grid_for(B * H * T, 8), 256, 0, main_stream>>>(out, stats, qkv, B, T, H, D);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(sdpa_forward_kernel, grid_for(B * H * T, 8), 256, out, stats, qkv, B, T, H, D);
 }
 
 static void sdpa_backward(floatX* dqkv, const floatX* dout, const floatX* qkv, const floatX* out, const float* stats,
                           int B, int64_t T, int H, int D) {
     opRequire(D <= SDPA_MAX_D, "attention with D = %d: at most %d in fp32", D, SDPA_MAX_D);
-    sdpa_backward_dq_kernel<<<grid_for(B * H * T, 8), 256, 0, main_stream>>>(dqkv, dout, qkv, out, stats, B, T, H, D);
-    cudaCheck(cudaGetLastError());
-    sdpa_backward_dkv_kernel<<<grid_for(B * H * T, 8), 256, 0, main_stream>>>(dqkv, dout, qkv, out, stats, B, T, H, D);
-    cudaCheck(cudaGetLastError());
+    LAUNCH(sdpa_backward_dq_kernel, grid_for(B * H * T, 8), 256, dqkv, dout, qkv, out, stats, B, T, H, D);
+    LAUNCH(sdpa_backward_dkv_kernel, grid_for(B * H * T, 8), 256, dqkv, dout, qkv, out, stats, B, T, H, D);
 }

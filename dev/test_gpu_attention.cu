@@ -239,7 +239,7 @@ static void test_ops(const Case& c, uint64_t seed) {
     report(equal && same, "invert: %s | %s", equal ? "equal" : "differs", name.c_str());
 
     Floats table((1024 + (T + 1023) / 1024) * c.D);
-    cpu::rope_table(table.data(), T, c.D, 10000);
+    rope_table(table.data(), T, c.D, 10000);
     float* d_table = to_device<float>(table);
     floatX* d_slots = device_array<floatX>(B * S * 3 * C);
     floatX* d_dqkv = device_array<floatX>(B * T * 3 * C);
@@ -337,7 +337,7 @@ static void test_parts(const Case& c, int W, uint64_t seed) {
     Floats qkv = random_host(B * s.T * 3 * C, seed), attn = random_host(B * s.S * C, seed + 1), halo;
     Floats dout = random_host(B * s.T * C, seed + 2), dslots = random_host(B * s.S * 3 * C, seed + 3);
     Floats table((1024 + (s.T + 1023) / 1024) * c.D);
-    cpu::rope_table(table.data(), s.T, c.D, 10000);
+    rope_table(table.data(), s.T, c.D, 10000);
     float* d_table = to_device<float>(table);
     Part whole = run_part(qkv, attn, dout, dslots, {}, {}, d_table, B, s, 0);
     bool selection = true, slots = true, out = true, dattn = true, dqkv = true, halos = true, same = whole.same;
@@ -569,7 +569,7 @@ static void test_million() {
     floatX *d_qkv = device_random(T * 3 * C, 1), *d_dout = device_random(T * C, 2);
     floatX *d_attn = device_random(S * C, 3), *d_dslots = device_random(S * 3 * C, 4);
     Floats table((1024 + (T + 1023) / 1024) * D);
-    cpu::rope_table(table.data(), T, D, 500000);
+    rope_table(table.data(), T, D, 500000);
     float* d_table = to_device<float>(table);
 
     float* d_scores = device_array<float>(2 * H * E);
@@ -825,7 +825,7 @@ static void time_case(const Case& c, int runs, int dense_runs, bool json = false
     const double X = sizeof(floatX);
     printf("times, %s, S %lld:\n", case_name(c).c_str(), (long long)S);
     Floats table((1024 + (T + 1023) / 1024) * D);
-    cpu::rope_table(table.data(), T, D, 500000);
+    rope_table(table.data(), T, D, 500000);
     float *d_table = to_device<float>(table), *d_scores = device_array<float>(2 * H * E);
     floatX *d_qkv = device_random(T * 3 * C, 1), *d_dqkv = device_array<floatX>(T * 3 * C);
     floatX *d_dout = device_random(T * C, 2), *d_out = device_array<floatX>(T * C);

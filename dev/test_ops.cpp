@@ -446,9 +446,9 @@ static void test_adamw(int64_t n, bool with_master, double weight_decay, double 
         std::vector<R> params = with_master ? poison<R>(n) : to<R>(p), master = to<R>(p), mr = to<R>(m), vr = to<R>(v);
         for (int t = 1; t <= 3; t++) {
             std::vector<R> g = to<R>(grads[t - 1]);
-            adamw_update(params.data(), with_master ? master.data() : NULL, mr.data(), vr.data(), g.data(), n, (R)lr,
-                         (R)beta1, (R)beta2, (R)(1 - pow(beta1, t)), (R)(1 - pow(beta2, t)), (R)eps, (R)weight_decay,
-                         (R)grad_scale);
+            adamw_update(params.data(), with_master ? master.data() : NULL, mr.data(), vr.data(), g.data(), n,
+                         {(float)lr, (float)beta1, (float)beta2, (float)(1 - pow(beta1, t)), (float)(1 - pow(beta2, t)),
+                          (float)eps, (float)weight_decay, (float)grad_scale});
         }
         if (with_master) test.that(params == master, "params are the master's");
         return {wide(params), wide(mr), wide(vr)};
