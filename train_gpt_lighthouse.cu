@@ -65,7 +65,7 @@ static const bool lighthouse_built = false;
 static const bool lighthouse_built = true;
 #define PROGRAM "lighthouse"
 #endif
-#define VERSION "2"  // of what the processes of a run must share: options, collectives, files
+#define VERSION "3"  // of what the processes of a run must share: options, collectives, files
 
 struct Config {
     // data
@@ -5901,7 +5901,7 @@ static void log_configuration(const Trainer* t, const Plan* plan, const char* de
     char stamp[32];
     time_t now = time(NULL);
     strftime(stamp, sizeof stamp, "%Y-%m-%dT%H:%M:%SZ", gmtime(&now));
-    fprintf(f, "{\"event\":\"config\",\"program\":\"%s\",\"version\":1,\"time\":\"%s\",\"options\":{", PROGRAM, stamp);
+    fprintf(f, "{\"event\":\"config\",\"program\":\"%s\",\"version\":2,\"time\":\"%s\",\"options\":{", PROGRAM, stamp);
     for (int i = 0; i < option_count; i++) {
         const Option* o = &options[i];
         const char* field = (const char*)c + o->offset;
@@ -6074,7 +6074,8 @@ static void setup_processes(const Config* c) {
         procs.world = (int)c->plan_ranks;
     }
     if (c->plan_memory) {
-        if (!c->dry_run) fatal("--plan-memory is %.9g; it goes with --dry-run: a run takes what it needs", c->plan_memory);
+        if (!c->dry_run)
+            fatal("--plan-memory is %.9g; it goes with --dry-run: a run takes what it needs", c->plan_memory);
         floatx_bytes = 2;
     }
     compare_options(c);

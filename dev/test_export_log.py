@@ -18,7 +18,7 @@ SCRIPT = os.path.join(ROOT, "scripts", "export_log")
 
 
 def config(start="2026-01-01T00:00:00Z"):
-    return {"event": "config", "program": "lighthouse", "version": 1, "time": start, "options": {"steps": "6"}}
+    return {"event": "config", "program": "lighthouse", "version": 2, "time": start, "options": {"steps": "6"}}
 
 
 def step(n, loss, wall=None):

@@ -1049,7 +1049,7 @@ def config_event(program, steps=8, options=(), **changes):
     settings = {"train-data": "d/train_*.bin", "seed": "1", "batch-size": "2", "out-dir": program}
     if program == "lighthouse":
         settings.update({"attention": "L", "switch-step": "4"})
-    return dict({"event": "config", "program": program, "version": 1, "options": dict(settings, **dict(options)),
+    return dict({"event": "config", "program": program, "version": 2, "options": dict(settings, **dict(options)),
                  "model": {"layers": 2, "channels": 32}, "steps": steps, "tokens_per_step": 100, "device": "x",
                  "backend": "cpu"}, **changes)
 
