@@ -219,12 +219,12 @@ def test_page(tmp_path, capsys):
     tables_in = [once.split(f"<!-- bench {t} -->")[1].split(f"<!-- end {t} -->")[0].strip() for t in bench.TABLES]
     measured = bench.latest(bench.read_results(results))
     for table, inside in zip(bench.TABLES, tables_in):
-        if table == "context":  # not measured: as it was
-            assert inside == before.split("<!-- bench context -->")[1].split("<!-- end context -->")[0].strip()
+        if table not in measured and table != "outside":  # not measured: as it was
+            assert inside == before.split(f"<!-- bench {table} -->")[1].split(f"<!-- end {table} -->")[0].strip()
         else:
             assert inside == bench.shown(table, measured)
     bench.main(["page", str(results)])
-    shown = [bench.shown(t, measured) for t in bench.TABLES if t != "context"]
+    shown = [bench.shown(t, measured) for t in bench.TABLES if t in measured or t == "outside"]
     assert capsys.readouterr().out.strip() == "\n\n".join(shown)
     text.write_text(once.replace("<!-- end cost -->", ""))
     assert "has not one" in refused("page", results, "--into", text)
@@ -246,6 +246,17 @@ def test_page_refuses(tmp_path):
     (tmp_path / "good.jsonl").write_text(whole)
     assert refused("page", tmp_path / "good.jsonl", "--into", "/nope/x.md") == \
         "bench: --into /nope/x.md: No such file or directory"
+
+
+def test_patterns():
+    floor = {"first": None}
+    rows = [{"row": row[0], "shape": {"tokens": 98304}, "ms": {"first": [ms, ms + 1, ms + 2]}, "floor": floor}
+            for row, ms in zip(bench.PATTERN_ROWS, range(600, 720, 10))]
+    lines = bench.show_patterns(rows).splitlines()[2:]
+    assert [line.split(" | ")[0].strip("| ") for line in lines] == [row[0] for row in bench.PATTERN_ROWS]
+    two = next(line for line in lines if line.startswith("| W with two dense layers |"))
+    assert two.split(" | ")[1:3] == ["**661** (at most 720)", "148.7"]
+    assert next(line for line in lines if line.startswith("| L |")).split(" | ")[1] == "621.0"
 
 
 # ---- options ------------------------------------------------------------------------------------------------------
