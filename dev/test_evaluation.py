@@ -79,7 +79,7 @@ def evaluate(lab, model, tokens):
     return copying["copies"], sequences
 
 
-def induction_weights(V):
+def induction_weights(V, T=T):
     """Layer 0 fetches the two tokens before, layer 1 what followed when the same two stood here. The blocks of the residual
     stream: token, position, token before, token before that."""
     n, C = 64, 256
