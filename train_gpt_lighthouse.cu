@@ -41,7 +41,6 @@ Build with make; every program has --help.
 #include <string.h>
 #include <sys/file.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <time.h>
@@ -477,46 +476,8 @@ static double gaussian(uint64_t seed, uint64_t counter) {
 
 // ---- the device
 
-#ifdef CPU_BACKEND  // the host; below, an NVIDIA GPU
-typedef float floatX;
-static const char* backend_name = "cpu";
-
-static void* device_alloc(size_t bytes) {  // zeroed
-    void* p = mmap(NULL, bytes ? bytes : 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED) fatal("out of memory: %zu bytes were asked for", bytes);
-    return p;
-}
-static void device_zero(void* p, size_t bytes) { memset(p, 0, bytes); }
-static void copy_to_device(void* device, const void* host, size_t bytes) { memcpy(device, host, bytes); }
-static void copy_to_host(void* host, const void* device, size_t bytes) { memcpy(host, device, bytes); }
-static void* host_alloc_pinned(size_t bytes) { return host_alloc(bytes); }
-static void copy_to_device_async(void* device, const void* host, size_t bytes) { memcpy(device, host, bytes); }
-struct DeviceEvent {};
-static void event_record(DeviceEvent*) {}
-static void event_wait(DeviceEvent*) {}
-static void limit_lead() {}
-static void device_open(int) {}
-static void device_synchronize() {}
-static size_t device_memory_free() {
-    FILE* f = fopen("/proc/meminfo", "r");
-    char line[256];
-    long kib = 0;
-    while (f && fgets(line, sizeof line, f)) if (sscanf(line, "MemAvailable: %ld", &kib) == 1) break;
-    if (f) fclose(f);
-    return (size_t)kib * 1024;
-}
-static size_t device_memory_taken() {  // by this process, at its peak
-    struct rusage usage;
-    getrusage(RUSAGE_SELF, &usage);
-    return (size_t)usage.ru_maxrss * 1024;
-}
-static void device_name(char* name, size_t size) {
-    FILE* f = fopen("/proc/cpuinfo", "r");
-    char line[256], model[200] = "CPU";
-    while (f && fgets(line, sizeof line, f)) if (sscanf(line, "model name : %199[^\n]", model) == 1) break;
-    if (f) fclose(f);
-    snprintf(name, size, "%s, %ld cores", model, sysconf(_SC_NPROCESSORS_ONLN));
-}
+#ifdef CPU_BACKEND
+typedef float floatX;  // its device is the host: dev/cpu_backend.h
 #else
 #include <cublasLt.h>
 #include <cuda_bf16.h>
@@ -686,7 +647,7 @@ static unsigned grid_for(int64_t work, int64_t per_block) {
               work, blocks);
     return (unsigned)blocks;
 }
-#endif
+#endif  // a GPU
 
 // Hands out pieces of one allocation. With base NULL it only counts, so that one layout function both plans and places.
 struct Arena {
@@ -934,7 +895,7 @@ static void processes_end() {
     MPI_Finalize();
 }
 
-#ifdef USE_NCCL  // on GPUs; below, on the CPU backend
+#ifdef USE_NCCL  // between GPUs; the CPU backend's are in dev/cpu_backend.h
 #include <nccl.h>
 
 static void cuda_check(ncclResult_t result, const char* call, const char* file, int line) {
@@ -1067,84 +1028,8 @@ static void collectives_open() {
     device_synchronize();
     cudaCheck(cudaFree(x));
 }
-#else
-// Sends piece p of send to process p of the group and receives its piece into piece p of recv; pieces begin
-// send_stride and recv_stride bytes apart. A process's own piece is copied, where it is not in place already.
-static void exchange(Group g, char* recv, int64_t recv_stride, const char* send, int64_t send_stride, int64_t bytes) {
-    int size = g == CP_GROUP ? procs.cp : procs.world, rank = g == CP_GROUP ? procs.cp_rank : procs.rank;
-    MPI_Request* requests = (MPI_Request*)host_alloc(2 * size * sizeof(MPI_Request));
-    for (int64_t i = 0; i < bytes; i += 1 << 30) {  // MPI counts in int
-        int part = (int)std::min<int64_t>(bytes - i, 1 << 30), n = 0;
-        for (int p = 0; p < size; p++)
-            if (p != rank) MPI_Irecv(recv + p * recv_stride + i, part, MPI_BYTE, p, 0, group_comm(g), &requests[n++]);
-        for (int p = 0; p < size; p++)
-            if (p != rank) MPI_Isend(send + p * send_stride + i, part, MPI_BYTE, p, 0, group_comm(g), &requests[n++]);
-        wait_for(requests, n);
-    }
-    free(requests);
-    if (recv + rank * recv_stride != send + rank * send_stride)
-        memcpy(recv + rank * recv_stride, send + rank * send_stride, bytes);
-}
-
-// Sums x (n) over all processes, rank r's piece r of n / world for itself: x + r n / world then holds the sum, the rest
-// of x nothing of use. n is a multiple of world.
-static void reduce_scatter(float* x, int64_t n) {
-    int64_t piece = n / procs.world, chunk = std::min<int64_t>(piece, ceil_div(4 << 20, procs.world));
-    float *mine = x + procs.rank * piece, *all = (float*)host_alloc(procs.world * chunk * sizeof(float));
-    for (int64_t i = 0; i < piece; i += chunk) {
-        int64_t part = std::min(piece - i, chunk);
-        exchange(WORLD_GROUP, (char*)all, part * sizeof(float), (char*)(x + i), piece * sizeof(float),
-                 part * sizeof(float));
-        for (int64_t j = 0; j < part; j++) {
-            float sum = 0;
-            for (int rank = 0; rank < procs.world; rank++) sum += all[rank * part + j];
-            mine[i + j] = sum;
-        }
-    }
-    free(all);
-}
-
-// The same of each of the rows of x (rows, n). Here a collective is complete when its start returns.
-static void reduce_scatter_start(float* x, int rows, int64_t n) {
-    for (int row = 0; procs.world > 1 && row < rows; row++) reduce_scatter(x + row * n, n);
-}
-
-// Gathers the pieces of each of the rows of x (rows, bytes): rank r's piece r of bytes / world of a row is sent to all.
-static void all_gather_start(void* x, int rows, int64_t bytes) {
-    int64_t piece = bytes / procs.world;
-    for (char* row = (char*)x; procs.world > 1 && rows > 0; rows--, row += bytes)
-        exchange(WORLD_GROUP, row, piece, row + procs.rank * piece, 0, piece);
-}
-
-static void collectives_join() {}
-
-// Piece p of send goes to cp rank p, piece p of recv comes from it: recv, send (cp, bytes_per_peer), not the same
-// memory.
-static void all_to_all(void* recv, const void* send, int64_t bytes_per_peer) {
-    exchange(CP_GROUP, (char*)recv, bytes_per_peer, (const char*)send, bytes_per_peer, bytes_per_peer);
-}
-
-// Sends to cp rank + step and receives as many bytes from cp rank - step, where there is such a rank; step is 1 or -1.
-// recv, send: not the same memory.
-static void shift(void* recv, const void* send, int64_t bytes, int step) {
-    int to = procs.cp_rank + step, from = procs.cp_rank - step;
-    for (int64_t i = 0; i < bytes; i += 1 << 30) {
-        int part = (int)std::min<int64_t>(bytes - i, 1 << 30), n = 0;
-        MPI_Request requests[2];
-        if (from >= 0 && from < procs.cp)
-            MPI_Irecv((char*)recv + i, part, MPI_BYTE, from, 0, cp_comm, &requests[n++]);
-        if (to >= 0 && to < procs.cp)
-            MPI_Isend((const char*)send + i, part, MPI_BYTE, to, 0, cp_comm, &requests[n++]);
-        wait_for(requests, n);
-    }
-}
-
-static void collectives_open() {
-    barrier();  // MPI_Comm_split waits without a limit
-    if (procs.connected) MPI_Comm_split(MPI_COMM_WORLD, procs.dp_rank, procs.cp_rank, &cp_comm);
-}
-#endif
-#else
+#endif  // NCCL
+#else  // without MPI
 static void processes_start(int*, char***) {
     if (processes_started() > 1)
         fatal("started as %d processes, but this program was built for one: install libopenmpi-dev and openmpi-bin, "
@@ -1163,6 +1048,9 @@ static void collectives_join() {}
 static void all_to_all(void*, const void*, int64_t) {}  // this and the next are not called: cp is 1
 static void shift(void*, const void*, int64_t, int) {}
 static void collectives_open() {}
+#endif  // without MPI
+#ifdef CPU_BACKEND
+#include "dev/cpu_backend.h"
 #endif
 
 static double all_sum(double x) {
@@ -1441,8 +1329,11 @@ static uint64_t loader_fingerprint(const Loader* d) {
 }
 
 // ===================================================================================================================
-// 5. Operations: forward and backward of each, dense causal attention (cuDNN's) the last of them. Here the device
-// kernels with their launchers; plain-C twins of the same signatures are the CPU backend and the oracle of the tests.
+// 5. Operations: forward and backward of each, a kernel and its launcher side by side; plain-C twins with the same
+// signatures are the CPU backend and the oracle of the tests. They are encoder_, layernorm_, matmul_, gelu_,
+// crossentropy_, rope_rotate and sdpa_ (cuDNN's dense causal attention); fp8_ for products with FP8 operands;
+// heads_pack and _unpack for context parallelism; sum_squares, sum_losses and adamw_update. operations_open, _bytes and
+// _allocate serve the memory plan.
 
 // A matrix in FP8: a gradient's numbers are e5m2 (largest 57344), all others e4m3 (448), made by a factor that takes
 // the matrix's largest magnitude there. GPUs multiply FP8 rows by rows only, so a matrix may lie there twice, as it is
@@ -1483,23 +1374,7 @@ static void rope_table(Real* table /*(1024 + ceil(T/1024), D/2, 2) cos, sin; hos
 #ifdef CPU_BACKEND  // the twins; below, down to the end of the section, CUDA
 #include "dev/cpu_ops.h"
 using namespace cpu;
-
-// On a CPU the operations take every shape and need no memory beside their tensors.
-static void operations_open(int, int, int, bool) {}
-static void lighthouse_open(const LighthouseShape*) {}
-// With --plan-memory what a GPU's take, whose functions of these names are further down: the encoder's or LayerNorm's
-// backward, and attention's sums of dQ and dO O. cuDNN itself has asked for nothing more on any card.
-static size_t operations_bytes(int64_t N, int C) {
-    if (floatx_bytes == sizeof(floatX)) return 0;
-    int64_t ranges = std::min(ceil_div(N, 32), (int64_t)8192);
-    return (32 << 20) + std::max(21 * N + 8 * ranges * C, (int64_t)12288 * C);
-}
-static size_t sdpa_prepare(int B, int64_t T, int H, int D, bool, bool backward) {
-    return floatx_bytes == sizeof(floatX) || !backward ? 0 : 4 * (int64_t)B * H * T * (D + 1);
-}
-static void operations_allocate(size_t, size_t) {}
-static void fp8_open() {}
-#else
+#else  // CUDA
 // ---- loads of 8 elements, reductions
 // Eight neighbouring elements: one 128-bit access in bf16, two in fp32. Rows are multiples of 8 everywhere. They stay
 // in the type of memory until used, since that takes half the registers while a thread waits for several of them.
@@ -1592,33 +1467,33 @@ template <int R> __device__ __forceinline__ void block_sum(float (&x)[R], float*
 }
 
 // ---- sums over rows: partial results to totals
-// dst += the sum over g of partial[g]: the second stage of every gradient that sums over all rows. The n columns belong
+// dst += the sum over r of partial[r]: the second stage of every gradient that sums over all rows. The n columns belong
 // to up to three tensors, one behind the other, n / count each; a tensor that is NULL is left out.
 struct SumTargets {
     float* dst[3];
     int count;
 };
 
-__global__ void __launch_bounds__(1024) add_partials_kernel(SumTargets to, const float* partial /*(groups, n)*/,
-                                                            int groups, int n) {
+__global__ void __launch_bounds__(1024) add_partials_kernel(SumTargets to, const float* partial /*(ranges, n)*/,
+                                                            int ranges, int n) {
     __shared__ float sums[32][33];
     int column = blockIdx.x * 32 + threadIdx.x;
     float sum = 0.0f;
     if (column < n) {
-        for (int g = threadIdx.y; g < groups; g += 32) sum += partial[(int64_t)g * n + column];
+        for (int r = threadIdx.y; r < ranges; r += 32) sum += partial[(int64_t)r * n + column];
     }
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y > 0 || column >= n) return;
     sum = 0.0f;
-    for (int g = 0; g < 32; g++) sum += sums[g][threadIdx.x];
+    for (int y = 0; y < 32; y++) sum += sums[y][threadIdx.x];
     int size = n / to.count, which = column / size;
     float* dst = which == 0 ? to.dst[0] : which == 1 ? to.dst[1] : to.dst[2];
     if (dst) dst[column % size] += sum;
 }
 
-static void add_partials(SumTargets to, const float* partial, int groups, int n) {
-    LAUNCH(add_partials_kernel, grid_for(n, 32), dim3(32, 32), to, partial, groups, n);
+static void add_partials(SumTargets to, const float* partial, int ranges, int n) {
+    LAUNCH(add_partials_kernel, grid_for(n, 32), dim3(32, 32), to, partial, ranges, n);
 }
 
 // ---- encoder
@@ -1833,8 +1708,7 @@ static void layernorm_require(const char* op, int C) {
     opRequire(C <= LAYERNORM_MAX_C, "%s: %d channels, at most %d", op, C, LAYERNORM_MAX_C);
 }
 
-// A warp a row, which it holds in registers: no barriers, and each element is read once. K is the number of groups of
-// 256 channels, 8 a lane.
+// A warp a row, which it holds in registers, 8 of every 256 channels a lane: no barriers, each element is read once.
 template <int K>
 __global__ void __launch_bounds__(256) layernorm_forward_kernel(floatX* out, float* mean, float* rstd,
                                                                 const floatX* inp, const floatX* weight,
@@ -1855,12 +1729,14 @@ __global__ void __launch_bounds__(256) layernorm_forward_kernel(floatX* out, flo
         for (int i = 0; i < 8; i++) sum += (float)x[k].v[i];
     }
     float m = warp_sum(sum) / C;
+
 #pragma unroll
     for (int k = 0; k < K; k++) {
         if (k * 256 + lane * 8 >= C) continue;
         for (int i = 0; i < 8; i++) square += ((float)x[k].v[i] - m) * ((float)x[k].v[i] - m);
     }
     float scale = rsqrtf(warp_sum(square) / C + 1e-5f);
+
 #pragma unroll
     for (int k = 0; k < K; k++) {
         int c = k * 256 + lane * 8;
@@ -1883,8 +1759,8 @@ static void layernorm_forward(floatX* out, float* mean /*(N)*/, float* rstd /*(N
         layernorm_forward_kernel<1>, layernorm_forward_kernel<2>, layernorm_forward_kernel<3>,
         layernorm_forward_kernel<4>, layernorm_forward_kernel<5>, layernorm_forward_kernel<6>,
         layernorm_forward_kernel<7>, layernorm_forward_kernel<8>};
-    int groups = (C + 255) / 256;
-    auto kernel = groups <= 8 ? kernels[groups - 1] : layernorm_forward_kernel<LAYERNORM_MAX_C / 256>;
+    int K = (C + 255) / 256;
+    auto kernel = K <= 8 ? kernels[K - 1] : layernorm_forward_kernel<LAYERNORM_MAX_C / 256>;
     LAUNCH(kernel, grid_for(N, 8), dim3(32, 8), out, mean, rstd, inp, weight, bias, N, C);
 }
 
@@ -1901,12 +1777,14 @@ __global__ void __launch_bounds__(512, 2) layernorm_backward_kernel(floatX* dinp
     Pack8<floatX> d = {}, x = {}, old = {}, w = {};  // threads without channels add zeros
     float dweight[8] = {}, dbias[8] = {}, dsum[8] = {};
     if (c < C) w = load8(weight + c);
+
     for (int64_t row = blockIdx.x; row < N; row += gridDim.x) {
         if (c < C) {
             d = load8_stream(dout + row * C + c);
             x = load8_stream(inp + row * C + c);
             old = load8(dinp + row * C + c);
         }
+
         float m = mean[row], scale = rstd[row];
         float sums[2] = {};  // of dnorm = weight * dout, and of dnorm * norm
         for (int i = 0; i < 8; i++) {
@@ -1918,6 +1796,7 @@ __global__ void __launch_bounds__(512, 2) layernorm_backward_kernel(floatX* dinp
         }
         block_sum(sums, shared[turn]);
         turn ^= 1;
+
         stay_packed(d);
         stay_packed(x);
         stay_packed(w);
@@ -1930,6 +1809,7 @@ __global__ void __launch_bounds__(512, 2) layernorm_backward_kernel(floatX* dinp
         }
         if (c < C) store8(dinp + row * C + c, to_pack8<floatX>(y));
     }
+
     if (c >= C) return;
     float* sums = partial + (int64_t)blockIdx.x * 3 * C + c;
     store8(sums, to_pack8<float>(dweight));
@@ -2101,6 +1981,7 @@ __global__ void __launch_bounds__(256, 4)
             }
         }
     }
+
     for (int i = 0; i < 8; i++) sums[warp][i * 32 + lane] = sum[i];  // neighbouring lanes in neighbouring banks
     __syncthreads();
     int t = warp * 32 + lane, column = blockIdx.x * 256 + (t % 32) * 8 + t / 32;
@@ -2258,6 +2139,7 @@ __global__ void __launch_bounds__(256) fp8_quantize_kernel(fp8_t* __restrict__ r
     float amax = scale->amax, factor = fp8_factor(amax, GRADIENT), sum[8] = {};
     // An infinity or a NaN in the matrix must show in the products, as it does in bf16.
     if (blockIdx.x == 0 && blockIdx.y == 0 && thread == 0) scale->inverse = isfinite(amax) ? 1.0f / factor : amax;
+
     int64_t end = min(N, (int64_t)(blockIdx.y + 1) * range);
     for (int64_t first_row = blockIdx.y * range; first_row < end; first_row += FP8_TILE) {
         for (int half = 0; half < 2; half++) {
@@ -2267,6 +2149,7 @@ __global__ void __launch_bounds__(256) fp8_quantize_kernel(fp8_t* __restrict__ r
             float y[4][8];
 #pragma unroll
             for (int r = 0; r < 4; r++) fp8_source<GRADIENT, GELU>(y[r], x, pre, i + (int64_t)r * C);
+
             uint32_t q[4][2];
 #pragma unroll
             for (int r = 0; r < 4; r++) {
@@ -2275,6 +2158,7 @@ __global__ void __launch_bounds__(256) fp8_quantize_kernel(fp8_t* __restrict__ r
                 if (rows) *(uint2*)(rows + i + (int64_t)r * C) = make_uint2(q[r][0], q[r][1]);
                 for (int j = 0; j < 8; j++) sum[j] += y[r][j];
             }
+
 #pragma unroll
             for (int k = 0; k < 2; k++) {  // 4 x 4 bytes transposed, pairs of rows and then pairs of pairs
                 uint32_t left[2], right[2];
@@ -2288,6 +2172,7 @@ __global__ void __launch_bounds__(256) fp8_quantize_kernel(fp8_t* __restrict__ r
                 tile[c + 4 * k + 3][quad] = __byte_perm(right[0], right[1], 0x7632);
             }
         }
+
         if (!columns) continue;
         __syncthreads();
         for (int column = thread / 8; column < FP8_TILE; column += 32) {
@@ -2299,6 +2184,7 @@ __global__ void __launch_bounds__(256) fp8_quantize_kernel(fp8_t* __restrict__ r
         }
         __syncthreads();
     }
+
     if (!partial) return;
     for (int j = 0; j < 8; j++) sums[thread / 16][c + j] = sum[j];
     __syncthreads();
@@ -2408,6 +2294,7 @@ __global__ void __launch_bounds__(TEAM == 16 ? 256 : TEAM, TEAM == 16 ? 1 : 3)
             for (int i = 0; i < 8; i++) sum += exp2_fast(z[i] * LOG2E - shift);
         }
     }
+
     constexpr int WIDTH = TEAM < 32 ? TEAM : 32;
     unsigned mask = TEAM < 32 ? 0xffffu << (threadIdx.x & 16) : 0xffffffffu;  // the warp's other team may be gone
     float top = warp_max<WIDTH>(shift, mask);
@@ -3017,10 +2904,10 @@ static void sdpa_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dout /*(B,
     }
 }
 
-#else
+#else  // fp32, for tests
 
 #include "dev/fp32_attention.cuh"
-#endif
+#endif  // fp32, for tests
 
 // ---- what the operations need of a run
 // Refuses what the kernels do not do.
@@ -3049,7 +2936,7 @@ static void operations_allocate(size_t bytes, size_t attention) {
     sdpa_workspace = device_alloc(sdpa_workspace_bytes);
 }
 
-#endif
+#endif  // CUDA
 
 // Window attention is dense attention within blocks of `window` tokens, the last of a sequence shorter where the window
 // does not divide T: the same calls, over more and shorter sequences. Calls attend(first row, sequences, their length).
@@ -3063,14 +2950,17 @@ template <class Attend> static void each_window(int B, int64_t T, int64_t window
 }
 
 // ===================================================================================================================
-// 6. Lighthouse attention: scores -> selection -> gather (pool, rotate) -> SDPA -> scatter; its kernels, which section
-// 7 composes. The selection gets no gradient; the backward pass uses the index that the forward pass kept.
+// 6. Lighthouse attention: scores -> selection -> gather (pool, rotate) -> SDPA -> scatter, as lighthouse_scores,
+// _select, _invert, _gather and _scatter, which section 7 composes; backward _scatter_backward and _gather_backward;
+// and _halo, which crosses from one process's tokens to the next's. The selection gets no gradient: the backward pass
+// uses the index that the forward pass kept.
 
 #ifndef CPU_BACKEND  // the kernels with their launchers; their twins stand in dev/cpu_ops.h too
 // ---- what the kernels share
-// Kernels that move head vectors know D at compile time: a group of D/8 lanes holds a vector, 8 neighbouring elements
-// (Pack8) in each lane, and works alone: the lanes of a group do the same, groups of one warp may not. Pooling factors
-// are powers of 2, so entry indices come from shifts. Sums are fp32, in one group's registers and in a fixed order.
+// Kernels that move head vectors know D at compile time: a team of D/8 lanes holds a vector, 8 neighbouring elements
+// (Pack8) in each lane, and works alone: the lanes of a team do the same, teams of one warp may not. A strip is the
+// tokens that a team makes, a range what a block takes. Pooling factors are powers of 2, so entry indices come from
+// shifts. Sums are fp32, in one team's registers and in a fixed order.
 
 #define HEAD_SIZE(size, ...) case size: { constexpr int HEAD = size; __VA_ARGS__; break; }
 #ifdef TRAINER_NO_MAIN
@@ -3084,7 +2974,7 @@ template <class Attend> static void each_window(int B, int64_t T, int64_t window
         default: opRequire(false, "head size %d: Lighthouse on the GPU knows 64 and 128", D); \
     }
 
-template <int LANES> __device__ __forceinline__ unsigned group_mask() {
+template <int LANES> __device__ __forceinline__ unsigned team_mask() {
     if (LANES == 32) return 0xffffffffu;
     return ((1u << (LANES % 32)) - 1) << (threadIdx.x % 32 / LANES * LANES);
 }
@@ -3110,16 +3000,18 @@ static const int SCORE_TOKENS = 64;
 
 template <int D>
 __global__ void __launch_bounds__(1024) lighthouse_scores_kernel(float* scores, const floatX* __restrict__ qkv, int B,
-                                                                 LighthouseShape s, int rows, unsigned chunks) {
+                                                                 LighthouseShape s, int rows, unsigned ranges) {
     constexpr int LANES = D / 8, BATCH = 8;
     extern __shared__ float squares[];  // (2H, SCORE_TOKENS + 1): q's heads, then k's; the odd stride spreads the banks
-    int b = blockIdx.x / chunks, vectors = 2 * s.H;
-    int64_t t0 = (int64_t)(blockIdx.x % chunks) * SCORE_TOKENS, row = 3 * (int64_t)s.H * D;
+    int b = blockIdx.x / ranges, vectors = 2 * s.H;
+    int64_t t0 = (int64_t)(blockIdx.x % ranges) * SCORE_TOKENS, row = 3 * (int64_t)s.H * D;
     int tokens = s.T - t0 < SCORE_TOKENS ? (int)(s.T - t0) : SCORE_TOKENS;
-    int lane = threadIdx.x % LANES, group = threadIdx.x / LANES, step = blockDim.x / LANES / rows;
-    for (int r = group % rows; r < vectors; r += rows) {
+
+    // The squares of the norms of q and k, head by head.
+    int lane = threadIdx.x % LANES, team = threadIdx.x / LANES, step = blockDim.x / LANES / rows;
+    for (int r = team % rows; r < vectors; r += rows) {
         const floatX* x = qkv + (b * s.T + t0) * row + (int64_t)r * D + lane * 8;
-        for (int t = group / rows; t < tokens; t += BATCH * step) {
+        for (int t = team / rows; t < tokens; t += BATCH * step) {
             Pack8<floatX> pack[BATCH];
             float square[BATCH] = {};
 #pragma unroll
@@ -3131,7 +3023,7 @@ __global__ void __launch_bounds__(1024) lighthouse_scores_kernel(float* scores, 
             for (int i = 0; i < BATCH; i++) {
 #pragma unroll
                 for (int d = 0; d < 8; d++) square[i] += (float)pack[i].v[d] * (float)pack[i].v[d];
-                square[i] = warp_sum<LANES>(square[i], group_mask<LANES>());
+                square[i] = warp_sum<LANES>(square[i], team_mask<LANES>());
             }
 #pragma unroll
             for (int i = 0; i < BATCH; i++) {
@@ -3141,6 +3033,8 @@ __global__ void __launch_bounds__(1024) lighthouse_scores_kernel(float* scores, 
         }
     }
     __syncthreads();
+
+    // Level by level, the largest of what an entry covers.
     int64_t entries = s.off[s.levels];
     for (int l = 0, width = 1; l < s.levels && width <= SCORE_TOKENS; l++, width *= s.pool) {
         int count = tokens / width;
@@ -3156,10 +3050,10 @@ __global__ void __launch_bounds__(1024) lighthouse_scores_kernel(float* scores, 
 }
 
 // One level from the one below, for entries wider than SCORE_TOKENS.
-__global__ void lighthouse_pyramid_kernel(float* scores, int l, LighthouseShape s, unsigned chunks) {
-    int64_t e = (int64_t)(blockIdx.x % chunks) * blockDim.x + threadIdx.x;
+__global__ void lighthouse_pyramid_kernel(float* scores, int l, LighthouseShape s, unsigned ranges) {
+    int64_t e = (int64_t)(blockIdx.x % ranges) * blockDim.x + threadIdx.x;
     if (e >= s.n[l]) return;
-    float* head = scores + blockIdx.x / chunks * s.off[s.levels];
+    float* head = scores + blockIdx.x / ranges * s.off[s.levels];
     const float* child = head + s.off[l - 1] + e * s.pool;
     float top = child[0];
     for (int j = 1; j < s.pool; j++) top = fmaxf(top, child[j]);
@@ -3172,17 +3066,17 @@ static void lighthouse_scores(float* scores /*(2,B,H,E): a then b*/, const float
     int threads = rows * lanes * (rows * lanes < 256 ? 256 / (rows * lanes) : 1);
     size_t shared = 2 * s->H * (SCORE_TOKENS + 1) * sizeof(float);
     opRequire(shared <= 48 << 10, "%d heads: at most 94 fit into a block of lighthouse_scores", s->H);
-    unsigned chunks = grid_for(s->T, SCORE_TOKENS);
-    unsigned blocks = grid_for((int64_t)chunks * B, 1);
+    unsigned ranges = grid_for(s->T, SCORE_TOKENS);
+    unsigned blocks = grid_for((int64_t)ranges * B, 1);
     WITH_HEAD_SIZE(s->D, LAUNCH_SHARED(lighthouse_scores_kernel<HEAD>, blocks, threads, shared, scores, qkv, B, *s,
-                                       rows, chunks));
+                                       rows, ranges));
     int64_t width = 1;
     for (int l = 1; l < s->levels; l++) {
         width *= s->pool;
         if (width <= SCORE_TOKENS) continue;
-        chunks = grid_for(s->n[l], 256);
-        blocks = grid_for(2 * (int64_t)B * s->H * chunks, 1);
-        LAUNCH(lighthouse_pyramid_kernel, blocks, 256, scores, l, *s, chunks);
+        ranges = grid_for(s->n[l], 256);
+        blocks = grid_for(2 * (int64_t)B * s->H * ranges, 1);
+        LAUNCH(lighthouse_pyramid_kernel, blocks, 256, scores, l, *s, ranges);
     }
 }
 
@@ -3205,11 +3099,13 @@ __device__ __forceinline__ uint32_t kth_largest(int* ties, Key key, int n, int w
     for (int shift = 24; shift >= 0; shift -= 8) {
         for (int i = threadIdx.x; i < 256; i += blockDim.x) histogram[i] = 0;
         __syncthreads();
+
         for (int j = threadIdx.x; j < n; j += blockDim.x) {
             uint32_t x = key(j);
             if (shift == 24 || x >> (shift + 8) == high) atomicAdd(&histogram[x >> shift & 255], 1);
         }
         __syncthreads();
+
         if (threadIdx.x < 32) {  // lane i holds the bins 8i ... 8i+7, counted from the largest byte down
             int bin[8], sum = 0;
 #pragma unroll
@@ -3225,6 +3121,7 @@ __device__ __forceinline__ uint32_t kth_largest(int* ties, Key key, int n, int w
             }
         }
         __syncthreads();
+
         high = high << 8 | histogram[256];
         want = histogram[257];
     }
@@ -3238,6 +3135,7 @@ __device__ __forceinline__ void pick_best(uint32_t* picked, int32_t* before, Key
                                           int32_t* histogram) {
     int ties, words = n / 32 + 1, lane = threadIdx.x % 32;
     uint32_t threshold = kth_largest(&ties, key, n, want, histogram);
+
     for (int w = threadIdx.x / 32; w < words; w += blockDim.x / 32) {
         uint32_t x = w * 32 + lane < n ? key(w * 32 + lane) : 0;
         uint32_t larger = __ballot_sync(0xffffffffu, x > threshold), equal = __ballot_sync(0xffffffffu, x == threshold);
@@ -3247,6 +3145,8 @@ __device__ __forceinline__ void pick_best(uint32_t* picked, int32_t* before, Key
         }
     }
     __syncthreads();
+
+    // One warp goes over the words in order: it lets in the first of the equal ones and counts.
     if (threadIdx.x < 32) {
         int equals = 0, total = 0;
         for (int w0 = 0; w0 < words; w0 += 32) {
@@ -3297,6 +3197,7 @@ __global__ void __launch_bounds__(1024) lighthouse_select_kernel(int32_t* index,
         }
         for (int w = threadIdx.x; w < words; w += blockDim.x) l_picked[w] = 0;
         __syncthreads();
+
         for (int side = 0; side < 2; side++) {  // by a, then by b among the others
             auto key = [&](int j) -> uint32_t {
                 if (l_picked[j / 32] >> (j % 32) & 1) return 0;
@@ -3304,6 +3205,7 @@ __global__ void __launch_bounds__(1024) lighthouse_select_kernel(int32_t* index,
             };
             pick_best(l_picked, l_before, key, n, m / 2, histogram);
         }
+
         for (int j = threadIdx.x; j < n; j += blockDim.x) {
             uint32_t word = l_picked[j / 32], bit = 1u << (j % 32);
             if (!(word & bit)) continue;
@@ -3372,45 +3274,45 @@ static void lighthouse_select(int32_t* index /*(B,H,S) flat entry index in seque
                   B, *s, (int)(most / 32 + 1), cached);
 }
 
-__global__ void lighthouse_invert_kernel(int32_t* slot, const int32_t* index, LighthouseShape s, unsigned chunks) {
-    int64_t bh = blockIdx.x / chunks, r = (int64_t)(blockIdx.x % chunks) * blockDim.x + threadIdx.x;
+__global__ void lighthouse_invert_kernel(int32_t* slot, const int32_t* index, LighthouseShape s, unsigned ranges) {
+    int64_t bh = blockIdx.x / ranges, r = (int64_t)(blockIdx.x % ranges) * blockDim.x + threadIdx.x;
     if (r < s.S) slot[bh * s.off[s.levels] + index[bh * s.S + r]] = (int32_t)r;
 }
 
 static void lighthouse_invert(int32_t* slot /*(B,H,E) slot of the entry, or -1*/, const int32_t* index /*(B,H,S)*/,
                               int B, const LighthouseShape* s) {
     int64_t heads = (int64_t)B * s->H;
-    unsigned chunks = grid_for(s->S, 256);
+    unsigned ranges = grid_for(s->S, 256);
     cudaCheck(cudaMemsetAsync(slot, 0xff, heads * s->off[s->levels] * sizeof(int32_t), main_stream));
-    LAUNCH(lighthouse_invert_kernel, grid_for(heads * chunks, 1), 256, slot, index, *s, chunks);
+    LAUNCH(lighthouse_invert_kernel, grid_for(heads * ranges, 1), 256, slot, index, *s, ranges);
 }
 
 // ---- gather, and the backward of scatter: kernels that make slots
-// Where a group of lanes works in the two kernels in which it makes one slot. A block takes neighbouring slots of one
+// Where a team of lanes works in the two kernels in which it makes one slot. A block takes neighbouring slots of one
 // head, neighbouring blocks the other heads, which read the same rows of the tensor. Blocks are small because slots are
 // unequal: most of a large one would wait for the coarsest slot in it.
 struct SlotPlace { int b, h; int64_t r; };
 static const int SLOT_THREADS = 64;
 
-__device__ __forceinline__ SlotPlace slot_place(const LighthouseShape& s, unsigned chunks, int lanes) {
+__device__ __forceinline__ SlotPlace slot_place(const LighthouseShape& s, unsigned ranges, int lanes) {
     unsigned rest = blockIdx.x / s.H;
-    int64_t r = (int64_t)(rest % chunks) * (SLOT_THREADS / lanes) + threadIdx.x / lanes;
-    return {(int)(rest / chunks), (int)(blockIdx.x % s.H), r};
+    int64_t r = (int64_t)(rest % ranges) * (SLOT_THREADS / lanes) + threadIdx.x / lanes;
+    return {(int)(rest / ranges), (int)(blockIdx.x % s.H), r};
 }
 
-// Turns a vector that lies across its group: dimension d is paired with d + D/2, which D/16 lanes further holds.
+// Turns a vector that lies across its team: dimension d is paired with d + D/2, which D/16 lanes further holds.
 template <int D>
 __device__ __forceinline__ void rope_turn(float (&x)[8], const float (&cosine)[8], const float (&sine)[8],
                                           int direction, int lane) {
     float sign = lane < D / 16 ? -direction : direction;
 #pragma unroll
     for (int d = 0; d < 8; d++) {
-        float partner = __shfl_xor_sync(group_mask<D / 8>(), x[d], D / 16);
+        float partner = __shfl_xor_sync(team_mask<D / 8>(), x[d], D / 16);
         x[d] = x[d] * cosine[d] + sign * partner * sine[d];
     }
 }
 
-// Sums count rows, PARTS vectors of each, with enough loads in flight that few groups fill the memory's pipe.
+// Sums count rows, PARTS vectors of each, with enough loads in flight that few teams fill the memory's pipe.
 template <int PARTS>
 __device__ __forceinline__ void sum_rows(float (&sum)[PARTS][8], const floatX* x, int64_t row, int64_t part,
                                          int64_t count) {
@@ -3441,14 +3343,15 @@ __device__ __forceinline__ void sum_rows(float (&sum)[PARTS][8], const floatX* x
 template <int D>
 __global__ void __launch_bounds__(SLOT_THREADS, 10) lighthouse_gather_kernel(
         floatX* slots, const floatX* __restrict__ qkv, const int32_t* __restrict__ index,
-        const float* __restrict__ rope, LighthouseShape s, int64_t t0, unsigned chunks) {
+        const float* __restrict__ rope, LighthouseShape s, int64_t t0, unsigned ranges) {
     constexpr int LANES = D / 8;
-    SlotPlace at = slot_place(s, chunks, LANES);
+    SlotPlace at = slot_place(s, ranges, LANES);
     if (at.r >= s.S) return;
     int lane = threadIdx.x % LANES;
     int32_t flat = index[((int64_t)at.b * s.H + at.h) * s.S + at.r];
     int l = entry_level(s, flat);
     int64_t i = flat - s.off[l], width = (int64_t)1 << (l * pool_bits(s)), part = (int64_t)s.H * D;
+
     float mean[3][8] = {};
     sum_rows(mean, qkv + (at.b * s.T + i * width) * 3 * part + at.h * D + lane * 8, 3 * part, part, width);
     float cosine[8], sine[8], inverse = 1.0f / width;  // a power of 2: exact
@@ -3466,9 +3369,9 @@ __global__ void __launch_bounds__(SLOT_THREADS, 10) lighthouse_gather_kernel(
 static void lighthouse_gather(floatX* slots /*(B,S,3,H,D)*/, const floatX* qkv /*(B,T,3,H,D)*/,
                               const int32_t* index /*(B,H,S)*/, const float* rope /*table or NULL*/, int B,
                               const LighthouseShape* s, int64_t t0 /*position of token 0*/) {
-    unsigned chunks = grid_for(s->S, SLOT_THREADS / (s->D / 8)), blocks = grid_for((int64_t)B * s->H * chunks, 1);
+    unsigned ranges = grid_for(s->S, SLOT_THREADS / (s->D / 8)), blocks = grid_for((int64_t)B * s->H * ranges, 1);
     WITH_HEAD_SIZE(s->D, LAUNCH(lighthouse_gather_kernel<HEAD>, blocks, SLOT_THREADS, slots, qkv, index, rope, *s, t0,
-                                chunks));
+                                ranges));
 }
 
 // A slot's gradient is the sum of dout over the tokens that it was added to: c_l tokens from the last one it covers on.
@@ -3477,9 +3380,9 @@ static void lighthouse_gather(floatX* slots /*(B,S,3,H,D)*/, const floatX* qkv /
 template <int D, bool HALO>
 __global__ void __launch_bounds__(SLOT_THREADS) lighthouse_scatter_backward_kernel(
         floatX* dattn, const floatX* __restrict__ dout, const floatX* __restrict__ halo,
-        const int32_t* __restrict__ index, LighthouseShape s, unsigned chunks) {
+        const int32_t* __restrict__ index, LighthouseShape s, unsigned ranges) {
     constexpr int LANES = D / 8;
-    SlotPlace at = slot_place(s, chunks, LANES);
+    SlotPlace at = slot_place(s, ranges, LANES);
     if (at.r >= s.S) return;
     int lane = threadIdx.x % LANES;
     int32_t flat = index[((int64_t)at.b * s.H + at.h) * s.S + at.r];
@@ -3498,39 +3401,41 @@ __global__ void __launch_bounds__(SLOT_THREADS) lighthouse_scatter_backward_kern
 static void lighthouse_scatter_backward(floatX* dattn /*(B,S,H,D)*/, const floatX* dout /*(B,T,H,D)*/,
                                         const floatX* halo /*(B,c_{L-1}-1,H,D) or NULL*/,
                                         const int32_t* index /*(B,H,S)*/, int B, const LighthouseShape* s) {
-    unsigned chunks = grid_for(s->S, SLOT_THREADS / (s->D / 8)), blocks = grid_for((int64_t)B * s->H * chunks, 1);
+    unsigned ranges = grid_for(s->S, SLOT_THREADS / (s->D / 8)), blocks = grid_for((int64_t)B * s->H * ranges, 1);
     WITH_HEAD_SIZE(s->D, auto* kernel = halo ? lighthouse_scatter_backward_kernel<HEAD, true>
                                              : lighthouse_scatter_backward_kernel<HEAD, false>;
-                   LAUNCH(kernel, blocks, SLOT_THREADS, dattn, dout, halo, index, *s, chunks));
+                   LAUNCH(kernel, blocks, SLOT_THREADS, dattn, dout, halo, index, *s, ranges));
 }
 
 // ---- scatter, and the backward of gather: kernels that make tokens
-// A group takes CHUNK tokens of one head that share their entries of every level above 0, sums those entries' slots
-// once, and adds to each token its own level-0 slot. Neighbouring groups take the other heads.
-#define WITH_TOKEN_CHUNK(pool, ...) \
-    if ((pool) == 2) { constexpr int CHUNK = 2; __VA_ARGS__; } \
-    else if ((pool) == 4) { constexpr int CHUNK = 4; __VA_ARGS__; } \
-    else { constexpr int CHUNK = 8; __VA_ARGS__; }
+// A team takes STRIP tokens of one head that share their entries of every level above 0, sums those entries' slots
+// once, and adds to each token its own level-0 slot. Neighbouring teams take the other heads.
+#define WITH_STRIP(pool, ...) \
+    if ((pool) == 2) { constexpr int STRIP = 2; __VA_ARGS__; } \
+    else if ((pool) == 4) { constexpr int STRIP = 4; __VA_ARGS__; } \
+    else { constexpr int STRIP = 8; __VA_ARGS__; }
 
-// Token t receives from level l the entry floor((t+1)/c_l) - 1, which is the same for tokens u CHUNK - 1 to u CHUNK +
-// CHUNK - 2. So chunk u begins a token before u CHUNK, and there is one chunk more than T / CHUNK. Where the tokens are
+// Token t receives from level l the entry floor((t+1)/c_l) - 1, which is the same for tokens u STRIP - 1 to u STRIP +
+// STRIP - 2. So strip u begins a token before u STRIP, and there is one strip more than T / STRIP. Where the tokens are
 // a part of a sequence, entry -1 is the last one of the part before, in its halo. Without one the kernel takes fewer
 // registers.
-template <int D, int CHUNK, bool HALO>
+template <int D, int STRIP, bool HALO>
 __global__ void lighthouse_scatter_kernel(floatX* out, const floatX* __restrict__ attn,
                                           const floatX* __restrict__ halo, const int32_t* __restrict__ slot, int B,
                                           LighthouseShape s) {
     constexpr int LANES = D / 8;
-    unsigned group = (blockIdx.x * (int64_t)blockDim.x + threadIdx.x) / LANES, chunks = (unsigned)(s.T / CHUNK) + 1;
-    if (group >= chunks * s.H * B) return;
-    int lane = threadIdx.x % LANES, h = group % s.H, bits = pool_bits(s);
-    int64_t end = (int64_t)(group / s.H % chunks) * CHUNK;  // t + 1 of the first token
-    int64_t b = group / s.H / chunks, row = (int64_t)s.H * D;
+    unsigned team = (blockIdx.x * (int64_t)blockDim.x + threadIdx.x) / LANES, strips = (unsigned)(s.T / STRIP) + 1;
+    if (team >= strips * s.H * B) return;
+    int lane = threadIdx.x % LANES, h = team % s.H, bits = pool_bits(s);
+    int64_t end = (int64_t)(team / s.H % strips) * STRIP;  // t + 1 of the first token
+    int64_t b = team / s.H / strips, row = (int64_t)s.H * D;
     const int32_t* head_slot = slot + (b * s.H + h) * s.off[s.levels];
     const floatX* x = attn + b * s.S * row + h * D + lane * 8;
-    int32_t own[CHUNK];
+
+    int32_t own[STRIP];
 #pragma unroll
-    for (int j = 0; j < CHUNK; j++) own[j] = end + j >= 1 && end + j <= s.T ? head_slot[end + j - 1] : -1;
+    for (int j = 0; j < STRIP; j++) own[j] = end + j >= 1 && end + j <= s.T ? head_slot[end + j - 1] : -1;
+
     float shared_sum[8] = {};
     for (int l = 1; l < s.levels; l++) {
         int64_t i = (end >> (l * bits)) - 1;
@@ -3539,10 +3444,11 @@ __global__ void lighthouse_scatter_kernel(floatX* out, const floatX* __restrict_
         else if (HALO && i < 0)
             add_pack(shared_sum, load8(halo + (b * (s.levels - 1) + l - 1) * row + h * D + lane * 8));
     }
+
     Pack8<floatX> pack = to_pack8<floatX>(shared_sum);
     floatX* y = out + (b * s.T + end - 1) * row + h * D + lane * 8;
 #pragma unroll
-    for (int j = 0; j < CHUNK; j++, y += row) {
+    for (int j = 0; j < STRIP; j++, y += row) {
         if (end + j < 1 || end + j > s.T) continue;
         if (own[j] < 0) {
             store8_stream(y, pack);
@@ -3559,12 +3465,12 @@ __global__ void lighthouse_scatter_kernel(floatX* out, const floatX* __restrict_
 static void lighthouse_scatter(floatX* out /*(B,T,H,D)*/, const floatX* attn /*(B,S,H,D)*/,
                                const floatX* halo /*(B,L-1,H,D) or NULL*/, const int32_t* slot /*(B,H,E)*/, int B,
                                const LighthouseShape* s) {
-    WITH_TOKEN_CHUNK(s->pool, {
-        int64_t groups = (s->T / CHUNK + 1) * s->H * B;
-        opRequire(groups <= UINT32_MAX, "%ld groups of tokens: more than 32 bits count", groups);
-        unsigned blocks = grid_for(groups * (s->D / 8), 128);
-        WITH_HEAD_SIZE(s->D, auto* kernel = halo ? lighthouse_scatter_kernel<HEAD, CHUNK, true>
-                                                 : lighthouse_scatter_kernel<HEAD, CHUNK, false>;
+    WITH_STRIP(s->pool, {
+        int64_t teams = (s->T / STRIP + 1) * s->H * B;
+        opRequire(teams <= UINT32_MAX, "%ld strips of tokens: more than 32 bits count", teams);
+        unsigned blocks = grid_for(teams * (s->D / 8), 128);
+        WITH_HEAD_SIZE(s->D, auto* kernel = halo ? lighthouse_scatter_kernel<HEAD, STRIP, true>
+                                                 : lighthouse_scatter_kernel<HEAD, STRIP, false>;
                        LAUNCH(kernel, blocks, 128, out, attn, halo, slot, B, *s));
     });
 }
@@ -3603,18 +3509,19 @@ __device__ __forceinline__ void slot_gradient(const floatX* x /*the slot*/, int6
 }
 
 // Every token adds, for each level whose entry over it is in the sequence, that slot's gradient / c_l.
-template <int D, int CHUNK>
+template <int D, int STRIP>
 __global__ void __launch_bounds__(64, 10) lighthouse_gather_backward_kernel(
         floatX* dqkv, const floatX* __restrict__ dslots, const int32_t* __restrict__ slot,
         const float* __restrict__ rope, int B, LighthouseShape s, int64_t t0) {
     constexpr int LANES = D / 8;
-    unsigned group = (blockIdx.x * (int64_t)blockDim.x + threadIdx.x) / LANES, chunks = (unsigned)(s.T / CHUNK);
-    if (group >= chunks * s.H * B) return;
-    int lane = threadIdx.x % LANES, h = group % s.H, bits = pool_bits(s);
-    int64_t first = (int64_t)(group / s.H % chunks) * CHUNK, b = group / s.H / chunks;
+    unsigned team = (blockIdx.x * (int64_t)blockDim.x + threadIdx.x) / LANES, strips = (unsigned)(s.T / STRIP);
+    if (team >= strips * s.H * B) return;
+    int lane = threadIdx.x % LANES, h = team % s.H, bits = pool_bits(s);
+    int64_t first = (int64_t)(team / s.H % strips) * STRIP, b = team / s.H / strips;
     int64_t part = (int64_t)s.H * D, row = 3 * part;
     const int32_t* head_slot = slot + (b * s.H + h) * s.off[s.levels];
     const floatX* x = dslots + b * s.S * row + h * D + lane * 8;
+
     float sum[3][8] = {};
     int32_t next = head_slot[s.off[s.levels - 1] + (first >> ((s.levels - 1) * bits))];
 #pragma unroll 1
@@ -3629,19 +3536,20 @@ __global__ void __launch_bounds__(64, 10) lighthouse_gather_backward_kernel(
             for (int d = 0; d < 8; d++) sum[which][d] += y[d] * inverse;
         });
     }
+
     // The tokens have one parent: all of them are in the sequence or none is, and if so in neighbouring slots.
     int32_t own = next;
     floatX* out = dqkv + (b * s.T + first) * row + h * D + lane * 8;
     if (own < 0) {
         Pack8<floatX> pack[3] = {to_pack8<floatX>(sum[0]), to_pack8<floatX>(sum[1]), to_pack8<floatX>(sum[2])};
-        for (int j = 0; j < CHUNK; j++, out += row) {
+        for (int j = 0; j < STRIP; j++, out += row) {
 #pragma unroll
             for (int which = 0; which < 3; which++) store8_stream(out + which * part, pack[which]);
         }
         return;
     }
 #pragma unroll 2
-    for (int j = 0; j < CHUNK; j++, out += row) {
+    for (int j = 0; j < STRIP; j++, out += row) {
         slot_gradient<D>(x + (own + j) * row, part, rope, t0 + first + j, lane, [&](int which, const float (&y)[8]) {
             float total[8];
 #pragma unroll
@@ -3654,16 +3562,16 @@ __global__ void __launch_bounds__(64, 10) lighthouse_gather_backward_kernel(
 static void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dslots /*(B,S,3,H,D)*/,
                                        const int32_t* slot /*(B,H,E)*/, const float* rope /*table or NULL*/, int B,
                                        const LighthouseShape* s, int64_t t0 /*position of token 0*/) {
-    WITH_TOKEN_CHUNK(s->pool, {
-        int64_t groups = s->T / CHUNK * s->H * B;
-        opRequire(groups <= UINT32_MAX, "%ld groups of tokens: more than 32 bits count", groups);
-        unsigned blocks = grid_for(groups * (s->D / 8), 64);
-        WITH_HEAD_SIZE(s->D, LAUNCH((lighthouse_gather_backward_kernel<HEAD, CHUNK>), blocks, 64, dqkv, dslots, slot,
+    WITH_STRIP(s->pool, {
+        int64_t teams = s->T / STRIP * s->H * B;
+        opRequire(teams <= UINT32_MAX, "%ld strips of tokens: more than 32 bits count", teams);
+        unsigned blocks = grid_for(teams * (s->D / 8), 64);
+        WITH_HEAD_SIZE(s->D, LAUNCH((lighthouse_gather_backward_kernel<HEAD, STRIP>), blocks, 64, dqkv, dslots, slot,
                                     rope, B, *s, t0));
     });
 }
 
-#endif
+#endif  // the kernels with their launchers
 
 struct LighthouseBuffers {  // of one layer; E entries of all levels, S slots. Where slots are exchanged, E/W and S/W
     float* scores;      // (2, B, NH/W, E) or (2, B, NH, E/W) shared by the layers
