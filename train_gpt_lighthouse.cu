@@ -1005,9 +1005,10 @@ static void shift(void* recv, const void* send, int64_t bytes, int step) {
     cudaCheck(ncclGroupEnd());
 }
 
-// Connects the device's collectives; device_open comes before. NCCL takes its buffers at the first call of each kind,
-// so every kind is called here once, before the memory plan asks what is free.
-static void collectives_open() {
+// Connects the device's collectives; device_open comes before. NCCL takes its buffers at the first call of each kind
+// and class of size, so every kind is called here once, as large as the run will: sums of `rows` rows of row_bytes,
+// exchanges of peer_bytes. All before the memory plan asks what is free.
+static void collectives_open(int rows = 1, int64_t row_bytes = 0, int64_t peer_bytes = 0) {
     if (!procs.connected) return;
     barrier();  // NCCL waits for the others without a limit
     MPI_Comm_split(MPI_COMM_WORLD, procs.dp_rank, procs.cp_rank, &cp_comm);
@@ -1016,14 +1017,15 @@ static void collectives_open() {
     cudaCheck(cudaEventCreateWithFlags(&collective_event, cudaEventDisableTiming));
     nccl_world = nccl_open(MPI_COMM_WORLD);
     if (procs.cp > 1) nccl_cp = nccl_open(cp_comm);
-    int64_t piece = 1 << 20;
-    char* x = (char*)device_alloc(2 * procs.world * piece);
-    reduce_scatter_start((float*)x, 1, procs.world * piece / sizeof(float));
-    all_gather_start(x, 1, procs.world * piece);
+    row_bytes = std::max(row_bytes, (int64_t)procs.world << 20);
+    peer_bytes = std::max<int64_t>(peer_bytes, 1 << 20);
+    char* x = (char*)device_alloc(std::max(rows * row_bytes, 2 * procs.cp * peer_bytes));
+    reduce_scatter_start((float*)x, rows, row_bytes / sizeof(float));
+    all_gather_start(x, rows, row_bytes * sizeof(floatX) / sizeof(float));
     collectives_join();
     if (procs.cp > 1) {
-        all_to_all(x + procs.world * piece, x, piece);
-        for (int step : {1, -1}) shift(x + procs.world * piece, x, piece, step);
+        all_to_all(x + procs.cp * peer_bytes, x, peer_bytes);
+        for (int step : {1, -1}) shift(x + procs.cp * peer_bytes, x, peer_bytes, step);
     }
     device_synchronize();
     cudaCheck(cudaFree(x));
@@ -1047,7 +1049,7 @@ static void all_gather_start(void*, int, int64_t) {}
 static void collectives_join() {}
 static void all_to_all(void*, const void*, int64_t) {}  // this and the next are not called: cp is 1
 static void shift(void*, const void*, int64_t, int) {}
-static void collectives_open() {}
+static void collectives_open(int = 1, int64_t = 0, int64_t = 0) {}
 #endif  // without MPI
 #ifdef CPU_BACKEND
 #include "dev/cpu_backend.h"
@@ -6167,7 +6169,8 @@ static void setup(Trainer* t, int argc, char** argv) {
     if (c->sample_every) setup_tokenizer(t);
 
     device_open(procs.local_rank);
-    collectives_open();
+    collectives_open(std::min(LAYERS_AT_ONCE, dims.L), group_size(m, 1) * sizeof(float),
+                     3 * c->batch_size * (c->seq_len / procs.cp) * (dims.C / procs.cp) * sizeof(floatX));
     operations_open(dims.C, dims.NH, dims.Vp, c->deterministic);
     if (m->uses[LIGHTHOUSE]) lighthouse_open(&m->shape);
     if (c->fp8) fp8_open();

@@ -655,8 +655,8 @@ void lighthouse_scores(float* scores /*(2,B,H,E): a then b*/, const floatX* qkv 
                 for (int l = 1; l < s->levels; l++) {
                     for (int64_t i = 0; i < s->n[l]; i++) {
                         const float* child = score + s->off[l - 1] + i * s->pool;
-                        float top = child[0];
-                        for (int64_t c = 1; c < s->pool; c++) top = child[c] > top ? child[c] : top;
+                        float top = child[0];  // NaN only where all are: the maximum is fmax's
+                        for (int64_t c = 1; c < s->pool; c++) top = child[c] > top || top != top ? child[c] : top;
                         score[s->off[l] + i] = top;
                     }
                 }

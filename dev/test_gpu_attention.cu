@@ -221,6 +221,20 @@ static void test_ops(const Case& c, uint64_t seed) {
     cpu::lighthouse_scores(reference.data(), qkv.data(), B, &s);
     report_floats("scores", scores, reference, 1e-6, same, name);  // fp32 sums of exact squares
 
+    Floats holes = qkv;  // NaN at tokens that come first among their entry's, last, and alone
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t i = 0; i < 3 * C && (t % s.pool == 0 || t % 7 == 3 || t < 2 * s.pool); i += c.D) holes[t * 3 * C + i] = NAN;
+    floatX* d_holes = to_device<floatX>(holes);
+    Floats with_nan = run_twice<float>(d_scores, 2 * heads * E, &same, [&] { lighthouse_scores(d_scores, d_holes, B, &s); });
+    cpu::lighthouse_scores(reference.data(), holes.data(), B, &s);
+    int64_t unlike = 0, nan = 0;
+    for (int64_t i = 0; i < 2 * heads * E; i++) {
+        nan += reference[i] != reference[i];
+        unlike += reference[i] != reference[i] ? with_nan[i] == with_nan[i] : !(fabs(with_nan[i] - reference[i]) <= 1e-5 * reference[i]);
+    }
+    report(unlike == 0 && nan > 0 && same, "scores with NaN: %lld of %lld unlike, %lld NaN | %s", (long long)unlike, (long long)(2 * heads * E),
+           (long long)nan, name.c_str());
+
     test_select("the norms", scores, B, s, name);
     Floats odd = scores;  // few values, so that nearly every pick is a tie
     for (float& x : odd) x = floorf(x * 4);

@@ -902,6 +902,14 @@ static void test_selection(int B, const LighthouseShape& s) {
     Ints index(B * s.H * s.S, -77);
     lighthouse_select(index.data(), broken.data(), B, &s);
     check_selection(&test, index, B, s);
+
+    std::vector<float> qkv(B * s.T * 3 * s.H * s.D, 1), norms(count);
+    int64_t token = 3 * s.H * s.D;
+    for (int64_t t : {0, s.pool + 1}) qkv[t * token] = NAN;                         // the first of its entry, and the second
+    for (int64_t t = 2 * s.pool; t < 3 * s.pool; t++) qkv[t * token] = NAN;         // and all of the third
+    lighthouse_scores(norms.data(), qkv.data(), B, &s);
+    const float* entries = &norms[s.off[1]];
+    test.that(entries[0] == norms[1] && entries[1] == norms[1] && std::isnan(entries[2]), "an entry's score is NaN only where all of it are");
 }
 
 // A change of token t must not reach outputs before it. The selection is made anew each time. Where it stays the same,
