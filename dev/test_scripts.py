@@ -1558,7 +1558,7 @@ class Machine:
     """A folder with scripts/setup and the lists, and a PATH of a few commands; apt-get, pip and the like only write
     down that they were called."""
     TOOLS = ("sh", "env", "cat", "cp", "cmp", "rm", "mkdir", "chmod", "mktemp", "grep", "head",
-             "basename", "dirname", "id", "ln")
+             "tail", "basename", "dirname", "id", "ln")
 
     def __init__(self, folder):
         self.folder, self.bin, self.calls = folder, folder / "bin", folder / "calls"
@@ -1577,7 +1577,7 @@ class Machine:
         (self.bin / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {self.calls}\n{body}\n')
         (self.bin / name).chmod(0o755)
 
-    def python(self, modules=(), pip="exit 1"):
+    def python(self, modules=(), pip="echo no network >&2; exit 1"):
         """A python3 that finds these modules only, and whose venv has the same."""
         body = f"""case "$*" in
 *find_spec*) shift 2; for m; do case " {' '.join(modules)} " in *" $m "*) ;; *) exit 1;; esac; done ;;
@@ -1623,7 +1623,7 @@ def test_setup_without_root_or_network_goes_on_with_what_is_there(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "missing, of libopenblas-dev libopenmpi-dev openmpi-bin" in done.stdout
     assert "this user is not root and there is no sudo. It goes on without" in done.stdout
-    assert "pip could not install what requirements.txt names. It goes on without numpy" in done.stdout  # none imports
+    assert "pip could not install what requirements.txt names (no network). It goes on without numpy" in done.stdout  # none imports
     (tmp_path / "bin" / "make").unlink()
     done, calls = machine.setup()
     assert done.returncode == 1 and "error: make is missing: this user is not root and there is no sudo" in done.stderr
