@@ -17,10 +17,8 @@
 #define TRAINER_NO_MAIN
 #include "../train_gpt_lighthouse.cu"
 #include "cpu_ops.h"
-#include <string>
-#include <vector>
+#include "gpu_harness.cuh"
 
-typedef std::vector<float> Floats;
 typedef std::vector<int32_t> Ints;
 
 static const bool IS_BF16 = sizeof(floatX) == 2;
@@ -28,42 +26,6 @@ static const bool IS_BF16 = sizeof(floatX) == 2;
 static const double ROUNDED = IS_BF16 ? 2.5e-3 : 3e-6;
 // Attention in bf16 also rounds the weights before they meet V, and dS before it meets K and Q.
 static const double SDPA_OUT = IS_BF16 ? 5e-3 : 1e-5, SDPA_GRADIENT = IS_BF16 ? 8e-3 : 3e-5;
-
-static int passed, failed;
-
-static void report(bool ok, const char* format, ...) {
-    va_list args;
-    va_start(args, format);
-    printf(ok ? "ok   " : "FAIL ");
-    vprintf(format, args);
-    printf("\n");
-    fflush(stdout);
-    va_end(args);
-    ok ? passed++ : failed++;
-}
-
-// Of the whole, and of the worst 64 neighbours, which may be ten times as far off: one wrong row of many shows in no norm
-// of the whole. What neighbours miss counts against their own norm, or the usual one where theirs is smaller.
-static double relative_error(const Floats& x, const Floats& reference) {
-    int64_t n = (int64_t)reference.size(), blocks = (n + 63) / 64;
-    if ((int64_t)x.size() != n) return INFINITY;
-    std::vector<double> difference(blocks), norm(blocks);
-    double all_difference = 0, all_norm = 0, worst = 0;
-    #pragma omp parallel for reduction(+ : all_difference, all_norm)
-    for (int64_t b = 0; b < blocks; b++) {
-        for (int64_t i = b * 64; i < std::min(n, b * 64 + 64); i++) {
-            double d = (double)x[i] - reference[i];
-            difference[b] += d * d;
-            norm[b] += (double)reference[i] * reference[i];
-        }
-        all_difference += difference[b];
-        all_norm += norm[b];
-    }
-    for (int64_t b = 0; b < blocks && all_norm > 0; b++)
-        worst = fmax(worst, difference[b] / fmax(norm[b], all_norm / n * std::min<int64_t>(64, n - b * 64)));
-    double error = sqrt(all_difference / (all_norm > 0 ? all_norm : 1));
-    return error == error ? fmax(error, sqrt(worst) / 10) : INFINITY;
-}
 
 // The worst of the rows' errors, for samples whose rows differ in size.
 static double worst_row_error(const Floats& x, const Floats& reference, int64_t row) {
@@ -96,40 +58,12 @@ static Floats random_host(int64_t n, uint64_t seed, float scale = 1) {
     return x;
 }
 
-// ---- device arrays: poisoned, with a guard behind them ------------------------------------------------------------
-static const size_t GUARD = 256;
-static std::vector<void*> device_arrays;
-
-template <typename T> static T* device_array(int64_t n) {
-    char* p;
-    cudaCheck(cudaMalloc(&p, n * sizeof(T) + GUARD));
-    cudaCheck(cudaMemsetAsync(p, 0xff, n * sizeof(T) + GUARD, main_stream));
-    device_arrays.push_back(p);
-    return (T*)p;
-}
+// ---- device arrays ------------------------------------------------------------------------------------------------
 static floatX* device_random(int64_t n, uint64_t seed) {
     floatX* p = device_array<floatX>(n);
     fill_kernel<<<grid_for(n, 256), 256, 0, main_stream>>>(p, n, seed);
     cudaCheck(cudaGetLastError());
     return p;
-}
-template <typename T, typename From> static T* to_device(const std::vector<From>& x) {
-    std::vector<T> y(x.begin(), x.end());
-    T* p = device_array<T>(y.size());
-    cudaCheck(cudaMemcpyAsync(p, y.data(), y.size() * sizeof(T), cudaMemcpyHostToDevice, main_stream));
-    cudaCheck(cudaStreamSynchronize(main_stream));
-    return p;
-}
-template <typename To, typename T> static std::vector<To> to_host(const T* p, int64_t n) {
-    std::vector<T> x(n);
-    cudaCheck(cudaMemcpyAsync(x.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost, main_stream));
-    cudaCheck(cudaStreamSynchronize(main_stream));
-    return std::vector<To>(x.begin(), x.end());
-}
-static void free_device_arrays() {
-    cudaCheck(cudaStreamSynchronize(main_stream));
-    for (void* p : device_arrays) cudaCheck(cudaFree(p));
-    device_arrays.clear();
 }
 // Makes the workspace large enough for a shape, as the trainer's memory plan does.
 static void prepare_sdpa(int B, int64_t T, int H, int D, bool stats, bool backward) {
@@ -152,7 +86,7 @@ template <typename To, typename T, typename Op> static std::vector<To> run_twice
         bits[run] = to_host<unsigned char>((unsigned char*)out, n * sizeof(T) + GUARD);
     }
     *same = bits[0] == bits[1];
-    for (size_t i = n * sizeof(T); i < bits[0].size(); i++) *same = *same && bits[0][i] == 0xff;
+    for (size_t i = n * sizeof(T); i < bits[0].size(); i++) *same = *same && bits[0][i] == GUARD_BYTE;
     const T* x = (const T*)bits[0].data();
     return std::vector<To>(x, x + n);
 }

@@ -17,12 +17,9 @@
 #define TRAINER_NO_MAIN
 #include "../train_gpt_lighthouse.cu"
 #include "cpu_ops.h"
+#include "gpu_harness.cuh"
 #include <algorithm>
 #include <functional>
-#include <string>
-#include <vector>
-
-typedef std::vector<float> Floats;
 
 // fp32 results differ by the order of additions and by fast exp and division. bf16 results differ by their
 // rounding, 1.6e-3 of a uniformly spread mantissa; twice that where the result passes through memory twice.
@@ -31,7 +28,6 @@ const double TOLERANCE = sizeof(floatX) == 4 ? FLOAT_TOLERANCE : 4e-3;
 // Tensor cores cut off the bits that an addition to their fp32 sums shifts out, instead of rounding, every 16 products.
 const double TENSOR_CORE_TOLERANCE = sizeof(floatX) == 4 ? FLOAT_TOLERANCE : 1e-4;
 
-int passed, failed;
 bool small_only;
 std::vector<std::string> wanted;
 double copy_gbs;
@@ -42,12 +38,6 @@ bool is_wanted(const char* op) {
         if (strncmp(op, name.c_str(), name.size()) == 0) return true;
     }
     return false;
-}
-
-void report(bool ok, const std::string& line) {
-    printf("%s %s\n", ok ? "ok  " : "FAIL", line.c_str());
-    fflush(stdout);
-    ok ? passed++ : failed++;
 }
 
 template <typename... Args> std::string format(const char* f, Args... args) {
@@ -91,19 +81,7 @@ template <typename T> Floats host_random(int64_t n, Random r, int64_t first = 0)
     return x;
 }
 
-// ---- device memory: freed at the end of each test, 256 bytes behind each array must survive -------------------------
-const size_t GUARD = 256;
-const int GUARD_BYTE = 0x5a;
-std::vector<void*> device_arrays;
-
-template <typename T> T* device_array(int64_t n) {
-    char* p;
-    cudaCheck(cudaMalloc(&p, n * sizeof(T) + GUARD));
-    cudaCheck(cudaMemsetAsync(p, 0xff, n * sizeof(T), main_stream));  // NaN in both types
-    cudaCheck(cudaMemsetAsync(p + n * sizeof(T), GUARD_BYTE, GUARD, main_stream));
-    device_arrays.push_back(p);
-    return (T*)p;
-}
+// ---- device memory ------------------------------------------------------------------------------------------------
 template <typename T> T* device_random(int64_t n, Random r) {
     T* p = device_array<T>(n);
     fill_kernel<<<grid_for(n, 256), 256, 0, main_stream>>>(p, n, r);
@@ -117,48 +95,11 @@ int* device_random_ints(int64_t n, uint64_t seed, int limit, int skew) {
     cudaCheck(cudaGetLastError());
     return p;
 }
-template <typename T> T* to_device(const std::vector<T>& x) {
-    T* p = device_array<T>(x.size());
-    cudaCheck(cudaMemcpyAsync(p, x.data(), x.size() * sizeof(T), cudaMemcpyHostToDevice, main_stream));
-    cudaCheck(cudaStreamSynchronize(main_stream));
-    return p;
-}
-template <typename T> std::vector<T> to_host(const T* p, int64_t n) {
-    std::vector<char> bytes(n * sizeof(T));
-    cudaCheck(cudaMemcpyAsync(bytes.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost, main_stream));
-    cudaCheck(cudaStreamSynchronize(main_stream));
-    const T* first = (const T*)bytes.data();
-    return std::vector<T>(first, first + n);
-}
-template <typename T> Floats floats_to_host(const T* p, int64_t n) {
-    std::vector<T> x = to_host(p, n);
-    return Floats(x.begin(), x.end());
-}
-void free_device_arrays() {
-    cudaCheck(cudaStreamSynchronize(main_stream));
-    for (void* p : device_arrays) cudaCheck(cudaFree(p));
-    device_arrays.clear();
-}
+template <typename T> Floats floats_to_host(const T* p, int64_t n) { return to_host<float>(p, n); }
 
 // ---- comparisons ----------------------------------------------------------------------------------------------------
 // Of the whole, and of the worst 64 neighbours, which may be ten times as far off: one wrong row of many shows in no norm
 // of the whole. What neighbours miss counts against their own norm, or the usual one where theirs is smaller.
-double relative_error(const Floats& got, const Floats& expected) {
-    size_t n = expected.size(), blocks = (n + 63) / 64;
-    std::vector<double> error(blocks), norm(blocks);
-    double all_error = 0, all_norm = 0, worst = 0;
-    for (size_t i = 0; i < n; i++) {
-        double difference = (double)got[i] - expected[i];
-        error[i / 64] += difference * difference;
-        norm[i / 64] += (double)expected[i] * expected[i];
-    }
-    for (size_t b = 0; b < blocks; b++) all_error += error[b], all_norm += norm[b];
-    if (!(all_norm > 0)) return sqrt(all_error);
-    for (size_t b = 0; b < blocks; b++) worst = std::max(worst, error[b] / std::max(norm[b], all_norm / n * std::min<size_t>(64, n - b * 64)));
-    double error_of_all = sqrt(all_error / all_norm);
-    return error_of_all < sqrt(worst) / 10 ? sqrt(worst) / 10 : error_of_all;  // a NaN stays one
-}
-
 struct Output {
     const char* name;
     void* p;  // device
