@@ -5158,8 +5158,7 @@ static Copying copying_plan(const Config* c) {
     k.skipped = std::min<int64_t>(16, k.n / 4);
     for (int64_t d = 4 * k.n; d + d / 2 < T - k.n && k.count < MAX_DISTANCES - 1; d *= 4) k.distance[k.count++] = d;
     k.distance[k.count++] = T - k.n;
-    int64_t batches = std::max<int64_t>(1, ceil_div(c->val_batches, procs.dp) / (2 * k.count));
-    k.sequences = batches * c->batch_size * procs.dp;
+    k.sequences = std::max<int64_t>(1, c->val_batches / (2 * k.count)) * c->batch_size;  // on any number of processes
     return k;
 }
 
@@ -5219,18 +5218,21 @@ static bool evaluate_copying(Copying* k, Model* m, const Config* c, const Loader
     for (int test = 0; test < 2 * k->count && !stopped; test++) {
         double sums[2] = {0, 0};
         for (int64_t i = 0; i < k->sequences && !(stopped = stop_asked()); i += B * procs.dp) {
+            int64_t valid = 0;
             event_wait(&batch->copied);
             for (int64_t b = 0; b < B; b++) {
                 int64_t sequence = i + b * procs.dp + procs.dp_rank;
+                valid += sequence < k->sequences;
                 copying_sequence(tokens + b * T, data, sequence, k->n, k->distance[test / 2], test % 2);
                 memcpy(batch->tokens + b * rows, tokens + b * T + first_token(r), rows * sizeof(int));
             }
+            if (valid == 0) continue;
             model_trunk(m, batch->tokens, r);
             event_record(&batch->copied);
             // Row t predicts token t + 1. Of the rows that predict the copy, those of this process:
             int64_t t0 = first_token(r);
             int64_t from = std::max(T - k->n + k->skipped - 1, t0), to = std::min(T - 1, t0 + rows);
-            for (int64_t b = 0; b < B && from < to; b++)
+            for (int64_t b = 0; b < valid && from < to; b++)
                 score_rows(m, b * rows + from - t0, to - from, tokens + b * T + from + 1, &sums[0], &sums[1]);
         }
         all_sum(sums, 2);
