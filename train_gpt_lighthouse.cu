@@ -5151,14 +5151,15 @@ struct Copying {
 
 // n = 256; distances 1K, 4K, 16K, ... and the longest, T - n; for T below 1024 all of it shorter. Takes no longer than
 // a validation, but at least one batch of each.
-static Copying copying_plan(const Config* c) {
+static Copying copying_plan(const Config* c, const Loader* data) {
     Copying k = {};
     int64_t T = c->seq_len;
     k.n = std::min<int64_t>(256, T / 4);
     k.skipped = std::min<int64_t>(16, k.n / 4);
     for (int64_t d = 4 * k.n; d + d / 2 < T - k.n && k.count < MAX_DISTANCES - 1; d *= 4) k.distance[k.count++] = d;
     k.distance[k.count++] = T - k.n;
-    k.sequences = std::max<int64_t>(1, c->val_batches / (2 * k.count)) * c->batch_size;  // on any number of processes
+    // as on one process
+    k.sequences = std::min(std::max<int64_t>(1, c->val_batches / (2 * k.count)) * c->batch_size, data->windows);
     return k;
 }
 
@@ -6236,7 +6237,7 @@ static char* json_buckets(const Losses* l) {
 
 static bool measure_copying(Trainer* t) {
     const Config* c = &t->config;
-    Copying k = copying_plan(c);
+    Copying k = copying_plan(c, &t->val);
     if (!evaluate_copying(&k, &t->model, c, &t->val)) return false;
     char *main_line = text("s:%ld", t->state.step), *json = text("%s", "");
     for (int random = 0; random < 2; random++) {

@@ -1780,10 +1780,12 @@ def figures_agree(folder, out, processes=1):
     tokens, model, T_ = config["tokens_per_step"], config["model"], config["options"]["seq-len"]
     C, L = model["channels"], model["layers"]
     for before, e in zip(steps, steps[1:]):
-        rows = [T_] * L
-        if e["phase"] == "lighthouse":
-            rows = [T_ if layer in config["lighthouse"]["dense_layers"] else config["lighthouse"]["slots"] for layer in range(L)]
-        flops = 6 * tokens * (model["padded_vocab"] * C + 12 * L * C * C) + 6 * C * tokens / T_ * sum(r * r for r in rows)
+        letters = config["attention"] if e["phase"] == "first" else "D" * L
+        squares = {"D": T_ * T_, "L": (config["lighthouse"] or {"slots": 0})["slots"] ** 2}
+        if "W" in letters:
+            w = [w for w, first in config["windows"] if first < e["step"]][-1]
+            squares["W"] = T_ // w * w * w + (T_ % w) ** 2
+        flops = 6 * tokens * (model["padded_vocab"] * C + 12 * L * C * C) + 6 * C * tokens / T_ * sum(squares[x] for x in letters)
         assert e["mfu"] == pytest.approx(flops / (e["ms"] / 1e3) / config["measured_flops"] / processes, rel=0.01, abs=1e-4)
         assert e["train_s"] - before["train_s"] == pytest.approx(e["ms"] / 1e3, abs=1e-5)
         if not any(x["step"] == before["step"] for x in events(folder, "eval") + events(folder, "sample") + events(folder, "checkpoint")):
@@ -1810,14 +1812,15 @@ def test_figures(lab):
     figures_agree(folder, result.out)
     evaluations = events(folder, "eval")
     assert [e["tokens"] for e in evaluations] == [e["step"] * 12 * T for e in evaluations] and len(evaluations) == 4
-    shown = re.findall(r"^step (\d+) \| validation loss ([\d.]+)(?: under dense attention, ([\d.]+) under Lighthouse)?$", result.out, re.M)
-    for (step, dense, lighthouse), e in zip(shown, evaluations):
+    shown = re.findall(r"^step (\d+) \| validation loss ([\d.]+)(?: under dense attention, ([\d.]+) under \w+)?", result.out, re.M)
+    assert len(shown) == len(evaluations)
+    for (step, dense, first), e in zip(shown, evaluations):
         assert int(step) == e["step"] and float(dense) == pytest.approx(e["loss_dense"], abs=6e-5)
-        assert float(lighthouse or 0) == pytest.approx(e["loss_lighthouse"] or 0, abs=6e-5)
-    for line, e in zip(re.findall(r"^s:(\d+) tel:(.*)$", (folder / "main.log").read_text(), re.M), evaluations):
-        dense, _, lighthouse = line[1].partition(" lhtel:")
-        assert float(dense) == pytest.approx(e["loss_dense"], abs=1e-6) and float(lighthouse or 0) == pytest.approx(e["loss_lighthouse"] or 0, abs=1e-6)
-    assert any(e["loss_lighthouse"] and abs(e["loss_lighthouse"] - e["loss_dense"]) > 1e-4 for e in evaluations), "two that differ"
+        assert float(first or 0) == pytest.approx(e["loss_first"] or 0, abs=6e-5)
+    for line, e in zip(re.findall(r"^s:(\d+) tel:([\d.]+)(?: ftel:([\d.]+))?", (folder / "main.log").read_text(), re.M), evaluations):
+        assert float(line[1]) == pytest.approx(e["loss_dense"], abs=1e-6)
+        assert float(line[2] or 0) == pytest.approx(e["loss_first"] or 0, abs=1e-6)
+    assert any(e["loss_first"] and abs(e["loss_first"] - e["loss_dense"]) > 1e-4 for e in evaluations), "two that differ"
 
     resumed = lab.folder / "resumed"
     resumed.mkdir()
