@@ -1789,7 +1789,7 @@ def figures_agree(folder, out, processes=1):
         assert e["mfu"] == pytest.approx(flops / (e["ms"] / 1e3) / config["measured_flops"] / processes, rel=0.01, abs=1e-4)
         assert e["train_s"] - before["train_s"] == pytest.approx(e["ms"] / 1e3, abs=1e-5)
         if not any(x["step"] == before["step"] for x in events(folder, "eval") + events(folder, "sample") + events(folder, "checkpoint")):
-            assert e["wall_s"] - before["wall_s"] == pytest.approx(e["ms"] / 1e3, rel=0.3, abs=0.02)
+            assert 0.99 * e["ms"] / 1e3 < e["wall_s"] - before["wall_s"] + 0.01 < e["ms"] / 1e3 + 0.5  # a busy machine
     lines = re.findall(r"^step +(\d+)/\d+ \| loss ([\d.]+) \| norm ([\d.]+) \| lr (\S+) \| ([\d.]+) ms \| (\d+) tok/s \| mfu ([\d.]+)% \| (\w+) "
                        r"\| ETA ([\d:]+)", out, re.M)
     logged = re.findall(r"^s:(\d+) trl:([\d.]+) lr:([\d.]+) norm:([\d.]+) ms:([\d.]+) tps:(\d+) ph:(\w+)$", (folder / "main.log").read_text(), re.M)
@@ -1830,7 +1830,7 @@ def test_figures(lab):
     assert went_on["train_s"] == pytest.approx(saved["train_s"] + went_on["ms"] / 1e3, abs=1e-4)
     assert saved["wall_s"] < went_on["wall_s"] < saved["wall_s"] + 30
     total = events(resumed, "total")[0]
-    assert total["phases"]["lighthouse"]["steps"] == 5 and total["train_s"] == pytest.approx(step_events(resumed)[-1]["train_s"], abs=1e-4)
+    assert total["phases"]["first"]["steps"] == 5 and total["train_s"] == pytest.approx(step_events(resumed)[-1]["train_s"], abs=1e-4)
 
 
 @pytest.mark.parametrize("switch", ["0", "0.5"])
