@@ -8,6 +8,7 @@ parallel, context parallel with either kind of exchange in Lighthouse layers, an
 activation to 2^-9; another order of sums turns close calls of the selection). Checkpoints resume on other numbers of GPUs. One rank under mpirun gives the
 bits of the run without. Then what must not go wrong: two ranks on one GPU are refused; a killed rank ends the job, a stopped one is named.
 """
+import glob
 import os
 import shutil
 import signal
@@ -50,8 +51,15 @@ def run(work, out, ranks, *options):
 
 def pids(out):
     """The processes that train into a directory."""
-    found = subprocess.run(["pgrep", "-f", f"out-dir {out} "], capture_output=True, text=True).stdout.split()
-    return [int(p) for p in found if "train_gpt" in open(f"/proc/{p}/comm").read()]
+    found = []
+    for path in glob.glob("/proc/[0-9]*"):
+        try:
+            with open(f"{path}/cmdline") as line, open(f"{path}/comm") as name:
+                if f"out-dir {out} " in line.read().replace("\0", " ") and "train_gpt" in name.read():
+                    found.append(int(os.path.basename(path)))
+        except OSError:
+            pass  # it has ended
+    return found
 
 
 def compare(name, out, reference, since=0):
