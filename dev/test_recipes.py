@@ -39,7 +39,8 @@ class Recipes:
             (folder / name).chmod(0o755)
 
     def run(self, name, *options, cwd=None, **environment):
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("NCCL_", "SLURM_", "LD_LIBRARY_PATH", "CUDA_"))}
+        others = ("NCCL_", "SLURM_", "LD_LIBRARY_PATH", "CUDA_")
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(others)}
         env = dict(clean, PATH=f"{self.folder}:{os.environ['PATH']}", CALLS=self.calls, SLURM_SUBMIT_DIR=ROOT,
                    SLURM_JOB_ID="77", **{"DATA": self.data, **environment})
         return subprocess.run([("bash" if str(name).endswith("sbatch") else "sh"), ROOT / "scripts" / name, *options],
@@ -84,7 +85,8 @@ def test_one_host_takes_all_gpus(recipes):
     (recipes.folder / "nvidia-smi").write_text("#!/bin/sh\nprintf 'GPU 0: A\\nGPU 1: A\\n'\n")
     assert recipes.run("run_mpi_98k", OUT="elsewhere").returncode == 0
     launch, options, _ = recipes.called("mpirun")
-    assert launch.startswith("-n 2 ") and last(options, "--cp") == "1" and last(options, "--out-dir") == f"{os.getcwd()}/elsewhere"
+    assert launch.startswith("-n 2 ") and last(options, "--cp") == "1"
+    assert last(options, "--out-dir") == f"{os.getcwd()}/elsewhere"
     for visible, count in (("2,3", 2), ("0", 1), ("GPU-1a,GPU-2b,GPU-3c", 3), ("0,1,-1,2", 2)):
         assert recipes.run("run_mpi_98k", CUDA_VISIBLE_DEVICES=visible).returncode == 0
         assert recipes.called("mpirun")[0].startswith(f"-n {count} ")
@@ -130,8 +132,8 @@ def test_relative_paths_are_the_callers(recipes, name):
 @pytest.mark.parametrize("holds,prepares", [([], True), (["manifest.json"], False), (["val_0.bin"], True),
                                             (["train_000000.bin", "progress.json"], True)])
 def test_what_is_prepared(recipes, tmp_path, holds, prepares):
-    """The kernel's sources, where no DATA is named: until they are complete. The preparation is a stand-in, in a copy of
-    the scripts: where it is called, the run ends with its status."""
+    """The kernel's sources, where no DATA is named: until they are complete. The preparation is a stand-in, in a copy
+    of the scripts: where it is called, the run ends with its status."""
     copy = tmp_path / "copy"
     shutil.copytree(ROOT / "scripts", copy / "scripts")
     default = copy / "data" / "linux_gpt2_all"
@@ -160,8 +162,8 @@ def test_slurm(recipes):
 @pytest.mark.parametrize("status,state,again", [(143, "RUNNING", True), (143, "COMPLETING", False), (143, "", False),
                                                 (1, "RUNNING", False), (137, "RUNNING", False)])
 def test_slurm_requeues_what_sigterm_stopped(recipes, status, state, again):
-    """128 + SIGTERM is the trainer's status after its checkpoint; an error or a killed rank is not tried again, and what
-    was cancelled is not either."""
+    """128 + SIGTERM is the trainer's status after its checkpoint; an error or a killed rank is not tried again, and
+    what was cancelled is not either."""
     done = recipes.run("slurm_98k.sbatch", STATUS=status, STATE=state or "UNKNOWN")
     assert done.returncode == status
     assert (recipes.calls / "scontrol").exists() == again
@@ -266,10 +268,10 @@ class Slurm:
         """The recipe with a tiny model, once it trains; its job and its log."""
         log = self.folder / (name + ".log")
         self.env["OUT"] = str(self.folder / name)
-        job = self.ask("sbatch", "--parsable", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "-o", log,
-                       *options, "scripts/slurm_98k.sbatch", "--model", "d6", "--depth", "2", "--channels", "32", "--heads",
-                       "2", "--seq-len", "256", "--steps", "400000", "--switch-step", "200000", "--warmup-steps", "10",
-                       "--val-data", "", "--checkpoint-every", "0")
+        job = self.ask("sbatch", "--parsable", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "-o",
+                       log, *options, "scripts/slurm_98k.sbatch", "--model", "d6", "--depth", "2", "--channels", "32",
+                       "--heads", "2", "--seq-len", "256", "--steps", "400000", "--switch-step", "200000",
+                       "--warmup-steps", "10", "--val-data", "", "--checkpoint-every", "0")
         self.until(lambda: log.exists() and re.search("step +5/", log.read_text(errors="replace")), "the job trains")
         return job, log
 
