@@ -1136,7 +1136,7 @@ def parquet_rows(path, f, columns):
             raise Failure("%s has no column '%s' (it has: %s): name the one with the text, --text-field NAME"
                           % (path, columns[0], ", ".join(table.schema_arrow.names)))
         for batch in table.iter_batches(batch_size=64, columns=names):
-            f.seek(os.path.getsize(path) * row // table.metadata.num_rows)
+            f.seek(os.path.getsize(path) * row // max(table.metadata.num_rows, 1))
             # as_buffer: text as it is, UTF-8 or not
             values = [[RawText(v.as_buffer()) if v.is_valid and str(v.type).endswith("string") else v.as_py()
                        for v in batch.column(n)] for n in names]
