@@ -231,31 +231,27 @@ def free_ports():
 
 
 class Slurm:
-    def __init__(self, folder):
-        for name in ("deb", "root", "state", "spool"):
+    def __init__(self, folder, root):
+        for name in ("state", "spool"):
             (folder / name).mkdir()
-        got = subprocess.run(["apt-get", "-q", "download", *SLURM_PACKAGES], cwd=folder / "deb", capture_output=True,
-                             text=True)
-        if got.returncode:
-            pytest.skip("Debian's packages of Slurm cannot be had: " + got.stderr.strip()[-200:])
-        for package in (folder / "deb").iterdir():
-            subprocess.run(["dpkg-deb", "-x", package, folder / "root"], check=True)
-        library = next((folder / "root" / "usr" / "lib").glob("*/slurm-wlm"))
+        library = next((root / "usr" / "lib").glob("*/slurm-wlm"))
         self.folder, host, (port, next_port) = folder, socket.gethostname().split(".")[0], free_ports()
         (folder / "slurm.conf").write_text(SLURM_CONF.format(host=host, folder=folder, plugins=library, port=port,
                                                              next_port=next_port))
         self.env = dict(os.environ, SLURM_CONF=f"{folder}/slurm.conf", LD_LIBRARY_PATH=f"{library}:{library.parent}",
-                        PATH=f"{folder}/root/usr/bin:{folder}/root/usr/sbin:{os.environ['PATH']}", MPI="none",
+                        PATH=f"{root}/usr/bin:{root}/usr/sbin:{os.environ['PATH']}", MPI="none",
                         OMP_NUM_THREADS="1", TRAINER="./train_gpt_lighthouse_cpu", DATA=f"{folder}/data")
         self.daemons, self.log = [], open(folder / "daemons.log", "wb")
         for command in (["slurmctld-wlm", "-D", "-c"],
-                        ["slurmd-wlm", "-D", "-N", host, "-d", folder / "root/usr/sbin/slurmstepd-wlm"]):
+                        ["slurmd-wlm", "-D", "-N", host, "-d", root / "usr/sbin/slurmstepd-wlm"]):
             self.daemons.append(subprocess.Popen([shutil.which(command[0], path=self.env["PATH"]), *command[1:]],
                                                  env=self.env, stdout=self.log, stderr=self.log))
         self.until(lambda: "idle" in self.ask("sinfo", "-h", "-o", "%t"), "the node is idle")
 
     def ask(self, *command):
-        return subprocess.run(command, env=self.env, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        done = subprocess.run(command, env=self.env, cwd=ROOT, capture_output=True, text=True)
+        self.said = done.stderr.strip()
+        return done.stdout.strip()
 
     def until(self, holds, what, seconds=60):
         for _ in range(seconds * 4):
@@ -272,6 +268,7 @@ class Slurm:
                        log, *options, "scripts/slurm_98k.sbatch", "--model", "d6", "--depth", "2", "--channels", "32",
                        "--heads", "2", "--seq-len", "256", "--steps", "400000", "--switch-step", "200000",
                        "--warmup-steps", "10", "--val-data", "", "--checkpoint-every", "0")
+        assert job.isdigit(), f"sbatch: {self.said}; {(self.folder / 'daemons.log').read_text()[-1000:]}"
         self.until(lambda: log.exists() and re.search("step +5/", log.read_text(errors="replace")), "the job trains")
         return job, log
 
@@ -290,14 +287,25 @@ class Slurm:
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
+def slurm_root(tmp_path_factory):
+    """The packages, unpacked without being installed."""
     if os.geteuid() or not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
         pytest.skip("a Slurm of one's own needs root and Debian's packages")
+    root, packages = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("deb")
+    got = subprocess.run(["apt-get", "-q", "download", *SLURM_PACKAGES], cwd=packages, capture_output=True, text=True)
+    if got.returncode:
+        pytest.skip("Debian's packages of Slurm cannot be had: " + got.stderr.strip()[-200:])
+    for package in packages.iterdir():
+        subprocess.run(["dpkg-deb", "-x", package, root], check=True)
+    return root
+
+
+@pytest.fixture
+def slurm(tmp_path, slurm_root):
     from test_trainer import write_shard
-    folder = tmp_path_factory.mktemp("slurm")
-    (folder / "data").mkdir()
-    write_shard(folder / "data" / "train_000000.bin", [i * i % 251 for i in range(100000)])
-    running = Slurm(folder)
+    (tmp_path / "data").mkdir()
+    write_shard(tmp_path / "data" / "train_000000.bin", [i * i % 251 for i in range(100000)])
+    running = Slurm(tmp_path, slurm_root)
     yield running
     running.end()
 
