@@ -1124,8 +1124,9 @@ def csv_rows(path, f, separator):
         raise Failure("%s, line %d, is not a row of such a table: %s" % (path, rows.line_num, e))
 
 
-def parquet_rows(path, columns):
-    """The same of a parquet file, of which only some columns are read."""
+def parquet_rows(path, f, columns):
+    """The same of a parquet file, of which only some columns are read. f is moved on for the display: pyarrow opens the
+    file itself."""
     pq = need("pyarrow.parquet", "pyarrow", "reading " + os.path.basename(path))
     row = 0
     try:
@@ -1135,6 +1136,7 @@ def parquet_rows(path, columns):
             raise Failure("%s has no column '%s' (it has: %s): name the one with the text, --text-field NAME"
                           % (path, columns[0], ", ".join(table.schema_arrow.names)))
         for batch in table.iter_batches(batch_size=64, columns=names):
+            f.seek(os.path.getsize(path) * row // max(table.metadata.num_rows, 1))
             # as_buffer: text as it is, UTF-8 or not
             values = [[RawText(v.as_buffer()) if v.is_valid and str(v.type).endswith("string") else v.as_py()
                        for v in batch.column(n)] for n in names]
@@ -1228,7 +1230,7 @@ def record_documents(path, kind, records, base, meter):
     """The documents of one file of records."""
     before = replaced[0]
     with reading(path) as f:
-        rows = parquet_rows(path, records.columns) if kind == "parquet" else \
+        rows = parquet_rows(path, f, records.columns) if kind == "parquet" else \
             mds_records(path, f, records.columns) if kind == "mds" else \
             json_lines(path, f) if kind == "json lines" else json_values(path, f) if kind == "json" else \
             csv_rows(path, f, "," if kind == "csv" else "\t")

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Proves that data/prepare.py answers damaged input of every kind it reads with one message, or with a data set that has
-all of the text: no traceback, nothing lost silently.
+"""Proves that data/prepare.py answers damaged input of every kind it reads with one message, or with a data set that
+has all of the text: no traceback, nothing lost silently.
 
     python3 dev/fuzz_prepare.py [--count 3000] [--seed 0] [--kind NAME]
 
-Each mutation is prepared in a process of its own, so that a crash inside a library counts as what it is. Where the format
-has checksums, what is made must be the whole text; in plain text and tables no more than what was changed may be missing.
+Each mutation is prepared in a process of its own, so that a crash inside a library counts as what it is. Where the
+format has checksums, what is made must be the whole text; in plain text and tables no more than what was changed may be
+missing.
 """
 import argparse
 import bz2
@@ -48,7 +49,8 @@ def tar_of(members, mode=""):
 def deb_of(data):
     out = b"!<arch>\n"
     for name, body in ((b"debian-binary", b"2.0\n"), (b"data.tar.xz", data)):
-        out += b"%-16s%-12d%-6d%-6d%-8s%-10d`\n" % (name, 0, 0, 0, b"100644", len(body)) + body + b"\n" * (len(body) % 2)
+        out += b"%-16s%-12d%-6d%-6d%-8s%-10d`\n" % (name, 0, 0, 0, b"100644", len(body))
+        out += body + b"\n" * (len(body) % 2)
     return out
 
 
@@ -102,7 +104,8 @@ def kinds():
              "json": ("t.json", json.dumps([{"text": t} for t in TEXTS], indent=1).encode(), False),
              "json.gz": ("t.json.gz", gzip.compress(JSONL), True), "csv": ("t.csv", rows.encode(), False),
              "tsv": ("t.tsv", rows.replace(",", "\t", 1).replace(',"Doc', '\t"Doc').encode(), False),
-             "utf-16": ("t.txt", utf16, False), "mds": ("t.mds", mds(), False), "mds.zst": ("t.mds.zst", zst(mds()), True),
+             "utf-16": ("t.txt", utf16, False), "mds": ("t.mds", mds(), False),
+             "mds.zst": ("t.mds.zst", zst(mds()), True),
              "parquet": ("t.parquet", parquet(write_page_checksum=True), True),
              "parquet plain": ("t.parquet", parquet(write_page_checksum=True, compression="none", use_dictionary=False),
                                True)}
@@ -130,7 +133,8 @@ def mutated(data, rng):
     elif what == "byte":
         data[at] = rng.randrange(256)
     elif what == "insert":
-        data[at:at] = rng.choice([bytes(size), rng.randbytes(size), b'"', b"{", b"]", b"\n", b"\\u", b"-1", b"99999999999"])
+        data[at:at] = rng.choice([bytes(size), rng.randbytes(size), b'"', b"{", b"]", b"\n", b"\\u", b"-1",
+                                  b"99999999999"])
     elif what == "delete":
         del data[at:at + size]
     elif what == "cut":
@@ -205,7 +209,8 @@ def main():
         with open("ids.json", "wb") as f:
             f.write(tokenizer())
         every = {k: v for k, v in kinds().items() if a.kind in (None, k)}
-        whole = ["--source", "files", "--input", folder + "/plain.jsonl", "--out", folder + "/whole", "--val-fraction", "0"]
+        whole = ["--source", "files", "--input", folder + "/plain.jsonl", "--out", folder + "/whole"]
+        whole += ["--val-fraction", "0"]
         assert attempt(whole, "whole", b"", None, "")[1]
         with open("whole/manifest.json", "rb") as f:
             manifest = f.read()

@@ -39,7 +39,8 @@ class Recipes:
             (folder / name).chmod(0o755)
 
     def run(self, name, *options, cwd=None, **environment):
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("NCCL_", "SLURM_", "LD_LIBRARY_PATH", "CUDA_"))}
+        others = ("NCCL_", "SLURM_", "LD_LIBRARY_PATH", "CUDA_")
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(others)}
         env = dict(clean, PATH=f"{self.folder}:{os.environ['PATH']}", CALLS=self.calls, SLURM_SUBMIT_DIR=ROOT,
                    SLURM_JOB_ID="77", **{"DATA": self.data, **environment})
         return subprocess.run([("bash" if str(name).endswith("sbatch") else "sh"), ROOT / "scripts" / name, *options],
@@ -84,7 +85,8 @@ def test_one_host_takes_all_gpus(recipes):
     (recipes.folder / "nvidia-smi").write_text("#!/bin/sh\nprintf 'GPU 0: A\\nGPU 1: A\\n'\n")
     assert recipes.run("run_mpi_98k", OUT="elsewhere").returncode == 0
     launch, options, _ = recipes.called("mpirun")
-    assert launch.startswith("-n 2 ") and last(options, "--cp") == "1" and last(options, "--out-dir") == f"{os.getcwd()}/elsewhere"
+    assert launch.startswith("-n 2 ") and last(options, "--cp") == "1"
+    assert last(options, "--out-dir") == f"{os.getcwd()}/elsewhere"
     for visible, count in (("2,3", 2), ("0", 1), ("GPU-1a,GPU-2b,GPU-3c", 3), ("0,1,-1,2", 2)):
         assert recipes.run("run_mpi_98k", CUDA_VISIBLE_DEVICES=visible).returncode == 0
         assert recipes.called("mpirun")[0].startswith(f"-n {count} ")
@@ -130,8 +132,8 @@ def test_relative_paths_are_the_callers(recipes, name):
 @pytest.mark.parametrize("holds,prepares", [([], True), (["manifest.json"], False), (["val_0.bin"], True),
                                             (["train_000000.bin", "progress.json"], True)])
 def test_what_is_prepared(recipes, tmp_path, holds, prepares):
-    """The kernel's sources, where no DATA is named: until they are complete. The preparation is a stand-in, in a copy of
-    the scripts: where it is called, the run ends with its status."""
+    """The kernel's sources, where no DATA is named: until they are complete. The preparation is a stand-in, in a copy
+    of the scripts: where it is called, the run ends with its status."""
     copy = tmp_path / "copy"
     shutil.copytree(ROOT / "scripts", copy / "scripts")
     default = copy / "data" / "linux_gpt2_all"
@@ -160,8 +162,8 @@ def test_slurm(recipes):
 @pytest.mark.parametrize("status,state,again", [(143, "RUNNING", True), (143, "COMPLETING", False), (143, "", False),
                                                 (1, "RUNNING", False), (137, "RUNNING", False)])
 def test_slurm_requeues_what_sigterm_stopped(recipes, status, state, again):
-    """128 + SIGTERM is the trainer's status after its checkpoint; an error or a killed rank is not tried again, and what
-    was cancelled is not either."""
+    """128 + SIGTERM is the trainer's status after its checkpoint; an error or a killed rank is not tried again, and
+    what was cancelled is not either."""
     done = recipes.run("slurm_98k.sbatch", STATUS=status, STATE=state or "UNKNOWN")
     assert done.returncode == status
     assert (recipes.calls / "scontrol").exists() == again
@@ -229,31 +231,27 @@ def free_ports():
 
 
 class Slurm:
-    def __init__(self, folder):
-        for name in ("deb", "root", "state", "spool"):
+    def __init__(self, folder, root):
+        for name in ("state", "spool"):
             (folder / name).mkdir()
-        got = subprocess.run(["apt-get", "-q", "download", *SLURM_PACKAGES], cwd=folder / "deb", capture_output=True,
-                             text=True)
-        if got.returncode:
-            pytest.skip("Debian's packages of Slurm cannot be had: " + got.stderr.strip()[-200:])
-        for package in (folder / "deb").iterdir():
-            subprocess.run(["dpkg-deb", "-x", package, folder / "root"], check=True)
-        library = next((folder / "root" / "usr" / "lib").glob("*/slurm-wlm"))
+        library = next((root / "usr" / "lib").glob("*/slurm-wlm"))
         self.folder, host, (port, next_port) = folder, socket.gethostname().split(".")[0], free_ports()
         (folder / "slurm.conf").write_text(SLURM_CONF.format(host=host, folder=folder, plugins=library, port=port,
                                                              next_port=next_port))
         self.env = dict(os.environ, SLURM_CONF=f"{folder}/slurm.conf", LD_LIBRARY_PATH=f"{library}:{library.parent}",
-                        PATH=f"{folder}/root/usr/bin:{folder}/root/usr/sbin:{os.environ['PATH']}", MPI="none",
+                        PATH=f"{root}/usr/bin:{root}/usr/sbin:{os.environ['PATH']}", MPI="none",
                         OMP_NUM_THREADS="1", TRAINER="./train_gpt_lighthouse_cpu", DATA=f"{folder}/data")
         self.daemons, self.log = [], open(folder / "daemons.log", "wb")
         for command in (["slurmctld-wlm", "-D", "-c"],
-                        ["slurmd-wlm", "-D", "-N", host, "-d", folder / "root/usr/sbin/slurmstepd-wlm"]):
+                        ["slurmd-wlm", "-D", "-N", host, "-d", root / "usr/sbin/slurmstepd-wlm"]):
             self.daemons.append(subprocess.Popen([shutil.which(command[0], path=self.env["PATH"]), *command[1:]],
                                                  env=self.env, stdout=self.log, stderr=self.log))
         self.until(lambda: "idle" in self.ask("sinfo", "-h", "-o", "%t"), "the node is idle")
 
     def ask(self, *command):
-        return subprocess.run(command, env=self.env, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        done = subprocess.run(command, env=self.env, cwd=ROOT, capture_output=True, text=True)
+        self.said = done.stderr.strip()
+        return done.stdout.strip()
 
     def until(self, holds, what, seconds=60):
         for _ in range(seconds * 4):
@@ -266,10 +264,11 @@ class Slurm:
         """The recipe with a tiny model, once it trains; its job and its log."""
         log = self.folder / (name + ".log")
         self.env["OUT"] = str(self.folder / name)
-        job = self.ask("sbatch", "--parsable", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "-o", log,
-                       *options, "scripts/slurm_98k.sbatch", "--model", "d6", "--depth", "2", "--channels", "32", "--heads",
-                       "2", "--seq-len", "256", "--steps", "400000", "--switch-step", "200000", "--warmup-steps", "10",
-                       "--val-data", "", "--checkpoint-every", "0")
+        job = self.ask("sbatch", "--parsable", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "-o",
+                       log, *options, "scripts/slurm_98k.sbatch", "--model", "d6", "--depth", "2", "--channels", "32",
+                       "--heads", "2", "--seq-len", "256", "--steps", "400000", "--switch-step", "200000",
+                       "--warmup-steps", "10", "--val-data", "", "--checkpoint-every", "0")
+        assert job.isdigit(), f"sbatch: {self.said}; {(self.folder / 'daemons.log').read_text()[-1000:]}"
         self.until(lambda: log.exists() and re.search("step +5/", log.read_text(errors="replace")), "the job trains")
         return job, log
 
@@ -288,14 +287,25 @@ class Slurm:
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
+def slurm_root(tmp_path_factory):
+    """The packages, unpacked without being installed."""
     if os.geteuid() or not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
         pytest.skip("a Slurm of one's own needs root and Debian's packages")
+    root, packages = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("deb")
+    got = subprocess.run(["apt-get", "-q", "download", *SLURM_PACKAGES], cwd=packages, capture_output=True, text=True)
+    if got.returncode:
+        pytest.skip("Debian's packages of Slurm cannot be had: " + got.stderr.strip()[-200:])
+    for package in packages.iterdir():
+        subprocess.run(["dpkg-deb", "-x", package, root], check=True)
+    return root
+
+
+@pytest.fixture
+def slurm(tmp_path, slurm_root):
     from test_trainer import write_shard
-    folder = tmp_path_factory.mktemp("slurm")
-    (folder / "data").mkdir()
-    write_shard(folder / "data" / "train_000000.bin", [i * i % 251 for i in range(100000)])
-    running = Slurm(folder)
+    (tmp_path / "data").mkdir()
+    write_shard(tmp_path / "data" / "train_000000.bin", [i * i % 251 for i in range(100000)])
+    running = Slurm(tmp_path, slurm_root)
     yield running
     running.end()
 
