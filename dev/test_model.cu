@@ -26,8 +26,10 @@ static void poison(void* p, size_t bytes) {  // NaN: whatever is read must have 
 }
 
 #ifdef CPU_BACKEND
+static const bool backend_is_cpu = true;
 static bool has_fp8() { return true; }
 #else
+static const bool backend_is_cpu = false;
 static bool has_fp8() {
     cudaDeviceProp device;
     cudaCheck(cudaGetDeviceProperties(&device, 0));
@@ -67,6 +69,32 @@ static void get_all_gradients(const Model* m, float* grads) {
     for (int t = 0; t < TENSORS; t++)
         for (int l = 0; l < (tensor_is_stacked(t) ? m->dims.L : 1); l++)
             copy_to_host(grads + m->file_offset[t] + l * layer_size(m, t), gradient(m, t, l), layer_size(m, t) * 4);
+}
+
+// FP8's gradients against the CPU's with FP8, tensor by tensor, which differ by bf16's rounding where it turns one of FP8: the CPU
+// program writes its beside the reference file, and the GPU program compares.
+static void fp8_twin(const Model* m, const char* reference, const float* grads, const char* name) {
+    char* path = text("%s.fp8", reference);
+    size_t bytes = m->parameters * sizeof(float);
+    int fd = open(path, backend_is_cpu ? O_WRONLY | O_CREAT | O_TRUNC : O_RDONLY, 0666);
+    if (backend_is_cpu) {
+        if (fd < 0 || !write_at(fd, grads, bytes, 0)) fatal("cannot write %s: %s", path, strerror(errno));
+    } else if (fd < 0) {
+        check(false, text("%s twin", name), text("%s is missing: make build/test_model && build/test_model %s", path, reference));
+    } else {
+        float* twin = (float*)host_alloc(bytes);
+        read_at(fd, twin, bytes, 0, path);
+        double worst = 0;
+        for (int t = 0; t < TENSORS; t++) {
+            double e = m->size[t] ? relative_error(grads + m->file_offset[t], twin + m->file_offset[t], m->size[t]) : 0;
+            if (!(e <= worst)) worst = e;
+            if (!(e < 0.1)) printf("     gradient of %s differs from the CPU's by %.1e\n", tensor_name[t], e);
+        }
+        check(worst < 0.1, text("%s twin", name), text("the worst tensor differs from the CPU's with FP8 by %.1e", worst));
+        free(twin);
+    }
+    if (fd >= 0) close(fd);
+    free(path);
 }
 
 static double loss_sum(const Model* m) {
@@ -169,6 +197,7 @@ static void test_file(const char* path) {
                 bool same = same_loss(loss, reference[1 + phase]) || fabs(loss - reference[1 + phase]) < loss_bound;
                 check((worst < bound || !compare_gradients) && same, text("%s gradients", name),
                       text("loss %.6f; the worst of %d tensors differs by %.1e", loss, m->dims.rope ? TENSORS - 1 : TENSORS, worst));
+                if (fp8 && phase == DENSE) fp8_twin(m, path, mine, name);
                 memcpy(first, mine, n * 4);
             } else {
                 check(!memcmp(first, mine, n * 4), text("%s recompute %.3g", name, (double)recompute / m->dims.L), "same bits as recompute 0");

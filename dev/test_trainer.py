@@ -1778,7 +1778,7 @@ def figures_agree(folder, out, processes=1):
     """The figures of a run's steps against each other and against the sizes: times, MFU, what is left, on screen and in logs."""
     config, steps = events(folder, "config")[0], events(folder, "step")
     tokens, model, T_ = config["tokens_per_step"], config["model"], config["options"]["seq-len"]
-    C, L = model["channels"], model["layers"]
+    C, L, walls = model["channels"], model["layers"], []
     for before, e in zip(steps, steps[1:]):
         letters = config["attention"] if e["phase"] == "first" else "D" * L
         squares = {"D": T_ * T_, "L": (config["lighthouse"] or {"slots": 0})["slots"] ** 2}
@@ -1789,7 +1789,8 @@ def figures_agree(folder, out, processes=1):
         assert e["mfu"] == pytest.approx(flops / (e["ms"] / 1e3) / config["measured_flops"] / processes, rel=0.01, abs=1e-4)
         assert e["train_s"] - before["train_s"] == pytest.approx(e["ms"] / 1e3, abs=1e-5)
         if not any(x["step"] == before["step"] for x in events(folder, "eval") + events(folder, "sample") + events(folder, "checkpoint")):
-            assert 0.99 * e["ms"] / 1e3 < e["wall_s"] - before["wall_s"] + 0.01 < e["ms"] / 1e3 + 0.5  # a busy machine
+            walls.append((e["wall_s"] - before["wall_s"]) / (e["ms"] / 1e3))
+    assert np.median(walls) == pytest.approx(1, abs=0.3), "a step's ms are its wall-clock"
     lines = re.findall(r"^step +(\d+)/\d+ \| loss ([\d.]+) \| norm ([\d.]+) \| lr (\S+) \| ([\d.]+) ms \| (\d+) tok/s \| mfu ([\d.]+)% \| (\w+) "
                        r"\| ETA ([\d:]+)", out, re.M)
     logged = re.findall(r"^s:(\d+) trl:([\d.]+) lr:([\d.]+) norm:([\d.]+) ms:([\d.]+) tps:(\d+) ph:(\w+)$", (folder / "main.log").read_text(), re.M)
