@@ -53,12 +53,12 @@ def refused(*args):
 @pytest.mark.parametrize("kind", ["bytes", "gpt2"])
 def test_a_model_that_copies_finds_all(tmp_path, capsys, kind):
     if kind == "bytes":
-        pieces, T = BYTES, 1024
+        pieces, T = BYTES, 512
     else:
         gpt2 = prepare.Gpt2Tokenizer(prepare.gpt2_ranks(str(ROOT / "data" / ".cache")))
         pieces, T = gpt2.token_bytes(), 300
     weights = induction_weights(len(pieces), T)
-    options = [*lab_of(tmp_path, pieces, weights, T), "--lengths", 150, T, "--trials", 3]
+    options = [*lab_of(tmp_path, pieces, weights, T), "--lengths", 150, T, "--trials", 2]
     out = found(tmp_path, *options)
     assert out["mean"] == 1 and [x["found"] for x in out["lengths"]] == [[1.0] * 5] * 2
     assert [x["digits"] for x in out["lengths"]] == [[1.0] * 5] * 2
