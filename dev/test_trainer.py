@@ -1830,7 +1830,7 @@ def test_figures(lab):
     assert went_on["train_s"] == pytest.approx(saved["train_s"] + went_on["ms"] / 1e3, abs=1e-4)
     assert saved["wall_s"] < went_on["wall_s"] < saved["wall_s"] + 30
     total = events(resumed, "total")[0]
-    assert total["phases"]["lighthouse"]["steps"] == 5 and total["train_s"] == pytest.approx(step_events(resumed)[-1]["train_s"], abs=1e-4)
+    assert total["phases"]["first"]["steps"] == 5 and total["train_s"] == pytest.approx(step_events(resumed)[-1]["train_s"], abs=1e-4)
 
 
 @pytest.mark.parametrize("switch", ["0", "0.5"])
