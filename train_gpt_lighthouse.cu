@@ -1,11 +1,11 @@
 /*
-Pretrains GPT-2-class models at contexts of 32K to 1M tokens with Lighthouse attention (arXiv 2605.06554), in plain C
-and CUDA.
+Pretrains GPT-2-class models at contexts of 32K to 1M tokens in plain C and CUDA: most steps with cheap attention, the
+last ones with dense attention in every layer.
 
-Most steps run Lighthouse attention: q, k and v are pooled into a pyramid, a parameter-free score picks a few thousand
-entries, ordinary causal SDPA runs on those, and the result is scattered back. At the switch step the run goes on with
-dense SDPA in every layer (the resumption) and ends in a plain dense checkpoint. train_gpt_dense.cu is the same program
-without Lighthouse, the baseline to compare with.
+In the first phase each layer's attention is dense, dense within windows, or Lighthouse (arXiv 2605.06554): q, k and v
+are pooled into a pyramid, a parameter-free score picks a few thousand entries, ordinary causal SDPA runs on those, and
+the result is scattered back. From the switch step on every layer is dense (the resumption), and the run ends in a plain
+dense checkpoint. train_gpt_dense.cu is the same program without the first phase, the baseline to compare with.
 
  1. configuration          the options, one table; the geometry of Lighthouse
  2. errors, files, memory  what every later section stands on; the device: a CPU or an NVIDIA GPU
@@ -18,6 +18,9 @@ without Lighthouse, the baseline to compare with.
  9. checkpoints            model files and whole run states
 10. evaluation, logs       validation, copying, sampling, main.log, log.jsonl
 11. main                   the loop
+
+To read it for the first time follow one training step, top down: train_step (11), model_micro_step, block_forward and
+block_backward (7), the operations they call (5, 6) or, easier, their CPU twins (dev/cpu_ops.h), then model_update (8).
 
 Letters: B batch, T tokens of a sequence, C channels, NH heads, D head size, V vocabulary, Vp V padded to 128, L layers,
 S slots of the gathered Lighthouse sequence, W processes that share each sequence (--cp), N = B T / W rows of one of
