@@ -31,6 +31,7 @@ Build with make; every program has --help.
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <fnmatch.h>
 #include <glob.h>
 #include <math.h>
 #include <sched.h>
@@ -1188,12 +1189,30 @@ static void find_shards(const char* pattern, glob_t* found) {
     free(folder); free(escaped);
 }
 
-// What lies beside a shard tells whether its data set is finished, and its tokenizer, which must be that of all shards.
-static void look_beside(Loader* d, const char* path) {
+// What lies beside a shard tells whether its data set is finished and whole, and its tokenizer, which must be that of
+// all shards.
+static void look_beside(Loader* d, const char* path, const char* pattern) {
     char *progress = file_beside(path, "progress.json"), *manifest = file_beside(path, "manifest.json");
     if (!access(progress, F_OK) && access(manifest, F_OK))
         fatal("%.*s is part of a data set: %s says that its preparation was interrupted; the same command of "
               "data/prepare.py goes on with it", folder_length(path), path, progress);
+    if (!access(manifest, R_OK)) {  // data/prepare.py's list of the shards
+        int fd = open_to_read(manifest);
+        int64_t size = file_size(fd, manifest);
+        char* file = (char*)host_alloc(size + 1);
+        read_at(fd, file, size, 0, manifest);
+        file[size] = 0;
+        close(fd);
+        for (char *at = file, *end; (at = strstr(at, "\"name\": \"")) && (end = strchr(at += 9, '"')); at = end + 1) {
+            *end = 0;
+            char* shard = file_beside(path, at);
+            if (!fnmatch(pattern + folder_length(pattern), at, 0) && access(shard, F_OK))
+                fatal("%s is not there, though %s names it: bring it back, or name the shards that you want with a "
+                      "pattern that leaves it out", shard, manifest);
+            free(shard);
+        }
+        free(file);
+    }
     char* name = file_beside(path, "tokenizer.bin");
     if (!access(name, R_OK)) {
         int fd = open_to_read(name);
@@ -1225,7 +1244,7 @@ static void loader_open(Loader* d, const char* pattern, int64_t T, bool shuffle,
         shard_open(s, text("%s", found.gl_pathv[i]));
         int folder = folder_length(s->path);
         if (i == 0 || folder != folder_length(s[-1].path) || strncmp(s->path, s[-1].path, folder))
-            look_beside(d, s->path);
+            look_beside(d, s->path, pattern);
         s->windows = s->tokens > 0 ? (s->tokens - 1) / T : 0;
         d->windows += s->windows;
         d->tokens += s->tokens;

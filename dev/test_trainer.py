@@ -1098,6 +1098,17 @@ def test_an_unfinished_data_set_is_refused(lab):
     lab.train("finished", train_data=path, val_data="", steps=1)
 
 
+def test_a_shard_that_the_manifest_names_is_missed(lab):
+    folder = lab.folder / "set"
+    folder.mkdir()
+    for name in ("train_000000.bin", "val_000000.bin"):
+        write_shard(folder / name, lab.data.tokens)
+    names = ["train_000000.bin", "train_000001.bin", "val_000000.bin"]
+    (folder / "manifest.json").write_text(json.dumps({"shards": [{"name": name, "tokens": 1} for name in names]}, indent=1))
+    lab.refused("train_000001.bin is not there", "manifest.json", train_data=folder / "train_*.bin", val_data="")
+    lab.train("others", train_data=folder / "train_000000.bin", val_data=folder / "val_*.bin", steps=1)
+
+
 def test_brackets_in_paths(lab):
     """A pattern that is an existing file is that file, and a folder that exists is that folder, whatever their names; the
     rest is a pattern."""
