@@ -51,7 +51,6 @@ Build with make; every program has --help.
 #include <unistd.h>
 #include <algorithm>
 #include <atomic>
-#include <functional>
 #include <initializer_list>
 #include <thread>
 #ifdef USE_MPI
@@ -428,6 +427,17 @@ static int64_t file_size(int fd, const char* path) {
     struct stat st;
     if (fstat(fd, &st)) fatal("%s: %s", path, strerror(errno));
     return st.st_size;
+}
+
+// A whole file with a zero behind it, to be freed.
+static char* read_file(const char* path, int64_t* size) {
+    int fd = open_to_read(path);
+    *size = file_size(fd, path);
+    char* file = (char*)host_alloc(*size + 1);
+    read_at(fd, file, *size, 0, path);
+    file[*size] = 0;
+    close(fd);
+    return file;
 }
 
 static void make_directories(const char* path) {
@@ -1197,12 +1207,8 @@ static void look_beside(Loader* d, const char* path, const char* pattern) {
         fatal("%.*s is part of a data set: %s says that its preparation was interrupted; the same command of "
               "data/prepare.py goes on with it", folder_length(path), path, progress);
     if (!access(manifest, R_OK)) {  // data/prepare.py's list of the shards
-        int fd = open_to_read(manifest);
-        int64_t size = file_size(fd, manifest);
-        char* file = (char*)host_alloc(size + 1);
-        read_at(fd, file, size, 0, manifest);
-        file[size] = 0;
-        close(fd);
+        int64_t size;
+        char* file = read_file(manifest, &size);
         for (char *at = file, *end; (at = strstr(at, "\"name\": \"")) && (end = strchr(at += 9, '"')); at = end + 1) {
             *end = 0;
             char* shard = file_beside(path, at);
@@ -1215,11 +1221,8 @@ static void look_beside(Loader* d, const char* path, const char* pattern) {
     }
     char* name = file_beside(path, "tokenizer.bin");
     if (!access(name, R_OK)) {
-        int fd = open_to_read(name);
-        int64_t size = file_size(fd, name);
-        int* file = (int*)host_alloc(std::max<int64_t>(size, 16));
-        read_at(fd, file, size, 0, name);
-        close(fd);
+        int64_t size;
+        int* file = (int*)read_file(name, &size);
         uint64_t sum = checksum(file, size);
         if (d->tokenizer_ids && sum != d->tokenizer)
             fatal("%s is not that of the other shards: data of different tokenizers cannot be mixed", name);
@@ -3781,7 +3784,9 @@ static float* gradient(const Model* m, int t, int l) { return m->grads + layer_o
 
 // This process's slice of group g: its elements, where it begins in params and grads, and where in master, m and v.
 static int64_t slice_size(const Model* m, int g) { return group_size(m, g) / procs.world; }
-static int64_t slice_begin(const Model* m, int g) { return group_begin(m, g) + procs.rank * slice_size(m, g); }
+static int64_t slice_begin(const Model* m, int g, int rank = procs.rank) {
+    return group_begin(m, g) + rank * slice_size(m, g);
+}
 static int64_t slice_owned(const Model* m, int g) { return group_begin(m, g) / procs.world; }
 
 static void model_layout(Model* m, Dims d) {
@@ -3831,7 +3836,7 @@ static Piece* own_pieces(const Model* m, int* count, int rank = procs.rank) {
     for (int t = 0; t < TENSORS; t++)
         for (int l = 0; l < (tensor_is_stacked(t) ? m->dims.L : 1); l++) {
             int g = tensor_is_stacked(t) ? 1 + l : 0;
-            int64_t begin = layer_offset(m, t, l), slice = group_begin(m, g) + rank * slice_size(m, g);
+            int64_t begin = layer_offset(m, t, l), slice = slice_begin(m, g, rank);
             int64_t first = std::max(begin, slice);
             int64_t last = std::min(begin + layer_size(m, t), slice + slice_size(m, g));
             if (first < last)
@@ -3900,9 +3905,6 @@ static int64_t window_at(const Model* m, int64_t step) {  // 0 where there is no
     while (i + 1 < m->windows && m->window_from[i + 1] <= step) i++;
     return m->window[i];
 }
-
-// Tokens of a sequence that such a layer attends over at once.
-static int64_t attention_span(Attention kind, Run r) { return kind == WINDOW ? r.window : r.T; }
 
 // Whether processes that share a sequence exchange tokens for heads round such a layer's attention: not where windows,
 // or a Lighthouse layer's tiles, lie whole on the processes.
@@ -4176,8 +4178,9 @@ static AttentionRows attention_rows(const Model* m, int l, Run r) {
     Attention kind = layer_attention(m, l, r.phase);
     bool exchange = exchanges_tokens(m, kind, r);
     int W = procs.cp, D = m->dims.C / m->dims.NH;
-    if (exchange) return {kind, true, r.T, attention_span(kind, r), 0, m->dims.NH / W, D};
-    return {kind, false, r.T / W, attention_span(kind, r), first_token(r), m->dims.NH, D};
+    int64_t span = kind == WINDOW ? r.window : r.T;
+    if (exchange) return {kind, true, r.T, span, 0, m->dims.NH / W, D};
+    return {kind, false, r.T / W, span, first_token(r), m->dims.NH, D};
 }
 
 // The forward pass of block l, from layer[l].x to x_next. With again, only what the backward pass needs and the
@@ -5276,11 +5279,8 @@ struct Tokenizer {
 static bool tokenizer_open(Tokenizer* k, const char* path, int V) {
     memset(k, 0, sizeof *k);
     if (access(path, R_OK)) return false;
-    int fd = open_to_read(path);
-    int64_t size = file_size(fd, path), at = 1024;
-    unsigned char* file = (unsigned char*)host_alloc(size < 1024 ? 1024 : size);
-    read_at(fd, file, size, 0, path);
-    close(fd);
+    int64_t size, at = 1024;
+    unsigned char* file = (unsigned char*)read_file(path, &size);
     int32_t* h = (int32_t*)file;
     if (size < 1024 || h[0] != 20240328 || h[1] != 2)
         fatal("%s is no tokenizer file: magic %d, version %d; expected 20240328, 2", path, size < 8 ? 0 : h[0],
@@ -6353,13 +6353,13 @@ static void write_sample(Trainer* t) {
 // Operations of steps [from, to), all of one phase.
 static double steps_flops(const Trainer* t, Phase phase, int64_t from, int64_t to) {
     const Model* m = &t->model;
+    int64_t T = t->config.seq_len, tokens = t->config.total_batch_size;
+    if (phase == DENSE_PHASE) return (to - from) * step_flops(m, phase, 0, T, tokens);
     double sum = 0;
-    for (int i = 0; i < std::max(m->windows, 1); i++) {  // of the dense phase the one turn counts
+    for (int i = 0; i < m->windows; i++) {
         int64_t begin = std::max(from, m->window_from[i]);
-        int64_t end = phase == FIRST_PHASE && i + 1 < m->windows ? std::min(to, m->window_from[i + 1]) : to;
-        if (phase == DENSE_PHASE) begin = i ? to : from;
-        if (begin < end)
-            sum += (end - begin) * step_flops(m, phase, m->window[i], t->config.seq_len, t->config.total_batch_size);
+        int64_t end = i + 1 < m->windows ? std::min(to, m->window_from[i + 1]) : to;
+        if (begin < end) sum += (end - begin) * step_flops(m, phase, m->window[i], T, tokens);
     }
     return sum;
 }

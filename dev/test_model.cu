@@ -168,15 +168,11 @@ static void test_file(const char* path) {
         check((error < BOUND || !compare) && same_loss(loss, reference[1 + phase]), text("%s %s forward", path, kind),
               text("loss %.6f, PyTorch %.6f; logits differ by %.1e", loss, reference[1 + phase], error));
         free(out);
-        for (int pass = 0; pass < sums * (1 + c.fp8); pass++) {  // every sum of levels, then again with FP8
-            int recompute = pass % sums;
-            bool fp8 = pass >= sums;
-            const char* name = text("%s %s%s", path, kind, fp8 ? " FP8" : "");
-            double bound = fp8 ? 0.3 : BOUND, loss_bound = fp8 ? 0.02 * reference[1 + phase] : 0;
-            Run r = {(int)B, T, (Phase)phase, m->window[0], true, recompute, fp8};
+        // A micro-step over rubbish in the activations; leaves its loss and, in mine, its gradients. With r.first the
+        // gradients are begun as a step begins them, over rubbish too.
+        auto micro_step = [&](Run r) {
             poison(m->arena.base, plan_part(&plan, "activations"));
             device_zero(m->grads, m->padded * 4);
-            r.first = recompute > 0;  // from the second pass on gradients are begun as a step begins them, over rubbish
             if (r.first) {
                 poison(m->grads, m->padded * 4);
                 begin_gradients(m);
@@ -185,6 +181,13 @@ static void test_file(const char* path) {
             model_micro_step(m, batch, r, 1.0f / N);
             loss = loss_sum(m) / N;
             get_all_gradients(m, mine);
+        };
+        for (int pass = 0; pass < sums * (1 + c.fp8); pass++) {  // every sum of levels, then again with FP8
+            int recompute = pass % sums;
+            bool fp8 = pass >= sums;
+            const char* name = text("%s %s%s", path, kind, fp8 ? " FP8" : "");
+            double bound = fp8 ? 0.3 : BOUND, loss_bound = fp8 ? 0.02 * reference[1 + phase] : 0;
+            micro_step({(int)B, T, (Phase)phase, m->window[0], true, recompute, fp8, recompute > 0});
             if (recompute == 0) {
                 double worst = 0;
                 bool compare_gradients = compare && !(fp8 && selects);
@@ -197,7 +200,7 @@ static void test_file(const char* path) {
                 bool same = same_loss(loss, reference[1 + phase]) || fabs(loss - reference[1 + phase]) < loss_bound;
                 check((worst < bound || !compare_gradients) && same, text("%s gradients", name),
                       text("loss %.6f; the worst of %d tensors differs by %.1e", loss, m->dims.rope ? TENSORS - 1 : TENSORS, worst));
-                if (fp8 && phase == DENSE) fp8_twin(m, path, mine, name);
+                if (fp8 && phase == DENSE_PHASE) fp8_twin(m, path, mine, name);
                 memcpy(first, mine, n * 4);
             } else {
                 check(!memcmp(first, mine, n * 4), text("%s recompute %.3g", name, (double)recompute / m->dims.L), "same bits as recompute 0");
@@ -206,13 +209,7 @@ static void test_file(const char* path) {
         // The head in chunks of 128 rows, whose gradients add up; above it had all rows in one.
         int64_t usual = head_chunk_bytes;
         head_chunk_bytes = 1;
-        Run r = {(int)B, T, (Phase)phase, m->window[0], true, 0, false, true};
-        poison(m->grads, m->padded * 4);
-        begin_gradients(m);
-        device_zero(m->sums, 2 * sizeof(double));
-        model_micro_step(m, batch, r, 1.0f / N);
-        loss = loss_sum(m) / N;
-        get_all_gradients(m, mine);
+        micro_step({(int)B, T, (Phase)phase, m->window[0], true, 0, false, true});
         error = relative_error(mine, grads[phase], m->size[WTE]);
         check(head_rows(m, N) < N && same_loss(loss, reference[1 + phase]) && (error < BOUND || !compare),
               text("%s %s head in %lld chunks", path, kind, (long long)ceil_div(N, head_rows(m, N))),
