@@ -958,13 +958,12 @@ def run_list(o, parser, arguments, begin):
         return 0
     device = prepare(o)
     failed = 0
-    for i, run in enumerate(todo):
+    for run in todo:
         run.backend = o.backend
         try:
             run_and_record(run, device, begin + o.limit)
         except OutOfTime as error:
-            note(f"{error}; {len(todo) - i} runs are left for another call")
-            break
+            note(f"{error}: left for another call")  # a later one may be short enough
         except Exception as error:
             note(f"FAILED {name_of(run)}: {type(error).__name__}: {error}")
             failed += 1
