@@ -677,16 +677,19 @@ static void test_sdpa_samples(int64_t T, int H, int D, bool deterministic) {
         for (double& x : score) sum += x = exp(x - top);
         for (int64_t j = 0; j <= t; j++) dot += (score[j] /= sum) * dweight[j];
         worst = fmax(worst, fabs(top + log(sum) - stats[h * T + t]));
-        #pragma omp parallel for ordered
+        Floats o(D), g(D);
+        #pragma omp parallel for
         for (int64_t d = 0; d < D; d++) {
-            double o = 0, g = 0;
+            double o_sum = 0, g_sum = 0;
             for (int64_t j = 0; j <= t; j++) {
-                o += score[j] * value(j, 2, h, d);
-                g += score[j] * (dweight[j] - dot) * value(j, 1, h, d);
+                o_sum += score[j] * value(j, 2, h, d);
+                g_sum += score[j] * (dweight[j] - dot) * value(j, 1, h, d);
             }
-            #pragma omp ordered
-            { out.push_back(o); dq.push_back(g * scale); }
+            o[d] = o_sum;
+            g[d] = g_sum * scale;
         }
+        out.insert(out.end(), o.begin(), o.end());
+        dq.insert(dq.end(), g.begin(), g.end());
         Floats x = to_host<float>(d_out + t * C + h * D, D), y = to_host<float>(d_dqkv + t * 3 * C + h * D, D);
         got_out.insert(got_out.end(), x.begin(), x.end());
         got_dq.insert(got_dq.end(), y.begin(), y.end());
@@ -868,6 +871,11 @@ int main(int argc, char** argv) {
         for (int i = 1; i < argc; i++) if (!strcmp(argv[i], part)) return true;
         return argc == 1;
     };
+    double began = seconds();
+    auto took = [&](const char* part) {
+        printf("     %s: %.0f s\n", part, seconds() - began);
+        began = seconds();
+    };
     device_open(0);
     op_scratch_bytes = column_sums_scratch_bytes(3 * 36 * 128);  // of the widest case
     op_scratch = (char*)device_alloc(op_scratch_bytes);
@@ -899,6 +907,7 @@ int main(int argc, char** argv) {
         for (const Case& c : cases) test_ops(c, seed += 10);
         for (const Case& c : cases)
             for (int W : {2, 4}) if (c.topk / c.tile % W == 0) test_parts(c, W, seed += 10);
+        took("ops");
     }
     if (wanted("sdpa")) {
         test_sdpa(2, 65, 2, 64, false, false, 1);
@@ -909,6 +918,7 @@ int main(int argc, char** argv) {
         test_windows(2, 1024, 256, 4, 64, 6);
         test_windows(2, 1000, 384, 2, 128, 7);  // the last window of a sequence is shorter
         test_windows(1, 4160, 1024, 3, 128, 8);
+        took("sdpa");
     }
     if (wanted("vectors")) {
         test_vectors("dev/vectors/a_n1024_l2_p4_k128.bin");
@@ -916,8 +926,10 @@ int main(int argc, char** argv) {
     }
     if (wanted("million") && large) {
         test_million();
+        took("million");
         if (IS_BF16) test_sdpa_samples(1 << 20, 8, 128, false);
         if (IS_BF16) test_sdpa_samples(32768, 4, 128, true);
+        took("sdpa, sampled");
     }
     if ((wanted("times") || wanted("kernels")) && large && IS_BF16) {
         bool dense = wanted("times"), json = argc > 1 && wanted("json");
