@@ -167,9 +167,10 @@ static const Option options[] = {
      "skip the update when the loss lies this many standard deviations above its last 128 values; 0: never"},
     {"skip-grad-z", "sg", OPT_REAL, AT(skip_grad_z), "0", 0, 1e9, "the same for the gradient norm"},
 #ifndef DENSE_ONLY
-    {"attention", "", OPT_TEXT, AT(attention), "paper", 0, 0,
+    {"attention", "", OPT_TEXT, AT(attention), "windows", 0, 0,
      "[attention] of the layers up to the switch, a letter each, repeated to the depth: D dense, W window, L "
-     "Lighthouse; or paper: L, with two dense layers at each end, one below 12 layers, none below 3"},
+     "Lighthouse; or windows: W, but every eighth layer dense, below eight layers the last; or paper: L, but two dense "
+     "layers at each end, one below 12 layers, none below 3"},
     {"window", "", OPT_TEXT, AT(window), "1024", 0, 0,
      "tokens of a window; growing: 1024,4096:0.3,16384:0.5 takes 4096 from 0.3 of the steps on (or from a step on)"},
     {"levels", "", OPT_INT, AT(levels), "3", 2, 8, "Lighthouse: levels of the pyramid, the tokens included"},
@@ -177,7 +178,7 @@ static const Option options[] = {
     {"topk", "", OPT_INT, AT(topk), "0", 0, 1e9, "entries expanded per level; 0: about seq-len/64"},
     {"tile", "", OPT_INT, AT(tile), "0", 0, 4096,
      "entries each tile expands per level; 0: 128, less for short sequences, topk where it is no multiple of 128"},
-    {"switch-step", "", OPT_TEXT, AT(switch_step), "0.625", 0, 0,
+    {"switch-step", "", OPT_TEXT, AT(switch_step), "0.75", 0, 0,
      "steps before the dense ones: a number, or with a point a share of all steps (0: dense throughout; 1.0: never)"},
 #endif
     {"val-every", "v", OPT_INT, AT(val_every), "250", 0, 1e12,
@@ -5715,13 +5716,14 @@ static int64_t parse_step(const char* option, const char* value, const char* s, 
 // The letters of --attention, one a layer.
 static void choose_attention(Model* m, const char* s) {
     int L = m->dims.L, letters = (int)strlen(s), ends = L >= 12 ? 2 : L >= 3 ? 1 : 0;
-    bool paper = !strcmp(s, "paper");
-    if (!paper && (!letters || letters > L || strspn(s, attention_letters) < strlen(s)))
-        fatal("--attention is \"%s\"; it must be paper, or 1 to %d letters D (dense), W (window), L (Lighthouse)", s,
-              L);
+    bool paper = !strcmp(s, "paper"), windows = !strcmp(s, "windows");
+    if (!paper && !windows && (!letters || letters > L || strspn(s, attention_letters) < strlen(s)))
+        fatal("--attention is \"%s\"; it must be windows, paper, or 1 to %d letters D (dense), W (window), L "
+              "(Lighthouse)", s, L);
     for (int l = 0; l < L; l++) {
         m->attention[l] = paper ? (l >= ends && l < L - ends ? LIGHTHOUSE : DENSE)
-                                : (Attention)(strchr(attention_letters, s[l % letters]) - attention_letters);
+                        : windows ? ((l + 1) % std::min(L, 8) ? WINDOW : DENSE)
+                        : (Attention)(strchr(attention_letters, s[l % letters]) - attention_letters);
         m->pattern[l] = attention_letters[m->attention[l]];
         m->uses[m->attention[l]] = true;
     }
@@ -5916,6 +5918,9 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
         }
         say("            steps %ld to %ld: dense in every layer%s\n", t->switch_step, t->steps - 1,
             t->switch_step == t->steps ? ": none" : "");
+        for (const char* name : {"window", "levels", "pool", "topk", "tile"})
+            if (given(name) && !m->uses[strcmp(name, "window") ? LIGHTHOUSE : WINDOW])
+                say("note: --%s is given, and no layer of --attention %s has it\n", name, c->attention);
     } else say("attention   dense throughout\n");
     double step_tokens = (double)c->total_batch_size;
     for (int i = 0; i < m->windows; i++)

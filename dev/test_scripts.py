@@ -1548,7 +1548,7 @@ def test_longest_context_is_the_last_that_fits():
     assert list(found) == ["8 GiB", "16 GiB |"] and 0 < 1.8 * found["8 GiB"] < found["16 GiB |"]
     kept = table("8", "--", "--recompute", "0")
     assert kept["8 GiB |"] < found["8 GiB"]
-    wrong = subprocess.run([*script, "8", "--", "--pool", "3"], capture_output=True, text=True)
+    wrong = subprocess.run([*script, "8", "--", "--attention", "L", "--pool", "3"], capture_output=True, text=True)
     assert wrong.returncode == 1 and wrong.stderr.startswith("longest_context: ") and "pool" in wrong.stderr
 
 

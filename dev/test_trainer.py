@@ -80,7 +80,7 @@ class Lab:
     def command(self, out, program="lighthouse", **options):
         every = dict(TINY, train_data=self.data.small)
         if program == "lighthouse":
-            every.update(GEOMETRY)
+            every.update(GEOMETRY, attention="paper")
         every.update(out_dir=self.folder / out, **options)
         return [self.programs[program]] + arguments({k: v for k, v in every.items() if v is not None})
 
@@ -527,7 +527,7 @@ def test_a_resume_with_other_options_says_so(lab):
         copy = shutil.copytree(folder, lab.folder / f"{folder.name}_{len(list(lab.folder.iterdir()))}")
         result = lab.run(copy.name, resume=1, **options)
         assert result.code == 0, result.err
-        return re.findall(r"^note: (.*)$", result.out, re.M)
+        return re.findall(r"^note: (.* was .*)$", result.out, re.M)
 
     options = dict(steps=4, switch_step=2, learning_rate=6e-4, beta2=0.99, lr_schedule="wsd")
     folder = lab.train("run", **options)
@@ -536,8 +536,8 @@ def test_a_resume_with_other_options_says_so(lab):
     assert notes(folder, steps=4, switch_step=2, lr_schedule="wsd", tile=2 * GEOMETRY["tile"]) == [
         "--learning-rate was 0.0006 up to here and is 0.0003 from now on", "--beta2 was 0.99 up to here and is 0.95 from now on",
         f"--tile was {GEOMETRY['tile']} up to here and is {2 * GEOMETRY['tile']} from now on"]
-    folder = lab.train("long", **options, window="0" * 1200 + "64")
-    assert notes(folder, **options, window="64") == []
+    folder = lab.train("long", **options, attention="W", window="0" * 1200 + "64")
+    assert notes(folder, **options, attention="W", window="64") == []
     assert notes(folder, **dict(options, beta2=0.9), window="64") == ["--beta2 was 0.99 up to here and is 0.9 from now on"]
 
 
@@ -1383,11 +1383,17 @@ def test_attention(lab):
     assert pattern("L", 3) == "LLL" and pattern("DW", 5) == "DWDWD" and pattern("WLD", 3) == "WLD" and pattern("W", 2) == "WW"
     assert pattern("paper", 1) == "L" and pattern("paper", 2) == "LL" and pattern("paper", 3) == "DLD"
     assert pattern("paper", 11) == "D" + 9 * "L" + "D" and pattern("paper", 12) == "DD" + 8 * "L" + "DD"
+    assert pattern("windows", 1) == "D" and pattern("windows", 3) == "WWD" and pattern("windows", 7) == "WWWWWWD"
+    assert pattern(None, 8) == "WWWWWWWD" and pattern("windows", 17) == 2 * "WWWWWWWD" + "W"
     assert pattern("D", 3) == "DDD"  # a dense run, and it says so
     assert "dense throughout" in execute(lab.command("x", attention="DDD") + ["--dry-run"]).out
     assert execute(lab.command("out", pool=3, attention="W") + ["--dry-run"]).code == 0  # no rule of Lighthouse's for windows
+    notes = lambda **options: re.findall("note: (--.*)", execute(lab.command("x", **options) + ["--dry-run"]).out)
+    assert notes(attention="windows", tile=None, levels=None, window=16) == [
+        f"--{name} is given, and no layer of --attention windows has it" for name in ("pool", "topk")]
+    assert notes(window=16) == ["--window is given, and no layer of --attention paper has it"] and notes() == []
     for value in ["", "l", "DLX", "LLLL", "D,L", "0,1", "none", "Paper", "D L"]:
-        lab.refused(f'--attention is "{value}"; it must be paper, or 1 to 3 letters D (dense), W (window), L (Lighthouse)',
+        lab.refused(f'--attention is "{value}"; it must be windows, paper, or 1 to 3 letters D (dense), W (window), L (Lighthouse)',
                     attention=value)
 
 
