@@ -860,7 +860,7 @@ static void time_case(const Case& c, int runs, int dense_runs, bool json = false
                "\"around_ms\":%.4f,\"around_bytes\":%.0f,\"slots_ms\":%.4f,\"ms\":[%.4f,%.4f,%.4f],\"window_1024_ms\":%.4f,\"window_4096_ms\":%.4f,"
                "\"dense_ms\":%s}\n",
                T, H, D, c.levels, c.pool, c.topk, S, copy_gbs, around, bytes, forward + backward, whole_fastest, whole,
-               whole_slowest, windows[0], windows[1], dense_runs ? json_number(dense_forward + dense_backward).s : "null");
+               whole_slowest, windows[0], windows[1], dense_runs ? json_number(dense_forward + dense_backward).c_str() : "null");
         fflush(stdout);
     }
     free_device_arrays();

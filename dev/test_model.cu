@@ -41,8 +41,8 @@ static bool same_loss(double mine, double reference) {
     return fabs(mine - reference) < (sizeof(floatX) == 4 ? BOUND : 0.01) * reference;
 }
 
-static void check(bool ok, const char* name, const char* figures) {
-    printf("%s %s: %s\n", ok ? "ok  " : "FAIL", name, figures);
+static void check(bool ok, const std::string& name, const std::string& figures) {
+    printf("%s %s: %s\n", ok ? "ok  " : "FAIL", name.c_str(), figures.c_str());
     ok ? passed++ : failed++;
 }
 
@@ -75,7 +75,8 @@ static void get_all_gradients(const Model* m, float* grads) {
 // program writes its beside the reference file, and the GPU program compares. A matrix's gradient averages over all rows; of
 // wpe's each row has B terms, and a vector's cancel (up to 0.19 and 0.12 on an H100, matrices below 0.1).
 static void fp8_twin(const Model* m, const char* reference, const float* grads, const char* name) {
-    char* path = text("%s.fp8", reference);
+    std::string twin_path = text("%s.fp8", reference);
+    const char* path = twin_path.c_str();
     size_t bytes = m->parameters * sizeof(float);
     int fd = open(path, backend_is_cpu ? O_WRONLY | O_CREAT | O_TRUNC : O_RDONLY, 0666);
     if (backend_is_cpu) {
@@ -97,7 +98,6 @@ static void fp8_twin(const Model* m, const char* reference, const float* grads, 
         free(twin);
     }
     if (fd >= 0) close(fd);
-    free(path);
 }
 
 static double loss_sum(const Model* m) {
@@ -188,7 +188,8 @@ static void test_file(const char* path) {
         for (int pass = 0; pass < sums * (1 + c.fp8); pass++) {  // every sum of levels, then again with FP8
             int recompute = pass % sums;
             bool fp8 = pass >= sums;
-            const char* name = text("%s %s%s", path, kind, fp8 ? " FP8" : "");
+            std::string twin = text("%s %s%s", path, kind, fp8 ? " FP8" : "");
+            const char* name = twin.c_str();
             double bound = fp8 ? 0.3 : BOUND, loss_bound = fp8 ? 0.02 * reference[1 + phase] : 0;
             micro_step({(int)B, T, (Phase)phase, m->window[0], true, recompute, fp8, recompute > 0});
             if (recompute == 0) {

@@ -136,12 +136,6 @@ struct Test {
     }
 };
 
-template <typename... Args> static std::string text(const char* format, Args... args) {
-    char line[512];
-    snprintf(line, sizeof(line), format, args...);
-    return line;
-}
-
 // ---- small operations -----------------------------------------------------------------------------------------
 // In each test run(0.0) calls the double operations and run(0.0f) those in fp32.
 
