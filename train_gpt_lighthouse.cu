@@ -114,7 +114,7 @@ struct Option {
     size_t offset;
     const char* fallback;  // the default, as it would be typed
     double min, max;       // bounds of the numbers, both included
-    const char* help;      // a line that starts a new group begins with "[group] "
+    const char* help;      // under a heading, which the first option below it has in brackets before its own help
 };
 
 static const int64_t MAX_SEQ_LEN = 1 << 30;
@@ -332,6 +332,7 @@ __attribute__((format(printf, 1, 2))) static std::string text(const char* format
     exit(1);
 }
 #define fatal(...) end_with(text(__VA_ARGS__))
+static void end_if(const std::string& why) { if (why != "") end_with(why); }
 
 static void* host_alloc(size_t bytes) {
     void* p = malloc(bytes ? bytes : 1);
@@ -386,8 +387,7 @@ static std::string try_read_at(int fd, void* buffer, size_t bytes, int64_t offse
 }
 
 static void read_at(int fd, void* buffer, size_t bytes, int64_t offset, const char* path) {
-    std::string why = try_read_at(fd, buffer, bytes, offset, path);
-    if (why != "") end_with(why);
+    end_if(try_read_at(fd, buffer, bytes, offset, path));
 }
 
 // Returns false with errno set, so that a half-written file can be removed before the message.
@@ -915,31 +915,31 @@ static void check_devices() {
                   rank, process_names[rank].host);
 }
 
-// Starts each of the rows of x (rows, n) being summed over all processes, rank r's piece r of n / world of a row for
-// itself: after collectives_join() these pieces hold the sums, the rest of x nothing of use. x is on the device; n is a
+// Starts each of the rows of x (rows, n) being summed over all processes, rank r's share r of n / world of a row for
+// itself: after collectives_join() these shares hold the sums, the rest of x nothing of use. x is on the device; n is a
 // multiple of world.
 static void reduce_scatter_start(float* x, int rows, int64_t n) {
     if (!procs.connected) return;
     cudaCheck(cudaEventRecord(collective_event, main_stream));
     cudaCheck(cudaStreamWaitEvent(collective_stream, collective_event));
-    int64_t piece = n / procs.world;
+    int64_t share = n / procs.world;
     cudaCheck(ncclGroupStart());
     for (int row = 0; row < rows; row++, x += n)
-        cudaCheck(ncclReduceScatter(x, x + procs.rank * piece, piece, ncclFloat32, ncclSum, nccl_world,
+        cudaCheck(ncclReduceScatter(x, x + procs.rank * share, share, ncclFloat32, ncclSum, nccl_world,
                                     collective_stream));
     cudaCheck(ncclGroupEnd());
 }
 
-// Starts the pieces of each of the rows of x (rows, bytes) being gathered: rank r's piece r of bytes / world of a row
+// Starts the shares of each of the rows of x (rows, bytes) being gathered: rank r's share r of bytes / world of a row
 // is sent to all. x is on the device.
 static void all_gather_start(void* x, int rows, int64_t bytes) {
     if (!procs.connected) return;
     cudaCheck(cudaEventRecord(collective_event, main_stream));
     cudaCheck(cudaStreamWaitEvent(collective_stream, collective_event));
-    int64_t piece = bytes / procs.world;
+    int64_t share = bytes / procs.world;
     cudaCheck(ncclGroupStart());
     for (char* row = (char*)x; rows > 0; rows--, row += bytes)
-        cudaCheck(ncclAllGather(row + procs.rank * piece, row, piece, ncclInt8, nccl_world, collective_stream));
+        cudaCheck(ncclAllGather(row + procs.rank * share, row, share, ncclInt8, nccl_world, collective_stream));
     cudaCheck(ncclGroupEnd());
 }
 
@@ -950,7 +950,7 @@ static void collectives_join() {
     cudaCheck(cudaStreamWaitEvent(main_stream, collective_event));
 }
 
-// Piece p of send goes to cp rank p, piece p of recv comes from it: recv, send (cp, bytes_per_peer) on the device, not
+// Share p of send goes to cp rank p, share p of recv comes from it: recv, send (cp, bytes_per_peer) on the device, not
 // the same memory. On main_stream.
 static void all_to_all(void* recv, const void* send, int64_t bytes_per_peer) {
     cudaCheck(ncclGroupStart());
@@ -4693,16 +4693,14 @@ static std::string body_read(const Model* m, const ModelFile* f, int sections, b
 // Reads the weights of a model file or checkpoint; unless keep, only checks them.
 static std::string weights_read(const Model* m, const char* path, bool keep) {
     ModelFile f;
-    std::string why = model_file_open(&f, path);
-    if (why != "") end_with(why);
-    why = body_read(m, &f, 1, keep);
+    end_if(model_file_open(&f, path));
+    std::string why = body_read(m, &f, 1, keep);
     close(f.fd);
     return why;
 }
 
 static void model_load(Model* m, const char* path) {
-    std::string why = weights_read(m, path, true);
-    if (why != "") end_with(why);
+    end_if(weights_read(m, path, true));
     gather_all_params(m);
 }
 
@@ -5152,13 +5150,13 @@ static int draw_token(const float* logits /*(V)*/, float* sorted, int V, int64_t
     std::nth_element(sorted, sorted + nth - 1, sorted + V, std::greater<float>());
     float threshold = sorted[nth - 1];
     double largest = *std::max_element(logits, logits + V), sum = 0;
-    for (int v = 0; v < V; v++) sum += logits[v] >= threshold ? exp((logits[v] - largest) / temperature) : 0;
-    int next = 0;
+    auto share = [&](int v) { return logits[v] >= threshold ? exp((logits[v] - largest) / temperature) : 0; };
+    for (int v = 0; v < V; v++) sum += share(v);
     double draw = chance * sum;
+    int next = 0;
     for (int v = 0; v < V && draw >= 0; v++) {
-        if (!(logits[v] >= threshold)) continue;
-        draw -= exp((logits[v] - largest) / temperature);
-        next = v;
+        draw -= share(v);
+        if (logits[v] >= threshold) next = v;
     }
     return next;
 }
@@ -5241,7 +5239,7 @@ static std::string duration(double seconds) {
 // ===================================================================================================================
 // 11. Main: options, set-up, the loop.
 
-// The help of an option, less the [group] that it may begin with.
+// The help of an option, less the [heading] that it may begin with.
 static const char* option_help(const Option* o) { return *o->help == '[' ? strchr(o->help, ']') + 2 : o->help; }
 
 static void print_help(const char* program) {
@@ -5374,8 +5372,7 @@ static Dims choose_dims(const Config* c, const Loader* train) {
         if (access(c->model, R_OK))
             fatal("--model is \"%s\": neither a readable file nor one of d6, d12, d24, d36, d48, d60, lh30", c->model);
         ModelFile f;
-        std::string why = model_file_open(&f, c->model);
-        if (why != "") end_with(why);
+        end_if(model_file_open(&f, c->model));
         d = f.dims;
         close(f.fd);
         if (c->depth || c->channels || c->heads || c->vocab_size)
@@ -5601,14 +5598,8 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
         if (m->uses[LIGHTHOUSE] && procs.cp > 1) {
             say("            such a layer exchanges %s between the %d that share a sequence",
                 m->exchange_slots ? "slots" : "tokens", procs.cp);
-            if (!m->exchange_slots && s->S < s->T) {
-                LighthouseShape own;
-                int tile = s->tile / 2;
-                while (tile > 0 && !can_exchange_slots(m, tile, &own)) tile /= 2;
-                say(", since they cannot share the tiles (--topk / --tile) evenly");
-                if (tile > 0) say("; with --tile %d it would be slots, which are fewer", tile);
-            }
-            say("\n");
+            say(m->exchange_slots || s->S >= s->T ? "\n" : ", since they cannot share the tiles (--topk / --tile) "
+                "evenly: slots are fewer\n");
         }
         say("            steps %ld to %ld: dense in every layer%s\n", t->switch_step, t->steps - 1,
             t->switch_step == t->steps ? ": none" : "");
