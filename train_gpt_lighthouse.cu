@@ -229,39 +229,38 @@ struct LighthouseShape {
     int64_t tile_slots;              // S / tiles
 };
 
-// Fills s and checks the rules of validity. Returns false and a sentence in why, naming the rule that failed.
-static bool lighthouse_shape(LighthouseShape* s, int64_t T, int H, int D, int levels, int pool, int topk, int tile,
-                             char* why, size_t why_size) {
-    #define REFUSE(...) do { snprintf(why, why_size, __VA_ARGS__); return false; } while (0)
+__attribute__((format(printf, 1, 2))) static std::string text(const char* format, ...);  // section 2
+
+// Fills s and checks the rules of validity. Returns "" or a sentence that names the rule that failed.
+static std::string lighthouse_shape(LighthouseShape* s, int64_t T, int H, int D, int levels, int pool, int topk,
+                                    int tile) {
     memset(s, 0, sizeof(*s));
-    if (levels < 2 || levels > LH_MAX_LEVELS) REFUSE("levels is %d; it must be 2 to %d", levels, LH_MAX_LEVELS);
-    if (pool < 2 || (pool & (pool - 1))) REFUSE("pool is %d; it must be a power of 2, at least 2", pool);
+    if (levels < 2 || levels > LH_MAX_LEVELS) return text("levels is %d; it must be 2 to %d", levels, LH_MAX_LEVELS);
+    if (pool < 2 || (pool & (pool - 1))) return text("pool is %d; it must be a power of 2, at least 2", pool);
     if (tile < 4 || tile % 2 || pool > tile / 2)
-        REFUSE("tile is %d; it must be even and at least twice pool (%d)", tile, pool);
+        return text("tile is %d; it must be even and at least twice pool (%d)", tile, pool);
     if (topk < tile || topk % tile)
-        REFUSE("topk is %d; it must be a positive multiple of tile (%d): try %d", topk, tile,
-               topk < tile ? tile : topk / tile * tile);
+        return text("topk is %d; it must be a positive multiple of tile (%d): try %d", topk, tile,
+                    topk < tile ? tile : topk / tile * tile);
     int tiles = topk / tile;
     double exact = pow(pool, levels - 1);  // tokens under one coarsest entry
     if (exact * tiles > 1e15)
-        REFUSE("pool^(levels-1) * topk/tile = %.3g is more than any length: lower levels or pool", exact * tiles);
+        return text("pool^(levels-1) * topk/tile = %.3g is more than any length: lower levels or pool", exact * tiles);
     int64_t coarse = (int64_t)exact, unit = coarse * tiles, least = unit * tile;  // T: a multiple of unit, >= least
     if (T % unit) {
         int64_t below = T / unit * unit, above = std::max(below + unit, least);
-        char lengths[96] = "";
-        if (below >= least && above <= MAX_SEQ_LEN)
-            snprintf(lengths, sizeof lengths, ": the nearest lengths are %ld and %ld", below, above);
+        std::string why = text("T = %ld is not divisible by pool^(levels-1) * topk/tile = %ld", T, unit);
+        if (below >= least && above <= MAX_SEQ_LEN) why += text(": the nearest lengths are %ld and %ld", below, above);
         else if (below >= least || above <= MAX_SEQ_LEN)
-            snprintf(lengths, sizeof lengths, ": the nearest length is %ld", below >= least ? below : above);
-        REFUSE("T = %ld is not divisible by pool^(levels-1) * topk/tile = %ld%s", T, unit, lengths);
+            why += text(": the nearest length is %ld", below >= least ? below : above);
+        return why;
     }
     if (T < least) {
         int64_t entries = T / coarse, most = entries / tile;  // tiles that have enough; they must divide entries too
         while (most > 0 && entries % most) most--;
-        REFUSE("T = %ld has %ld coarsest entries, fewer than topk = %d: lower topk%s to at most %ld, or levels or pool",
-               T, entries, topk, most > 0 ? "" : " and tile", most > 0 ? most * tile : entries);
+        return text("T = %ld has %ld coarsest entries, fewer than topk = %d: lower topk%s to at most %ld, or levels or "
+                    "pool", T, entries, topk, most > 0 ? "" : " and tile", most > 0 ? most * tile : entries);
     }
-    #undef REFUSE
     s->T = T; s->H = H; s->D = D;
     s->levels = levels; s->pool = pool; s->topk = topk; s->tile = tile;
     s->tiles = tiles;
@@ -270,30 +269,25 @@ static bool lighthouse_shape(LighthouseShape* s, int64_t T, int H, int D, int le
     for (int l = 0; l < levels; l++) s->off[l + 1] = s->off[l] + s->n[l];
     s->S = s->n[levels - 1] + (int64_t)(levels - 1) * pool * topk;
     s->tile_slots = s->S / tiles;
-    return true;
+    return "";
 }
 
 // Settings the user left at 0 are chosen from T: a tile of 128 or, for short sequences, the largest power of two that
 // T/64 reaches; then the valid multiple of it that is nearest to T/64. The paper's T = 98304 gives its k = 1536.
-static bool lighthouse_defaults(LighthouseShape* s, const Config* c, int H, int D, char* why, size_t why_size) {
+static std::string lighthouse_defaults(LighthouseShape* s, const Config* c, int H, int D) {
     int64_t want = c->seq_len / 64, tile = c->tile;
     if (tile == 0) {
         tile = c->topk ? (c->topk % 128 == 0 ? 128 : c->topk) : 128;
         if (!c->topk) while (tile > want && tile > 2 * c->pool) tile /= 2;
-        if (c->topk && (tile < 4 || tile % 2 || tile < 2 * c->pool)) {  // what was given is topk
-            snprintf(why, why_size, "topk is %ld; it must be even and at least twice pool (%ld), and at least 4",
-                     c->topk, c->pool);
-            return false;
-        }
+        if (c->topk && (tile < 4 || tile % 2 || tile < 2 * c->pool))  // what was given is topk
+            return text("topk is %ld; it must be even and at least twice pool (%ld), and at least 4", c->topk, c->pool);
     }
-    auto shape = [&](int64_t topk) {
-        return lighthouse_shape(s, c->seq_len, H, D, c->levels, c->pool, topk, tile, why, why_size);
-    };
+    auto shape = [&](int64_t topk) { return lighthouse_shape(s, c->seq_len, H, D, c->levels, c->pool, topk, tile); };
     if (c->topk) return shape(c->topk);
     int64_t nearest = (want + tile / 2) / tile;
     for (int64_t d = 0; d <= nearest; d++) {
-        if (nearest - d >= 1 && shape((nearest - d) * tile)) return true;
-        if (shape((nearest + d) * tile)) return true;
+        if (nearest - d >= 1 && shape((nearest - d) * tile) == "") return "";
+        if (shape((nearest + d) * tile) == "") return "";
     }
     return shape(tile);
 }
@@ -314,7 +308,7 @@ static bool waits_for_others;   // there are other processes
 static char process_name[32];   // "rank 3: " before errors, or empty if there is but one process
 
 // What printf would print; the compiler checks the arguments. An int64_t is a long on 64-bit Linux: %ld.
-__attribute__((format(printf, 1, 2))) static std::string text(const char* format, ...) {
+static std::string text(const char* format, ...) {
     va_list args;
     va_start(args, format);
     char* printed = NULL;
@@ -339,7 +333,6 @@ static void* host_alloc(size_t bytes) {
     if (!p) fatal("out of host memory: %zu bytes were asked for", bytes);
     return p;
 }
-
 
 // Calls what may take long because of this process's own disk. That is no hang: meanwhile other processes that wait for
 // this one are told so.
@@ -3937,9 +3930,8 @@ static void heads_to_rows(floatX* rows /*(B,R/W,parts,NH,D)*/, const floatX* hea
 static bool can_exchange_slots(const Model* m, int tile, LighthouseShape* own) {
     const LighthouseShape* s = &m->shape;
     int W = procs.cp;
-    char why[512];
     return W > 1 && s->topk % (W * tile) == 0 && s->S < s->T &&
-           lighthouse_shape(own, s->T / W, m->dims.NH, s->D, s->levels, s->pool, s->topk / W, tile, why, sizeof why);
+           lighthouse_shape(own, s->T / W, m->dims.NH, s->D, s->levels, s->pool, s->topk / W, tile) == "";
 }
 
 // What of the forward pass runs: all of it, or, for the backward pass, what was not kept.
@@ -5332,7 +5324,8 @@ static void parse_options(Config* c, int argc, char** argv) {
         const char* equals = is_long ? strchr(a, '=') : NULL;
         std::string name(a + 1 + is_long, equals ? equals : a + strlen(a));
         const Option* o = NULL;
-        for (const Option& known : options) if (name != "" && name == (is_long ? known.name : known.letter)) o = &known;
+        for (const Option& known : options)
+            if (name != "" && name == (is_long ? known.name : known.letter)) o = &known;
         if (!o && !is_long && is_llmc_option(name, next)) {
             i++;
             continue;
@@ -5454,7 +5447,7 @@ static double measure_device(Model* m, int64_t T) {
     int C = m->dims.C;
     int64_t room = activations_bytes(m, {1, T, DENSE_PHASE, 0, false, 0});  // the arena is no smaller
     int64_t N = std::min({(int64_t)m->dims.L * 4 * C, (int64_t)8192, room / (int64_t)(4 * C * sizeof(floatX))});
-    int repeats = strcmp(backend_name, "cpu") ? 16 : 1;  // one product of a small model takes a GPU no longer than its launch
+    int repeats = strcmp(backend_name, "cpu") ? 16 : 1;  // of a small model one takes a GPU no longer than its launch
     double best = INFINITY, began = seconds();
     for (int i = 0; i < 4 || seconds() - began < 0.2; i++) {  // the first is a warm-up
         device_synchronize();
@@ -5660,11 +5653,10 @@ static void setup_run(Trainer* t) {
     if (t->switch_step == 0) return;
     choose_windows(m, c, t->steps, t->switch_step);
     m->never_dense = t->switch_step == t->steps;
-    char why[512];
     int heads = m->dims.NH / procs.cp, D = m->dims.C / m->dims.NH;
     if (!m->uses[LIGHTHOUSE]) return;
-    if (!lighthouse_defaults(&m->shape, c, heads, D, why, sizeof why))
-        fatal("Lighthouse attention at seq-len %ld: %s", c->seq_len, why);
+    std::string why = lighthouse_defaults(&m->shape, c, heads, D);
+    if (why != "") fatal("Lighthouse attention at seq-len %ld: %s", c->seq_len, why.c_str());
     m->exchange_slots = can_exchange_slots(m, m->shape.tile, &m->own_shape);
 }
 
@@ -5978,26 +5970,14 @@ static void write_sample(Trainer* t) {
     restart_clock(t);
 }
 
-// Operations of steps [from, to), all of one phase.
-static double steps_flops(const Trainer* t, Phase phase, int64_t from, int64_t to) {
-    const Model* m = &t->model;
-    int64_t T = t->config.seq_len, tokens = t->config.total_batch_size;
-    if (phase == DENSE_PHASE) return (to - from) * step_flops(m, phase, 0, T, tokens);
-    double sum = 0;
-    for (int i = 0; i < m->windows; i++) {
-        int64_t begin = std::max(from, m->window_from[i]);
-        int64_t end = i + 1 < m->windows ? std::min(to, m->window_from[i + 1]) : to;
-        if (begin < end) sum += (end - begin) * step_flops(m, phase, m->window[i], T, tokens);
-    }
-    return sum;
-}
-
-// Seconds that the steps left will take, at the present phase's rate of operations.
-static double seconds_left(const Trainer* t, Phase phase) {
+// Seconds that the steps left will take, at the phase's rate of operations so far.
+static double seconds_left(const Trainer* t, Phase phase, int64_t window) {
     const RunState* s = &t->state;
-    int64_t at_switch = std::max(s->step, t->switch_step);
-    double left = steps_flops(t, FIRST_PHASE, s->step, at_switch) + steps_flops(t, DENSE_PHASE, at_switch, t->steps);
-    return left * s->phase_s[phase] / steps_flops(t, phase, 0, s->phase_steps[phase]);
+    const Model* m = &t->model;
+    int64_t T = t->config.seq_len, at_switch = std::max(s->step, t->switch_step);
+    double dense_step = step_flops(m, DENSE_PHASE, 0, T, 1) / step_flops(m, phase, window, T, 1);  // of this phase's
+    double left = (at_switch - s->step) + (t->steps - at_switch) * dense_step;
+    return left * s->phase_s[phase] / s->phase_steps[phase];
 }
 
 // Reads the batch of this process for a micro-step, counted from the step that the state is at, into the buffer that
@@ -6072,7 +6052,7 @@ static bool train_step(Trainer* t) {
     double mfu = step_flops(m, phase, window, T, (double)total) / (elapsed * t->device_flops * procs.world);
     say("step %*ld/%ld | loss %.4f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s | mfu %.1f%% | %s | ETA %s%s\n",
         (int)snprintf(NULL, 0, "%ld", t->steps), s->step, t->steps, loss, norm, lr, elapsed * 1e3, total / elapsed,
-        100 * mfu, phase_name[phase], duration(seconds_left(t, phase)).c_str(),
+        100 * mfu, phase_name[phase], duration(seconds_left(t, phase, window)).c_str(),
         skip ? " | update skipped: outlier" : "");
     log_line(t->main_log, "s:%ld trl:%.6f lr:%.8f norm:%.6f ms:%.2f tps:%.0f ph:%s", s->step - 1, loss, lr, norm,
              elapsed * 1e3, total / elapsed, phase_name[phase]);
@@ -6115,6 +6095,7 @@ int main(int argc, char** argv) {
     int free_fd;  // where standard output or error are closed, no log may take their place
     while ((free_fd = open("/dev/null", O_RDWR)) >= 0 && free_fd <= STDERR_FILENO) continue;
     close(free_fd);
+    std::set_new_handler([] { fatal("out of host memory"); });
     processes_start(&argc, &argv);
     for (int number : {SIGTERM, SIGINT, SIGHUP, SIGUSR1})  // what is ignored stays so: nohup
         if (signal(number, SIG_IGN) != SIG_IGN) signal(number, on_signal);

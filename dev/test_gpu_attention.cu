@@ -100,11 +100,8 @@ static std::string case_name(const Case& c) {
 }
 static LighthouseShape case_shape(const Case& c) {
     LighthouseShape s;
-    char why[256];
-    if (!lighthouse_shape(&s, c.T, c.H, c.D, c.levels, c.pool, c.topk, c.tile, why, sizeof(why))) {
-        fprintf(stderr, "%s: %s\n", case_name(c).c_str(), why);
-        exit(EXIT_FAILURE);
-    }
+    std::string why = lighthouse_shape(&s, c.T, c.H, c.D, c.levels, c.pool, c.topk, c.tile);
+    if (why != "") fatal("%s: %s", case_name(c).c_str(), why.c_str());
     return s;
 }
 

@@ -125,12 +125,12 @@ static void test_file(const char* path) {
     Model* m = &model;
     memset(m, 0, sizeof *m);
     model_layout(m, {T, h[4], h[5], h[6], h[7], h[8], h[9] == 0, (float)reference[0]});
-    char why[512], letters[MAX_LAYERS + 1] = {};
+    char letters[MAX_LAYERS + 1] = {};
     for (int l = 0; l < h[6]; l++) letters[l] = (char)h[15 + l];
     choose_attention(m, letters);
     m->windows = 1;
     m->window[0] = h[14];
-    if (m->uses[LIGHTHOUSE] && !lighthouse_shape(&m->shape, T, h[7], h[8] / h[7], h[10], h[11], h[12], h[13], why, sizeof why)) fatal("%s: %s", path, why);
+    if (m->uses[LIGHTHOUSE]) end_if(lighthouse_shape(&m->shape, T, h[7], h[8] / h[7], h[10], h[11], h[12], h[13]));
     Plan plan = {};
     size_t activations = 0;  // here every kind of pass runs: room for the largest one's
     int sums = 4 * m->dims.L + 1;

@@ -246,7 +246,7 @@ def test_a_bad_id_is_named_by_the_rank_that_reads_it(lab):
     tokens[3 * T + 5] = 300  # in the fourth sequence
     shard = write_shard(lab.folder / "bad.bin", tokens)
     for ranks, name in ((1, "error: "), (2, "rank 1: "), (4, "rank 3: ")):
-        lab.ends(lab.command("run", ranks=ranks, train_data=shard, vocab_size=257, shuffle=0, steps=8, switch_step=1, batch_size=1,
+        lab.ends(lab.command("run", ranks=ranks, train_data=shard, vocab_size=257, shuffle=0, steps=8, switch_step=1, batch_size=1, sample_every=0,
                              total_batch_size=4 * T, val_data=""), 30,
                  f"{name}{shard}: token {3 * T + 5} is id 300, but the vocabulary has 257 ids (0 to 256)")
 
