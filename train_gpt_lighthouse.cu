@@ -353,12 +353,13 @@ template <typename Call> static void on_disk(Call call) {
     errno = error;
 }
 
-static int open_to_read(const char* path) {
+static int open_to_read(const char* path, int64_t* size = NULL) {
     struct stat st;
     int fd = -1;
     on_disk([&] { fd = open(path, O_RDONLY | O_NONBLOCK); });  // a pipe is refused, not waited for
     if (fd < 0 || fstat(fd, &st)) fatal("cannot read %s: %s", path, strerror(errno));
     if (!S_ISREG(st.st_mode)) fatal("cannot read %s: it is no regular file", path);
+    if (size) *size = st.st_size;
     return fd;
 }
 
@@ -396,15 +397,10 @@ static bool write_at(int fd, const void* buffer, size_t bytes, int64_t offset) {
     return done == bytes;
 }
 
-static int64_t file_size(int fd, const char* path) {
-    struct stat st;
-    if (fstat(fd, &st)) fatal("%s: %s", path, strerror(errno));
-    return st.st_size;
-}
-
 static std::string read_file(const char* path) {
-    int fd = open_to_read(path);
-    std::string file(file_size(fd, path), 0);
+    int64_t size;
+    int fd = open_to_read(path, &size);
+    std::string file(size, 0);
     read_at(fd, &file[0], file.size(), 0, path);
     close(fd);
     return file;
@@ -682,10 +678,7 @@ static void stop_all_processes() { if (waits_for_others) MPI_Abort(MPI_COMM_WORL
 // for hang_timeout seconds asks all others whether they wait too, as whoever waits looks for such questions. Those that
 // do not answer are the ones that hang: they are named, and the job ends.
 
-struct ProcessName {
-    char host[56];
-    int64_t pid;
-};
+struct ProcessName { char s[96]; };             // "rank 3 (pid 4711 on host)"
 static std::vector<ProcessName> process_names;  // (world)
 static const double ANSWER_S = 3;   // an answer takes as long as the other's pause between two looks: milliseconds
 
@@ -724,9 +717,8 @@ static void name_who_hangs() {
     for (double began = seconds(); seconds() - began < ANSWER_S; usleep(1000)) answer_questions(waits.data());
     if (rank_at_disk >= 0) {
         if (!lower_rank_asked)
-            fprintf(stderr, "note: %srank %d (pid %ld on %s) has been waiting for its disk for more than the %g s of "
-                    "--hang-timeout\n", process_name, rank_at_disk, process_names[rank_at_disk].pid,
-                    process_names[rank_at_disk].host, hang_timeout);
+            fprintf(stderr, "note: %s%s has been waiting for its disk for more than the %g s of --hang-timeout\n",
+                    process_name, process_names[rank_at_disk].s, hang_timeout);
         lower_rank_asked = false;
         return;
     }
@@ -736,7 +728,7 @@ static void name_who_hangs() {
     int named = 0;
     for (int i = 0; i < procs.world; i++) {
         if (waits[i] || named++ >= 16) continue;  // 16 say enough
-        who += text("%srank %d (pid %ld on %s)", named > 1 ? ", " : "", i, process_names[i].pid, process_names[i].host);
+        who += (named > 1 ? ", " : "") + std::string(process_names[i].s);
     }
     if (named)
         fatal("no sign of %s for the %g s of --hang-timeout, in %s: the job ends here. No checkpoint is damaged; "
@@ -849,9 +841,9 @@ static void processes_start(int* argc, char*** argv) {
     if (procs.world > 1) snprintf(process_name, sizeof process_name, "rank %d: ", procs.rank);
     waits_for_others = procs.world > 1;
     ProcessName mine;
-    memset(&mine, 0, sizeof mine);
-    gethostname(mine.host, sizeof mine.host - 1);
-    mine.pid = getpid();
+    char host[56] = "";
+    gethostname(host, sizeof host - 1);
+    snprintf(mine.s, sizeof mine.s, "rank %d (pid %d on %s)", procs.rank, getpid(), host);
     process_names.resize(procs.world);
     gather_to_all(process_names.data(), &mine, sizeof mine);
 }
@@ -903,9 +895,9 @@ static void check_devices() {
     gather_to_all(uuids.data(), &properties.uuid, sizeof properties.uuid);
     for (int rank = 0; rank < procs.rank; rank++)
         if (!memcmp(&uuids[rank], &properties.uuid, sizeof properties.uuid))
-            fatal("this process and rank %d share 1 GPU of %s: every process needs its own, so start at most as many "
-                  "on a machine as it has GPUs (mpirun -n, --map-by ppr:N:node; CUDA_VISIBLE_DEVICES may hide some)",
-                  rank, process_names[rank].host);
+            fatal("this process and %s share 1 GPU: every process needs its own, so start at most as many on a machine "
+                  "as it has GPUs (mpirun -n, --map-by ppr:N:node; CUDA_VISIBLE_DEVICES may hide some)",
+                  process_names[rank].s);
 }
 
 // Starts each of the rows of x (rows, n) being summed over all processes, rank r's share r of n / world of a row for
@@ -1063,6 +1055,7 @@ struct Shard {
 struct Loader {
     std::vector<Shard> shards;
     int64_t T, sequences, tokens;  // over all shards
+    int64_t unused;        // tokens in no sequence: what is left at the end of each shard
     bool shuffle;
     uint64_t seed;
     int64_t vocab;         // token ids are below that
@@ -1071,9 +1064,8 @@ struct Loader {
 };
 
 static Shard shard_header(const char* path) {
-    int fd = open_to_read(path);
-    int64_t bytes = file_size(fd, path);
-    int header[shard_header_ints];
+    int64_t bytes;
+    int header[shard_header_ints], fd = open_to_read(path, &bytes);
     if (bytes < (int64_t)sizeof header)
         fatal("%s is no token shard: it has %ld bytes, less than the header's %zu", path, bytes, sizeof header);
     read_at(fd, header, sizeof header, 0, path);
@@ -1160,7 +1152,7 @@ static void look_beside(Loader* d, const std::string& folder, const std::string&
 
 // Finds every shard that matches the pattern, in the order of their names. The vocabulary is set later.
 static void loader_init(Loader* d, const char* pattern, int64_t T, bool shuffle, uint64_t seed) {
-    *d = {{}, T, 0, 0, shuffle, seed, INT64_MAX, 0, 0};
+    *d = {{}, T, 0, 0, 0, shuffle, seed, INT64_MAX, 0, 0};
     std::string folder = "none yet";
     for (const std::string& path : find_shards(pattern)) {
         Shard s = shard_header(path.c_str());
@@ -1168,6 +1160,7 @@ static void loader_init(Loader* d, const char* pattern, int64_t T, bool shuffle,
         s.sequences = s.tokens > 0 ? (s.tokens - 1) / T : 0;
         d->sequences += s.sequences;
         d->tokens += s.tokens;
+        d->unused += s.sequences ? s.tokens - s.sequences * T - 1 : s.tokens;
         d->shards.push_back(s);
     }
     if (d->sequences == 0)
@@ -1175,12 +1168,6 @@ static void loader_init(Loader* d, const char* pattern, int64_t T, bool shuffle,
               "or prepare more data", pattern, d->shards.size(), d->tokens, T + 1);
 }
 
-// Tokens in no sequence: what is left at the end of each shard.
-static int64_t tokens_unused(const Loader* d) {
-    int64_t used = 0;
-    for (const Shard& s : d->shards) used += s.sequences ? s.sequences * d->T + 1 : 0;
-    return d->tokens - used;
-}
 
 // The vocabulary of a model may be padded, but not by as much as separates it from another tokenizer's.
 static void check_tokenizer(const char* model, int64_t vocab, const std::string& path, int ids) {
@@ -4481,8 +4468,8 @@ struct RunState {
     int64_t phase_steps[2];
     double phase_s[2];
     Detector loss, norm;
-    int64_t seq_len, total_batch, epoch, seed, shuffle;  // what must not change in a resume; epoch: in sequences
-    uint64_t data;                                         // loader_fingerprint
+    int64_t seq_len, total_batch, epoch, seed, shuffle;  // what must not change in a resume; an epoch's sequences
+    uint64_t data;                                       // loader_fingerprint
     int64_t not_finite;  // steps in a row, up to now, whose loss or gradient norm was not
 };
 
@@ -4567,8 +4554,8 @@ struct ModelFile {  // a model file or checkpoint to read from
 
 // Opens a file and reads and checks all but its body. Returns "" or what is wrong.
 static std::string model_file_open(ModelFile* f, const char* path) {
-    *f = {path, open_to_read(path)};
-    int64_t size = file_size(f->fd, path);
+    int64_t size;
+    *f = {path, open_to_read(path, &size)};
     f->body = sizeof f->header;
     if (size < f->body) return text("%s is cut: %ld bytes, less than a header's 1024", path, size);
     read_at(f->fd, f->header, sizeof f->header, 0, path);
@@ -4603,6 +4590,16 @@ static std::string model_file_open(ModelFile* f, const char* path) {
     return why;
 }
 
+
+// Whether a run can have come to this state. What must be as in this run's options is compared with them elsewhere.
+static bool state_possible(const RunState* s) {
+    for (double t : {s->train_s, s->wall_s, s->phase_s[0], s->phase_s[1]}) if (!(t >= 0 && t < 1e12)) return false;
+    for (int64_t n : {s->updates, s->phase_steps[0], s->phase_steps[1]}) if (n < 0 || n > s->step) return false;
+    if (s->seq_len < 1 || s->seq_len > MAX_SEQ_LEN || s->total_batch < s->seq_len || s->total_batch > (int64_t)1e12 ||
+        s->loss.seen < 0 || s->norm.seen < 0 || s->not_finite < 0 || s->not_finite >= NOT_FINITE_LIMIT) return false;
+    return s->step <= (int64_t)1e12 && s->phase_steps[0] + s->phase_steps[1] == s->step &&
+           (double)s->sequences == (double)s->step * (s->total_batch / s->seq_len);
+}
 
 // Adds 4-byte words of a checkpoint's body, from its byte `at` on, to the sums of their chunks. Any change of one word
 // changes its term, since mix64 is a bijection, and so the sum.
@@ -4691,10 +4688,6 @@ static std::string weights_read(const Model* m, const char* path, bool keep) {
     return why;
 }
 
-static void model_load(Model* m, const char* path) {
-    end_if(weights_read(m, path, true));
-    gather_all_params(m);
-}
 
 // A file on its way to its final name, which all processes write to. A network file system's client may write whole
 // pages where only parts are its own, if it has read the page or believes that the file ends before it. So the file has
@@ -4731,8 +4724,9 @@ static void new_file_write(const NewFile* f, const void* data, size_t bytes, int
     if (!write_at(f->fd, data, bytes, offset)) cannot_write(f);
 }
 
-// Closes the file. Returns when every process's part is on the disk.
-static void new_file_sync(const NewFile* f) {
+// Gives the file its name when every process's part is on the disk, and check() has read it back and found nothing to
+// say against it.
+template <typename Check> static void new_file_finish(const NewFile* f, Check check) {
     bool failed = false;
     on_disk([&] {
         failed = fsync(f->fd) != 0;
@@ -4740,13 +4734,9 @@ static void new_file_sync(const NewFile* f) {
     });
     if (failed) cannot_write(f);
     barrier();
-}
-
-// Gives the file its name, unless reading it back showed that something is wrong with it.
-static void new_file_finish(NewFile* f, const std::string& why) {
+    std::string why = check();
     if (why != "")
         fatal("%s, though it was just written. Earlier checkpoints are untouched: look at the disk", why.c_str());
-    bool failed = false;
     if (procs.rank == 0)
         on_disk([&] {
             failed = rename(f->partial.c_str(), f->path.c_str()) != 0;
@@ -4782,8 +4772,7 @@ static void model_write(const Model* m, const std::string& path, int64_t step) {
     uint64_t sum = model_checksum(body_write(m, &f, 1, sizeof header));
     memcpy(&header[10], &sum, sizeof sum);
     if (procs.rank == 0) new_file_write(&f, header, sizeof header, 0);
-    new_file_sync(&f);
-    new_file_finish(&f, weights_read(m, f.partial.c_str(), false));
+    new_file_finish(&f, [&] { return weights_read(m, f.partial.c_str(), false); });
 }
 
 // Reads a checkpoint into the model and the state; without a state, only compares it with its checksums. Returns "", or
@@ -4800,6 +4789,9 @@ static std::string checkpoint_read(const Model* m, const char* path, RunState* s
             fatal("%s holds another model: %s; this run's has %s: use the same options, or --model %s in another "
                   "out-dir to start from its weights", path, dims_text(f.dims).c_str(), dims_text(m->dims).c_str(),
                   path);
+        const RunState* s = (RunState*)f.front.data();
+        if (!state_possible(s) || (int32_t)s->step != f.header[9])
+            why = text("%s is damaged: no run comes to its state", path);
     }
     if (all_sum((double)(why != "")) == 0) why = body_read(m, &f, SECTIONS, state != NULL);
     else if (why == "") why = text("%s cannot be used by all processes", path);
@@ -4821,8 +4813,7 @@ static void checkpoint_write(const Model* m, const std::string& path, const RunS
         new_file_write(&f, front.data(), front.size(), sizeof h);
         new_file_write(&f, &h, sizeof h, 0);
     }
-    new_file_sync(&f);
-    new_file_finish(&f, checkpoint_read(m, f.partial.c_str(), NULL));
+    new_file_finish(&f, [&] { return checkpoint_read(m, f.partial.c_str(), NULL); });
 }
 
 // Calls use(name) for each name in a directory; one that is not there has none.
@@ -4965,27 +4956,15 @@ static bool evaluate(Losses* losses, Model* m, const Config* c, const Loader* da
 // Copying at a distance, in the validation data: the last n tokens of a sequence repeat the n that stand d earlier. How
 // well are they predicted, without the first of them, when nothing can be known yet? Once with the text's own tokens,
 // once with ids drawn from all that the sequence holds, which nothing but the copy predicts.
-static const int MAX_DISTANCES = 12;
 struct Copying {
     int64_t n, skipped, sequences;  // tokens repeated, the first of them left out; sequences of each distance
-    int count;
-    int64_t distance[MAX_DISTANCES];
-    double loss[MAX_DISTANCES][2], right[MAX_DISTANCES][2];  // text, random: mean loss, share that argmax gets right
+    struct Distance {
+        int64_t tokens;
+        double loss[2], right[2];   // text, random: mean loss, share that argmax gets right
+    };
+    std::vector<Distance> distances;
 };
 
-// n = 256; distances 1K, 4K, 16K, ... and the longest, T - n; for T below 1024 all of it shorter. Takes no longer than
-// a validation, but at least one batch of each.
-static Copying copying_plan(const Config* c, const Loader* data) {
-    Copying k = {};
-    int64_t T = c->seq_len;
-    k.n = std::min<int64_t>(256, T / 4);
-    k.skipped = std::min<int64_t>(16, k.n / 4);
-    for (int64_t d = 4 * k.n; d + d / 2 < T - k.n && k.count < MAX_DISTANCES - 1; d *= 4) k.distance[k.count++] = d;
-    k.distance[k.count++] = T - k.n;
-    // as on one process
-    k.sequences = std::min(std::max<int64_t>(1, c->val_batches / (2 * k.count)) * c->batch_size, data->sequences);
-    return k;
-}
 
 // Adds the loss and the right guesses of rows [row, row + n) of the last trunk's output.
 static void score_rows(Model* m, int64_t row, int64_t n, const int* targets /*(n)*/, double* loss, double* right) {
@@ -5029,15 +5008,23 @@ static void copying_sequence(int* tokens, const Loader* data, int64_t i, int64_t
     memcpy(tokens + T - n, tokens + source, n * sizeof(int));
 }
 
-// Under dense attention. Returns false if a signal stopped it.
+// Under dense attention: n = 256; distances 1K, 4K, 16K, ... and the longest, T - n; for T below 1024 all of it shorter.
+// Takes no longer than a validation, but at least one batch of each. Returns false if a signal stopped it.
 static bool evaluate_copying(Copying* k, Model* m, const Config* c, const Loader* data) {
     Run r = {(int)c->batch_size, c->seq_len, DENSE_PHASE, 0, false, 0};
     int64_t T = c->seq_len, rows = T / procs.cp, t0 = first_token(r);
+    k->n = std::min<int64_t>(256, T / 4);
+    k->skipped = std::min<int64_t>(16, k->n / 4);
+    for (int64_t d = 4 * k->n; d + d / 2 < T - k->n; d *= 4) k->distances.push_back({d});
+    k->distances.push_back({T - k->n});
+    int64_t batches = std::max<int64_t>(1, c->val_batches / (2 * k->distances.size()));  // as on one process
+    k->sequences = std::min(batches * c->batch_size, data->sequences);
     std::vector<int> tokens(r.B * T);
-    for (int test = 0; test < 2 * k->count; test++) {
+    for (int test = 0; test < 2 * (int)k->distances.size(); test++) {
+        Copying::Distance* d = &k->distances[test / 2];
         double sums[2] = {0, 0};
         auto fill = [&](int64_t b, int64_t sequence) {
-            copying_sequence(&tokens[b * T], data, sequence, k->n, k->distance[test / 2], test % 2);
+            copying_sequence(&tokens[b * T], data, sequence, k->n, d->tokens, test % 2);
             memcpy(m->batch[2].tokens + b * rows, &tokens[b * T + t0], rows * sizeof(int));
         };
         // Row t predicts token t + 1. Of the rows that predict the copy, those of this process:
@@ -5049,8 +5036,8 @@ static bool evaluate_copying(Copying* k, Model* m, const Config* c, const Loader
         if (!for_batches(m, r, k->sequences, fill, score)) return false;
         all_sum(sums, 2);
         double scored = (double)k->sequences * (k->n - k->skipped);
-        k->loss[test / 2][test % 2] = sums[0] / scored;
-        k->right[test / 2][test % 2] = sums[1] / scored;
+        d->loss[test % 2] = sums[0] / scored;
+        d->right[test % 2] = sums[1] / scored;
     }
     return true;
 }
@@ -5567,12 +5554,8 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
     bool trains = !evaluates_only(c);
     say("data        ");
     if (trains) say("%s: %zu shard(s), %ld sequences of %ld tokens, %ld of %ld tokens in none; ", c->train_data,
-                    t->train.shards.size(), t->train.sequences, c->seq_len, tokens_unused(&t->train), t->train.tokens);
+                    t->train.shards.size(), t->train.sequences, c->seq_len, t->train.unused, t->train.tokens);
     say("%s%s\n", t->has_val ? "validation on " : "no validation", c->val_data);
-    if (trains && tokens_unused(&t->train) > 0.05 * t->train.tokens)
-        say("note: %.0f%% of the training tokens are never seen: a sequence ends with its shard. Longer shards "
-            "(--shard-tokens of data/prepare.py) or a shorter --seq-len use more\n",
-            100.0 * tokens_unused(&t->train) / t->train.tokens);
     say("batch       %ld tokens a step: %ld micro-step(s) of %ld x %ld on %d %s\n", c->total_batch_size,
         t->accumulation, c->batch_size, c->seq_len, procs.dp, procs.cp > 1 ? "group(s)" : "process(es)");
     double tokens = (double)t->steps * c->total_batch_size;
@@ -5615,17 +5598,13 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
     say("\n");
 }
 
-// Each process of a group takes as many tokens of a sequence as the others, and as many heads.
-static void check_context_parallel(const Config* c, const Dims* d) {
-    if (d->NH % c->cp == 0 && c->seq_len % c->cp == 0) return;
-    fatal("--cp is %ld; it must divide the model's %d heads and --seq-len, %ld", c->cp, d->NH, c->seq_len);
-}
 
 // Checks the batch, the steps and Lighthouse's settings, and chooses those that were left open.
 static void setup_run(Trainer* t) {
     Config* c = &t->config;
     Model* m = &t->model;
-    check_context_parallel(c, &m->dims);
+    if (m->dims.NH % c->cp || c->seq_len % c->cp)
+        fatal("--cp is %ld; it must divide the model's %d heads and --seq-len, %ld", c->cp, m->dims.NH, c->seq_len);
     if ((double)c->batch_size * c->seq_len * procs.dp > 1e12)
         fatal("batch-size %ld x seq-len %ld x %d data-parallel processes is %.4g tokens; it may be up to 1e12",
               c->batch_size, c->seq_len, procs.dp, (double)c->batch_size * c->seq_len * procs.dp);
@@ -5678,13 +5657,6 @@ static void compare_lines(const std::string& lines) {
     barrier();  // nobody goes on, perhaps into an error that hides this one
 }
 
-static void compare_options(const Config* c) {
-    std::string lines = text("the program is \"train_gpt_" PROGRAM " " VERSION " (%s, %zu-byte weights)\"\n",
-                             backend_name, sizeof(floatX));
-    for (int i = 0; i < option_count; i++)
-        lines += text("--%s is \"%s\"\n", options[i].name, option_text(c, &options[i]).c_str());
-    compare_lines(lines);
-}
 
 static void setup_processes(const Config* c) {
     hang_timeout = c->hang_timeout;
@@ -5698,14 +5670,17 @@ static void setup_processes(const Config* c) {
             fatal("--plan-memory is %.9g; it goes with --dry-run: a run takes what it needs", c->plan_memory);
         floatx_bytes = 2;
     }
-    compare_options(c);
+    std::string lines = text("the program is \"train_gpt_" PROGRAM " " VERSION " (%s, %zu-byte weights)\"\n",
+                             backend_name, sizeof(floatX));
+    for (const Option& o : options) lines += text("--%s is \"%s\"\n", o.name, option_text(c, &o).c_str());
+    compare_lines(lines);
     processes_split(c->cp);
 }
 
 // Tells other model files and checkpoints apart: their size, their header and the first weights.
 static uint64_t model_fingerprint(const char* path) {
-    int fd = open_to_read(path);
-    int64_t size = file_size(fd, path);
+    int64_t size;
+    int fd = open_to_read(path, &size);
     std::string start(std::min<int64_t>(size, 8192), 0);
     read_at(fd, &start[0], start.size(), 0, path);
     close(fd);
@@ -5774,8 +5749,10 @@ static std::string setup_state(Trainer* t, bool from_file) {
     uint64_t data = t->train.shards.empty() ? 0 : loader_fingerprint(&t->train);
     std::string found;
     if (!c->resume || !checkpoint_resume(m, c, s, &found)) {
-        if (from_file) model_load(m, c->model);
-        else model_initialize(m, c->seed);
+        if (from_file) {
+            end_if(weights_read(m, c->model, true));
+            gather_all_params(m);
+        } else model_initialize(m, c->seed);
         s->seq_len = c->seq_len; s->total_batch = c->total_batch_size;
         s->epoch = t->train.sequences; s->seed = c->seed; s->shuffle = c->shuffle;
         s->data = data;
@@ -5890,22 +5867,22 @@ static std::string json_buckets(const Losses* l) {
 
 static bool measure_copying(Trainer* t) {
     const Config* c = &t->config;
-    Copying k = copying_plan(c, &t->val);
+    Copying k;
     if (!evaluate_copying(&k, &t->model, c, &t->val)) return false;
     std::string main_line = text("s:%ld", t->state.step), json;
     for (int random = 0; random < 2; random++) {
         std::string screen = text("step %ld | copies of %s:", t->state.step, random ? "random ids" : "the text");
-        for (int i = 0; i < k.count; i++) {
-            screen += text("%s %s back %.3f (%.0f%% right)", i ? "," : "", short_count(k.distance[i]).c_str(),
-                           k.loss[i][random], 100 * k.right[i][random]);
-            main_line += text(" %s%ld:%.4f", random ? "rcopy" : "copy", k.distance[i], k.loss[i][random]);
+        for (const Copying::Distance& d : k.distances) {
+            screen += text("%s %s back %.3f (%.0f%% right)", &d > &k.distances[0] ? "," : "",
+                           short_count(d.tokens).c_str(), d.loss[random], 100 * d.right[random]);
+            main_line += text(" %s%ld:%.4f", random ? "rcopy" : "copy", d.tokens, d.loss[random]);
         }
         say_text(screen + "\n");
     }
-    for (int i = 0; i < k.count; i++)
+    for (const Copying::Distance& d : k.distances)
         json += text("%s{\"distance\":%ld,\"text_loss\":%s,\"text_right\":%.4f,\"random_loss\":%s,"
-                     "\"random_right\":%.4f}", i ? "," : "", k.distance[i], json_number(k.loss[i][0]).c_str(),
-                     k.right[i][0], json_number(k.loss[i][1]).c_str(), k.right[i][1]);
+                     "\"random_right\":%.4f}", json == "" ? "" : ",", d.tokens, json_number(d.loss[0]).c_str(),
+                     d.right[0], json_number(d.loss[1]).c_str(), d.right[1]);
     log_text(t->main_log, main_line);
     log_line(t->json_log, "{\"event\":\"copying\",\"step\":%ld,\"tokens\":%ld,\"sequences\":%ld,\"copies\":[%s]}",
              t->state.step, k.n - k.skipped, k.sequences, json.c_str());

@@ -53,7 +53,7 @@ static void one_input(uint8_t* data, size_t size) {
         Shard shard = shard_header(path);
         const int64_t T = 4;
         int64_t n = shard.sequences = shard.tokens > 0 ? (shard.tokens - 1) / T : 0;
-        Loader d = {{shard}, T, n, shard.tokens, true, 1, 300, 0, 0};
+        Loader d = {{shard}, T, n, shard.tokens, 0, true, 1, 300, 0, 0};
         int inputs[T], targets[T];
         for (int64_t i = 0; i < n; i++) loader_sequence(&d, i, inputs, targets);
         if (n) loader_fingerprint(&d);
