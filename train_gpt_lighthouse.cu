@@ -43,7 +43,6 @@ Build with make; every program has --help.
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <time.h>
@@ -52,6 +51,8 @@ Build with make; every program has --help.
 #include <atomic>
 #include <filesystem>
 #include <functional>
+#include <memory>
+#include <new>
 #include <string>
 #include <thread>
 #include <vector>
@@ -4639,28 +4640,28 @@ template <typename Use> static void for_parts(const Model* m, int section, int r
 static std::string body_read(const Model* m, const ModelFile* f, int sections, bool keep) {
     int64_t bytes = body_bytes(m, sections);
     std::vector<uint64_t> sums(ceil_div(bytes, CHUNK));
-    std::vector<float> host(CHUNK / sizeof(float));
+    std::unique_ptr<float[]> host(new float[CHUNK / sizeof(float)]);
     std::string why;
     int reader = keep ? procs.rank : (procs.rank + 1) % procs.world;
     if (!keep) posix_fadvise(f->fd, 0, 0, POSIX_FADV_DONTNEED);
     for (int section = 0; section < sections; section++)
         for_parts(m, section, reader, [&](Piece* p, int64_t i, int64_t n, int64_t at) {
             int64_t size = f->bf16 ? 2 : 4;
-            if (why == "") why = try_read_at(f->fd, host.data(), n * size, f->body + at * size, f->path);
+            if (why == "") why = try_read_at(f->fd, host.get(), n * size, f->body + at * size, f->path);
             if (why != "") return;
             for (int64_t j = f->bf16 ? n - 1 : -1; j >= 0; j--) {  // widen from the end, in place
-                uint32_t bits = (uint32_t)((uint16_t*)host.data())[j] << 16;
+                uint32_t bits = (uint32_t)((uint16_t*)host.get())[j] << 16;
                 memcpy(&host[j], &bits, 4);
             }
-            add_to_sums(sums.data(), host.data(), at * sizeof(float), n * sizeof(float));
+            add_to_sums(sums.data(), host.get(), at * sizeof(float), n * sizeof(float));
             if (!keep) return;
-            if (section == WEIGHTS) set_weights(m, p, i, host.data(), n);
-            else copy_to_device(own_section(m, section, p) + i, host.data(), n * sizeof(float));
+            if (section == WEIGHTS) set_weights(m, p, i, host.get(), n);
+            else copy_to_device(own_section(m, section, p) + i, host.get(), n * sizeof(float));
         });
     if (f->checkpoint.magic && procs.rank == 0 && why == "") {  // the last chunk may go on behind the sections
         int64_t after = std::min<int64_t>(sums.size() * CHUNK, f->checkpoint.file_bytes - f->body) - bytes;
-        why = try_read_at(f->fd, host.data(), after, f->body + bytes, f->path);
-        add_to_sums(sums.data(), host.data(), bytes, after);
+        why = try_read_at(f->fd, host.get(), after, f->body + bytes, f->path);
+        add_to_sums(sums.data(), host.get(), bytes, after);
     }
     all_sum(sums.data(), sums.size());
     if (why != "") return why;
@@ -4752,13 +4753,13 @@ template <typename Check> static void new_file_finish(const NewFile* f, Check ch
 // Writes this process's pieces of the first sections into a file whose body begins at byte body. Returns the sums of
 // the whole body's chunks.
 static std::vector<uint64_t> body_write(const Model* m, const NewFile* f, int sections, int64_t body) {
-    std::vector<float> host(CHUNK / sizeof(float));
+    std::unique_ptr<float[]> host(new float[CHUNK / sizeof(float)]);
     std::vector<uint64_t> sums(ceil_div(body_bytes(m, sections), CHUNK));
     for (int section = 0; section < sections; section++)
         for_parts(m, section, procs.rank, [&](Piece* p, int64_t i, int64_t n, int64_t at) {
-            copy_to_host(host.data(), own_section(m, section, p) + i, n * sizeof(float));
-            add_to_sums(sums.data(), host.data(), at * sizeof(float), n * sizeof(float));
-            new_file_write(f, host.data(), n * sizeof(float), body + at * sizeof(float));
+            copy_to_host(host.get(), own_section(m, section, p) + i, n * sizeof(float));
+            add_to_sums(sums.data(), host.get(), at * sizeof(float), n * sizeof(float));
+            new_file_write(f, host.get(), n * sizeof(float), body + at * sizeof(float));
         });
     all_sum(sums.data(), sums.size());
     return sums;
@@ -5612,8 +5613,7 @@ static void setup_run(Trainer* t) {
     if (c->total_batch_size == 0) c->total_batch_size = micro;
     if (c->total_batch_size % micro)
         fatal("--total-batch-size is %ld; it must be a multiple of batch-size x seq-len x processes / cp = %ld: try "
-              "%ld",
-              c->total_batch_size, micro, ceil_div(c->total_batch_size, micro) * micro);
+              "%ld", c->total_batch_size, micro, ceil_div(c->total_batch_size, micro) * micro);
     t->accumulation = c->total_batch_size / micro;
     if (c->fp8 && c->batch_size * c->seq_len / procs.cp % 16)
         fatal("--fp8 1 with batch-size x seq-len / cp = %ld x %ld / %d tokens: they must be a multiple of 16",
@@ -5660,16 +5660,12 @@ static void compare_lines(const std::string& lines) {
 
 static void setup_processes(const Config* c) {
     hang_timeout = c->hang_timeout;
-    if (c->plan_ranks) {
-        if (!c->dry_run) fatal("--plan-ranks is %ld; it goes with --dry-run: mpirun starts processes", c->plan_ranks);
-        if (procs.world > 1) fatal("--plan-ranks is %ld; start one process to plan for others", c->plan_ranks);
-        procs.world = (int)c->plan_ranks;
-    }
-    if (c->plan_memory) {
-        if (!c->dry_run)
-            fatal("--plan-memory is %.9g; it goes with --dry-run: a run takes what it needs", c->plan_memory);
-        floatx_bytes = 2;
-    }
+    if ((c->plan_ranks || c->plan_memory) && !c->dry_run)
+        fatal("--plan-ranks is %ld, --plan-memory is %.9g; both go with --dry-run", c->plan_ranks, c->plan_memory);
+    if (c->plan_ranks && procs.world > 1)
+        fatal("--plan-ranks is %ld; start one process to plan for others", c->plan_ranks);
+    if (c->plan_ranks) procs.world = (int)c->plan_ranks;
+    if (c->plan_memory) floatx_bytes = 2;
     std::string lines = text("the program is \"train_gpt_" PROGRAM " " VERSION " (%s, %zu-byte weights)\"\n",
                              backend_name, sizeof(floatX));
     for (const Option& o : options) lines += text("--%s is \"%s\"\n", o.name, option_text(c, &o).c_str());
@@ -5762,14 +5758,12 @@ static std::string setup_state(Trainer* t, bool from_file) {
     const struct { const char* what; int64_t then, now; } unchanged[] = {
         {"seq-len", s->seq_len, c->seq_len}, {"total-batch-size", s->total_batch, c->total_batch_size},
         {"training data of as many sequences:", s->epoch, t->train.sequences},
+        {"training data of checksum", (int64_t)s->data, (int64_t)data},
         {"seed", s->seed, c->seed}, {"shuffle", s->shuffle, c->shuffle}};
     for (auto& x : unchanged)
         if (x.then != x.now)
             fatal("%s was made with %s %ld, now it is %ld: a resumed run continues the same sequence of batches, so "
                   "restore it, or start a new run from its weights with --model %s", path, x.what, x.then, x.now, path);
-    if (s->data != data)
-        fatal("%s was made with other training data than %s: a resumed run continues the same sequence of batches, so "
-              "restore it, or start a new run from its weights with --model %s", path, c->train_data, path);
     if (s->step > t->steps)
         fatal("%s is at step %ld, past the %ld steps asked for", path, s->step, t->steps);
     return found;

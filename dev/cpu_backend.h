@@ -1,5 +1,6 @@
 // What the CPU backend has in the place of a GPU and of NCCL: its device is the host, its collectives go over MPI. The
 // trainer includes this file behind what the processes share; the operations are in dev/cpu_ops.h.
+#include <sys/mman.h>
 #include <sys/resource.h>
 
 static const char* backend_name = "cpu";
