@@ -336,18 +336,18 @@ static void* host_alloc(size_t bytes) {
 }
 
 // Calls what may take long because of this process's own disk. That is no hang: meanwhile other processes that wait for
-// this one are told so.
+// this one are told so. Within such a call another is made at once.
 static bool at_disk;
 template <typename Call> static void on_disk(Call call) {
-    if (!waits_for_others) return call();
+    if (!waits_for_others || at_disk) return call();
     int error = 0;
     std::atomic<bool> done(false);
+    at_disk = true;
     std::thread worker([&] {
         call();
         error = errno;
         done = true;
     });
-    at_disk = true;
     for (Wait w = {}; !done;) wait_a_moment(&w);
     at_disk = false;
     worker.join();
@@ -1087,10 +1087,12 @@ static Shard shard_header(const char* path) {
 static void read_tokens(const Loader* d, const Shard* s, int64_t first, int64_t n, int* ids) {
     const char* path = s->path.c_str();
     std::vector<uint16_t> narrow(s->width == 2 ? n : 0);
-    int fd = open_to_read(path);
     int64_t at = shard_header_ints * 4 + first * s->width;
-    read_at(fd, s->width == 2 ? (void*)narrow.data() : ids, n * s->width, at, path);
-    close(fd);
+    on_disk([&] {
+        int fd = open_to_read(path);
+        read_at(fd, s->width == 2 ? (void*)narrow.data() : ids, n * s->width, at, path);
+        close(fd);
+    });
     for (int64_t t = 0; t < n; t++) {
         int64_t id = s->width == 2 ? narrow[t] : (uint32_t)ids[t];
         if (id >= d->vocab)
@@ -1217,8 +1219,10 @@ static void loader_sequence(const Loader* d, int64_t i, int* inputs, int* target
 static uint64_t loader_fingerprint(const Loader* d) {
     const int64_t samples = 1024, length = std::min<int64_t>(d->T, 64);
     std::vector<int> tokens(samples * length);
-    for (int64_t i = 0; i < samples; i++)
-        read_sequence(d, (int64_t)((double)i / samples * d->sequences), 0, length, &tokens[i * length]);
+    on_disk([&] {
+        for (int64_t i = 0; i < samples; i++)
+            read_sequence(d, (int64_t)((double)i / samples * d->sequences), 0, length, &tokens[i * length]);
+    });
     return checksum(tokens.data(), tokens.size() * sizeof(int));
 }
 
@@ -5009,7 +5013,7 @@ static void copying_sequence(int* tokens, const Loader* data, int64_t i, int64_t
     memcpy(tokens + T - n, tokens + source, n * sizeof(int));
 }
 
-// Under dense attention: n = 256; distances 1K, 4K, 16K, ... and the longest, T - n; for T below 1024 all of it shorter.
+// Under dense attention. n = 256; distances 1K, 4K, 16K, ... and the longest, T - n; for T below 1024 all is shorter.
 // Takes no longer than a validation, but at least one batch of each. Returns false if a signal stopped it.
 static bool evaluate_copying(Copying* k, Model* m, const Config* c, const Loader* data) {
     Run r = {(int)c->batch_size, c->seq_len, DENSE_PHASE, 0, false, 0};
@@ -5958,8 +5962,10 @@ static void read_batch(Trainer* t, int64_t micro) {
     Batch* batch = &t->model.batch[t->ready == &t->model.batch[0]];
     event_wait(&batch->copied);
     int64_t first = t->state.sequences + (micro * procs.dp + procs.dp_rank) * B;
-    for (int64_t b = 0; b < B; b++)
-        loader_sequence(&t->train, first + b, batch->tokens + b * rows, batch->targets + b * rows);
+    on_disk([&] {
+        for (int64_t b = 0; b < B; b++)
+            loader_sequence(&t->train, first + b, batch->tokens + b * rows, batch->targets + b * rows);
+    });
     t->ready = batch;
 }
 
