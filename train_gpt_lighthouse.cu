@@ -10,7 +10,7 @@ dense checkpoint. train_gpt_dense.cu is the same program without the first phase
  1. configuration          the options, one table; the geometry of Lighthouse
  2. errors, files, memory  what every later section stands on; the device: a CPU or an NVIDIA GPU
  3. processes              rank, world, collectives
- 4. data                   token shards in, windows of T+1 tokens out
+ 4. data                   token shards in, sequences of T+1 tokens out
  5. operations             kernels and launchers, forward and backward; dense attention (CPU twins: dev/cpu_ops.h)
  6. Lighthouse attention   its kernels; section 7 composes them round the same SDPA call
  7. model                  parameters, activations, memory plan, forward, backward
@@ -28,7 +28,6 @@ them. Every pointer is declared with its shape.
 Build with make; every program has --help.
 */
 #include <ctype.h>
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <fnmatch.h>
@@ -44,15 +43,19 @@ Build with make; every program has --help.
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <time.h>
 #include <unistd.h>
 #include <algorithm>
 #include <atomic>
-#include <initializer_list>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <new>
+#include <string>
 #include <thread>
+#include <vector>
 #ifdef USE_MPI
 #include <mpi.h>
 #endif
@@ -100,7 +103,7 @@ struct Config {
     int64_t recompute, deterministic, dry_run, plan_ranks;
     double plan_memory;
     // processes
-    int64_t cp, hang_timeout, rank_logs;
+    int64_t cp, hang_timeout;
 };
 
 enum OptionType { OPT_INT, OPT_REAL, OPT_TEXT, OPT_FLAG };
@@ -112,7 +115,7 @@ struct Option {
     size_t offset;
     const char* fallback;  // the default, as it would be typed
     double min, max;       // bounds of the numbers, both included
-    const char* help;      // a line that starts a new group begins with "[group] "
+    const char* help;      // under a heading, which the first option below it has in brackets before its own help
 };
 
 static const int64_t MAX_SEQ_LEN = 1 << 30;
@@ -124,7 +127,7 @@ static const Option options[] = {
      "[data] token shards to train on: a file or a glob"},
     {"val-data", "j", OPT_TEXT, AT(val_data), "data/pystdlib_bytes/val_*.bin", 0, 0,
      "token shards to validate on, to be given with --train-data; empty: no validation"},
-    {"shuffle", "", OPT_INT, AT(shuffle), "1", 0, 1, "1: visit the windows of each epoch in a seeded random order"},
+    {"shuffle", "", OPT_INT, AT(shuffle), "1", 0, 1, "1: visit the sequences of each epoch in a seeded random order"},
     {"seed", "", OPT_INT, AT(seed), "1337", 0, 4294967295.0,
      "seed of the initialization, the shuffling and the samples"},
     {"out-dir", "o", OPT_TEXT, AT(out_dir), "runs/" PROGRAM, 0, 0, "[output] directory of the logs and checkpoints"},
@@ -140,7 +143,7 @@ static const Option options[] = {
     {"channels", "", OPT_INT, AT(channels), "0", 0, MAX_CHANNELS, "channels; 0: as the descriptor says"},
     {"heads", "", OPT_INT, AT(heads), "0", 0, 1024, "heads; 0: as the descriptor says"},
     {"vocab-size", "", OPT_INT, AT(vocab_size), "0", 0, MAX_VOCAB,
-     "token ids; 0: as many as the tokenizer.bin beside the data has; without one 257 or 50257, as the ids fit"},
+     "token ids; 0: as many as the tokenizer.bin beside the data has; without one 257 or 50257, as the first ids fit"},
     {"positions", "", OPT_TEXT, AT(positions), "rope", 0, 0, "rope, or learned as in GPT-2"},
     {"rope-theta", "", OPT_REAL, AT(rope_theta), "500000", 1, 1e12, "base of the rotary frequencies"},
     {"fp8", "", OPT_INT, AT(fp8), "0", 0, 1,
@@ -206,7 +209,6 @@ static const Option options[] = {
      "[processes] context parallelism: processes that share each sequence, seq-len/cp consecutive tokens on each"},
     {"hang-timeout", "", OPT_INT, AT(hang_timeout), "600", 0, 1e6,
      "seconds to wait for another process before the job ends with its name; 0: no limit"},
-    {"rank-logs", "", OPT_INT, AT(rank_logs), "0", 0, 1, "1: every process writes rank_<r>.log in out-dir"},
 };
 static const int option_count = sizeof(options) / sizeof(options[0]);
 static bool option_given[sizeof(options) / sizeof(options[0])];  // on the command line
@@ -228,39 +230,38 @@ struct LighthouseShape {
     int64_t tile_slots;              // S / tiles
 };
 
-// Fills s and checks the rules of validity. Returns false and a sentence in why, naming the rule that failed.
-static bool lighthouse_shape(LighthouseShape* s, int64_t T, int H, int D, int levels, int pool, int topk, int tile,
-                             char* why, size_t why_size) {
-    #define REFUSE(...) do { snprintf(why, why_size, __VA_ARGS__); return false; } while (0)
+__attribute__((format(printf, 1, 2))) static std::string text(const char* format, ...);  // section 2
+
+// Fills s and checks the rules of validity. Returns "" or a sentence that names the rule that failed.
+static std::string lighthouse_shape(LighthouseShape* s, int64_t T, int H, int D, int levels, int pool, int topk,
+                                    int tile) {
     memset(s, 0, sizeof(*s));
-    if (levels < 2 || levels > LH_MAX_LEVELS) REFUSE("levels is %d; it must be 2 to %d", levels, LH_MAX_LEVELS);
-    if (pool < 2 || (pool & (pool - 1))) REFUSE("pool is %d; it must be a power of 2, at least 2", pool);
+    if (levels < 2 || levels > LH_MAX_LEVELS) return text("levels is %d; it must be 2 to %d", levels, LH_MAX_LEVELS);
+    if (pool < 2 || (pool & (pool - 1))) return text("pool is %d; it must be a power of 2, at least 2", pool);
     if (tile < 4 || tile % 2 || pool > tile / 2)
-        REFUSE("tile is %d; it must be even and at least twice pool (%d)", tile, pool);
+        return text("tile is %d; it must be even and at least twice pool (%d)", tile, pool);
     if (topk < tile || topk % tile)
-        REFUSE("topk is %d; it must be a positive multiple of tile (%d): try %d", topk, tile,
-               topk < tile ? tile : topk / tile * tile);
+        return text("topk is %d; it must be a positive multiple of tile (%d): try %d", topk, tile,
+                    topk < tile ? tile : topk / tile * tile);
     int tiles = topk / tile;
     double exact = pow(pool, levels - 1);  // tokens under one coarsest entry
     if (exact * tiles > 1e15)
-        REFUSE("pool^(levels-1) * topk/tile = %.3g is more than any length: lower levels or pool", exact * tiles);
+        return text("pool^(levels-1) * topk/tile = %.3g is more than any length: lower levels or pool", exact * tiles);
     int64_t coarse = (int64_t)exact, unit = coarse * tiles, least = unit * tile;  // T: a multiple of unit, >= least
     if (T % unit) {
         int64_t below = T / unit * unit, above = std::max(below + unit, least);
-        char lengths[96] = "";
-        if (below >= least && above <= MAX_SEQ_LEN)
-            snprintf(lengths, sizeof lengths, ": the nearest lengths are %ld and %ld", below, above);
+        std::string why = text("T = %ld is not divisible by pool^(levels-1) * topk/tile = %ld", T, unit);
+        if (below >= least && above <= MAX_SEQ_LEN) why += text(": the nearest lengths are %ld and %ld", below, above);
         else if (below >= least || above <= MAX_SEQ_LEN)
-            snprintf(lengths, sizeof lengths, ": the nearest length is %ld", below >= least ? below : above);
-        REFUSE("T = %ld is not divisible by pool^(levels-1) * topk/tile = %ld%s", T, unit, lengths);
+            why += text(": the nearest length is %ld", below >= least ? below : above);
+        return why;
     }
     if (T < least) {
         int64_t entries = T / coarse, most = entries / tile;  // tiles that have enough; they must divide entries too
         while (most > 0 && entries % most) most--;
-        REFUSE("T = %ld has %ld coarsest entries, fewer than topk = %d: lower topk%s to at most %ld, or levels or pool",
-               T, entries, topk, most > 0 ? "" : " and tile", most > 0 ? most * tile : entries);
+        return text("T = %ld has %ld coarsest entries, fewer than topk = %d: lower topk%s to at most %ld, or levels or "
+                    "pool", T, entries, topk, most > 0 ? "" : " and tile", most > 0 ? most * tile : entries);
     }
-    #undef REFUSE
     s->T = T; s->H = H; s->D = D;
     s->levels = levels; s->pool = pool; s->topk = topk; s->tile = tile;
     s->tiles = tiles;
@@ -269,30 +270,25 @@ static bool lighthouse_shape(LighthouseShape* s, int64_t T, int H, int D, int le
     for (int l = 0; l < levels; l++) s->off[l + 1] = s->off[l] + s->n[l];
     s->S = s->n[levels - 1] + (int64_t)(levels - 1) * pool * topk;
     s->tile_slots = s->S / tiles;
-    return true;
+    return "";
 }
 
 // Settings the user left at 0 are chosen from T: a tile of 128 or, for short sequences, the largest power of two that
 // T/64 reaches; then the valid multiple of it that is nearest to T/64. The paper's T = 98304 gives its k = 1536.
-static bool lighthouse_defaults(LighthouseShape* s, const Config* c, int H, int D, char* why, size_t why_size) {
+static std::string lighthouse_defaults(LighthouseShape* s, const Config* c, int H, int D) {
     int64_t want = c->seq_len / 64, tile = c->tile;
     if (tile == 0) {
         tile = c->topk ? (c->topk % 128 == 0 ? 128 : c->topk) : 128;
         if (!c->topk) while (tile > want && tile > 2 * c->pool) tile /= 2;
-        if (c->topk && (tile < 4 || tile % 2 || tile < 2 * c->pool)) {  // what was given is topk
-            snprintf(why, why_size, "topk is %ld; it must be even and at least twice pool (%ld), and at least 4",
-                     c->topk, c->pool);
-            return false;
-        }
+        if (c->topk && (tile < 4 || tile % 2 || tile < 2 * c->pool))  // what was given is topk
+            return text("topk is %ld; it must be even and at least twice pool (%ld), and at least 4", c->topk, c->pool);
     }
-    auto shape = [&](int64_t topk) {
-        return lighthouse_shape(s, c->seq_len, H, D, c->levels, c->pool, topk, tile, why, why_size);
-    };
+    auto shape = [&](int64_t topk) { return lighthouse_shape(s, c->seq_len, H, D, c->levels, c->pool, topk, tile); };
     if (c->topk) return shape(c->topk);
     int64_t nearest = (want + tile / 2) / tile;
     for (int64_t d = 0; d <= nearest; d++) {
-        if (nearest - d >= 1 && shape((nearest - d) * tile)) return true;
-        if (shape((nearest + d) * tile)) return true;
+        if (nearest - d >= 1 && shape((nearest - d) * tile) == "") return "";
+        if (shape((nearest + d) * tile) == "") return "";
     }
     return shape(tile);
 }
@@ -311,27 +307,27 @@ static void stop_all_processes();
 static void wait_a_moment(Wait* w);
 static bool waits_for_others;   // there are other processes
 static char process_name[32];   // "rank 3: " before errors, or empty if there is but one process
-static FILE* rank_log;          // this process's own log, or NULL
 
-// The compiler checks the arguments against the format, which is argument n. An int64_t is a long on 64-bit Linux: %ld.
-#define PRINTF_LIKE(n) __attribute__((format(printf, n, n + 1)))
-
-// Prints one message that says what is wrong, with which value, and what would be right; ends the program.
-PRINTF_LIKE(1) __attribute__((noreturn)) static void fatal(const char* format, ...) {
+// What printf would print; the compiler checks the arguments. An int64_t is a long on 64-bit Linux: %ld.
+static std::string text(const char* format, ...) {
     va_list args;
     va_start(args, format);
-    char* what;
-    if (vasprintf(&what, format, args) < 0) what = (char*)"out of host memory";
+    char* printed = NULL;
+    std::string s(vasprintf(&printed, format, args) < 0 ? "" : printed);
     va_end(args);
+    free(printed);
+    return s;
+}
+
+// Prints one message that says what is wrong, with which value, and what would be right; ends the program.
+[[noreturn]] static void end_with(const std::string& what) {
     fflush(stdout);
-    for (FILE* f : {stderr, rank_log}) {
-        if (!f) continue;
-        fprintf(f, "error: %s%s\n", process_name, what);
-        fflush(f);
-    }
+    fprintf(stderr, "error: %s%s\n", process_name, what.c_str());
     stop_all_processes();
     exit(1);
 }
+#define fatal(...) end_with(text(__VA_ARGS__))
+static void end_if(const std::string& why) { if (why != "") end_with(why); }
 
 static void* host_alloc(size_t bytes) {
     void* p = malloc(bytes ? bytes : 1);
@@ -339,59 +335,38 @@ static void* host_alloc(size_t bytes) {
     return p;
 }
 
-// A string made by printf, to be freed by the caller.
-PRINTF_LIKE(1) static char* text(const char* format, ...) {
-    va_list args;
-    va_start(args, format);
-    char* s = NULL;
-    if (vasprintf(&s, format, args) < 0) fatal("out of host memory");
-    va_end(args);
-    return s;
-}
-
-// The same, put behind s, which it frees.
-PRINTF_LIKE(2) static char* longer_text(char* s, const char* format, ...) {
-    va_list args;
-    va_start(args, format);
-    char* more = NULL;
-    if (vasprintf(&more, format, args) < 0) fatal("out of host memory");
-    va_end(args);
-    char* both = text("%s%s", s, more);
-    free(s); free(more);
-    return both;
-}
-
 // Calls what may take long because of this process's own disk. That is no hang: meanwhile other processes that wait for
-// this one are told so.
+// this one are told so. Within such a call another is made at once.
 static bool at_disk;
 template <typename Call> static void on_disk(Call call) {
-    if (!waits_for_others) return call();
+    if (!waits_for_others || at_disk) return call();
     int error = 0;
     std::atomic<bool> done(false);
+    at_disk = true;
     std::thread worker([&] {
         call();
         error = errno;
         done = true;
     });
-    at_disk = true;
     for (Wait w = {}; !done;) wait_a_moment(&w);
     at_disk = false;
     worker.join();
     errno = error;
 }
 
-static int open_to_read(const char* path) {
+static int open_to_read(const char* path, int64_t* size = NULL) {
     struct stat st;
     int fd = -1;
     on_disk([&] { fd = open(path, O_RDONLY | O_NONBLOCK); });  // a pipe is refused, not waited for
     if (fd < 0 || fstat(fd, &st)) fatal("cannot read %s: %s", path, strerror(errno));
     if (!S_ISREG(st.st_mode)) fatal("cannot read %s: it is no regular file", path);
+    if (size) *size = st.st_size;
     return fd;
 }
 
-// Returns NULL or, where the file ends too early, a sentence that says so, to be freed. A disk that fails says nothing
-// about the file, and ends the run.
-static char* try_read_at(int fd, void* buffer, size_t bytes, int64_t offset, const char* path) {
+// Returns "" or, where the file ends too early, a sentence that says so. A disk that fails says nothing about the file,
+// and ends the run.
+static std::string try_read_at(int fd, void* buffer, size_t bytes, int64_t offset, const char* path) {
     ssize_t n = 1;
     size_t done = 0;
     on_disk([&] {
@@ -402,13 +377,12 @@ static char* try_read_at(int fd, void* buffer, size_t bytes, int64_t offset, con
         }
     });
     if (n < 0) fatal("cannot read %s at byte %ld: %s", path, offset + done, strerror(errno));
-    if (done == bytes) return NULL;
+    if (done == bytes) return "";
     return text("%s ends at byte %ld; %zu more bytes were expected", path, offset + done, bytes - done);
 }
 
 static void read_at(int fd, void* buffer, size_t bytes, int64_t offset, const char* path) {
-    char* why = try_read_at(fd, buffer, bytes, offset, path);
-    if (why) fatal("%s", why);
+    end_if(try_read_at(fd, buffer, bytes, offset, path));
 }
 
 // Returns false with errno set, so that a half-written file can be removed before the message.
@@ -424,34 +398,13 @@ static bool write_at(int fd, const void* buffer, size_t bytes, int64_t offset) {
     return done == bytes;
 }
 
-static int64_t file_size(int fd, const char* path) {
-    struct stat st;
-    if (fstat(fd, &st)) fatal("%s: %s", path, strerror(errno));
-    return st.st_size;
-}
-
-// A whole file with a zero behind it, to be freed.
-static char* read_file(const char* path, int64_t* size) {
-    int fd = open_to_read(path);
-    *size = file_size(fd, path);
-    char* file = (char*)host_alloc(*size + 1);
-    read_at(fd, file, *size, 0, path);
-    file[*size] = 0;
+static std::string read_file(const char* path) {
+    int64_t size;
+    int fd = open_to_read(path, &size);
+    std::string file(size, 0);
+    read_at(fd, &file[0], file.size(), 0, path);
     close(fd);
     return file;
-}
-
-static void make_directories(const char* path) {
-    char* s = text("%s", path);
-    for (char* p = s + 1;; p++) {
-        if (*p != '/' && *p != 0) continue;
-        char end = *p;
-        *p = 0;
-        if (mkdir(s, 0777) && errno != EEXIST) fatal("cannot make directory %s: %s", s, strerror(errno));
-        *p = end;
-        if (end == 0) break;
-    }
-    free(s);
 }
 
 // FNV-1a over 8-byte words: every step is a bijection of the state, so no change of a single word goes unnoticed.
@@ -726,11 +679,8 @@ static void stop_all_processes() { if (waits_for_others) MPI_Abort(MPI_COMM_WORL
 // for hang_timeout seconds asks all others whether they wait too, as whoever waits looks for such questions. Those that
 // do not answer are the ones that hang: they are named, and the job ends.
 
-struct ProcessName {
-    char host[56];
-    int64_t pid;
-};
-static ProcessName* process_names;  // (world)
+struct ProcessName { char s[96]; };             // "rank 3 (pid 4711 on host)"
+static std::vector<ProcessName> process_names;  // (world)
 static const double ANSWER_S = 3;   // an answer takes as long as the other's pause between two looks: milliseconds
 
 enum { QUESTION = 1, WAITS_FOR_OTHERS, WAITS_FOR_DISK };
@@ -738,7 +688,7 @@ static bool lower_rank_asked;
 static int rank_at_disk = -1;  // one that answered so
 
 // Answers questions. Notes in waits[rank], unless NULL, who waits.
-static void answer_questions(bool* waits) {
+static void answer_questions(char* waits) {
     for (int found;;) {
         MPI_Status s;
         MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, hang_comm, &found, &s);
@@ -756,40 +706,37 @@ static void answer_questions(bool* waits) {
 
 // Ends the job with the names of those that do not answer. Returns if it is but a disk that is waited for.
 static void name_who_hangs() {
-    bool* waits = (bool*)host_alloc(procs.world);
+    std::vector<char> waits(procs.world, false);
+    waits[procs.rank] = true;
     for (int i = 0; i < procs.world; i++) {
-        waits[i] = i == procs.rank;
-        if (waits[i]) continue;
+        if (i == procs.rank) continue;
         MPI_Request sent;
         MPI_Isend(NULL, 0, MPI_BYTE, i, QUESTION, hang_comm, &sent);
         MPI_Request_free(&sent);
     }
     rank_at_disk = -1;
-    for (double began = seconds(); seconds() - began < ANSWER_S; usleep(1000)) answer_questions(waits);
+    for (double began = seconds(); seconds() - began < ANSWER_S; usleep(1000)) answer_questions(waits.data());
     if (rank_at_disk >= 0) {
         if (!lower_rank_asked)
-            fprintf(stderr, "note: %srank %d (pid %ld on %s) has been waiting for its disk for more than the %g s of "
-                    "--hang-timeout\n", process_name, rank_at_disk, process_names[rank_at_disk].pid,
-                    process_names[rank_at_disk].host, hang_timeout);
+            fprintf(stderr, "note: %s%s has been waiting for its disk for more than the %g s of --hang-timeout\n",
+                    process_name, process_names[rank_at_disk].s, hang_timeout);
         lower_rank_asked = false;
-        free(waits);
         return;
     }
     if (lower_rank_asked)  // the lowest that asks speaks, and ends this process too
         for (double began = seconds(); seconds() - began < 3 * ANSWER_S;) usleep(100000);
-    char *who = text("%s", ""), *place = step_begun ? text("step %ld", step_begun) : text("the start");
+    std::string who, place = step_begun ? text("step %ld", step_begun) : "the start";
     int named = 0;
     for (int i = 0; i < procs.world; i++) {
         if (waits[i] || named++ >= 16) continue;  // 16 say enough
-        who = longer_text(who, "%srank %d (pid %ld on %s)", *who ? ", " : "", i, process_names[i].pid,
-                          process_names[i].host);
+        who += (named > 1 ? ", " : "") + std::string(process_names[i].s);
     }
     if (named)
         fatal("no sign of %s for the %g s of --hang-timeout, in %s: the job ends here. No checkpoint is damaged; "
-              "--resume 1 goes on from the newest", who, hang_timeout, place);
+              "--resume 1 goes on from the newest", who.c_str(), hang_timeout, place.c_str());
     fatal("all %d processes wait for each other since the %g s of --hang-timeout, in %s: a device or the network "
           "between them hangs. No checkpoint is damaged; --resume 1 goes on from the newest", procs.world,
-          hang_timeout, place);
+          hang_timeout, place.c_str());
 }
 
 // Between two looks at something that other processes bring about: at first no pause, then longer ones, which leave
@@ -825,12 +772,11 @@ static void wait_for(MPI_Request* requests, int n) {
 static MPI_Comm group_comm(Group g) { return g == CP_GROUP ? cp_comm : MPI_COMM_WORLD; }
 
 // The bytes of rank `root` of the group, to all of the group.
-static void broadcast(void* data, int64_t bytes, Group g, int root) {
-    for (int64_t i = 0; procs.connected && i < bytes; i += 1 << 30) {
-        MPI_Request r;
-        MPI_Ibcast((char*)data + i, (int)std::min<int64_t>(bytes - i, 1 << 30), MPI_BYTE, root, group_comm(g), &r);
-        wait_for(&r, 1);
-    }
+static void broadcast(void* data, int bytes, Group g, int root) {
+    if (!procs.connected) return;
+    MPI_Request r;
+    MPI_Ibcast(data, bytes, MPI_BYTE, root, group_comm(g), &r);
+    wait_for(&r, 1);
 }
 
 // Everybody's `bytes` bytes, in rank order, to every process: all (world, bytes).
@@ -845,13 +791,12 @@ static void gather_to_all(void* all, const void* mine, int bytes) {
 // Sums of x (n) over all processes, in place, in rank order, so the same bits everywhere. For few numbers.
 template <typename Number> static void all_sum(Number* x, int64_t n) {
     if (!procs.connected) return;
-    Number* all = (Number*)host_alloc(procs.world * n * sizeof(Number));
-    gather_to_all(all, x, (int)(n * sizeof(Number)));
+    std::vector<Number> all(procs.world * n);
+    gather_to_all(all.data(), x, (int)(n * sizeof(Number)));
     for (int64_t i = 0; i < n; i++) {
         x[i] = 0;
         for (int rank = 0; rank < procs.world; rank++) x[i] += all[rank * n + i];
     }
-    free(all);
 }
 
 static void barrier() {
@@ -897,11 +842,11 @@ static void processes_start(int* argc, char*** argv) {
     if (procs.world > 1) snprintf(process_name, sizeof process_name, "rank %d: ", procs.rank);
     waits_for_others = procs.world > 1;
     ProcessName mine;
-    memset(&mine, 0, sizeof mine);
-    gethostname(mine.host, sizeof mine.host - 1);
-    mine.pid = getpid();
-    process_names = (ProcessName*)host_alloc(procs.world * sizeof mine);
-    gather_to_all(process_names, &mine, sizeof mine);
+    char host[56] = "";
+    gethostname(host, sizeof host - 1);
+    snprintf(mine.s, sizeof mine.s, "rank %d (pid %d on %s)", procs.rank, getpid(), host);
+    process_names.resize(procs.world);
+    gather_to_all(process_names.data(), &mine, sizeof mine);
 }
 
 static void processes_end() {
@@ -947,48 +892,40 @@ static void check_devices() {
     cudaDeviceProp properties;
     cudaCheck(cudaGetDevice(&device));
     cudaCheck(cudaGetDeviceProperties(&properties, device));
-    cudaUUID_t* uuids = (cudaUUID_t*)host_alloc(procs.local_world * sizeof(cudaUUID_t));
-    MPI_Request r;
-    MPI_Iallgather(&properties.uuid, sizeof(cudaUUID_t), MPI_BYTE, uuids, sizeof(cudaUUID_t), MPI_BYTE, local_comm, &r);
-    wait_for(&r, 1);
-    int devices = 0;
-    for (int i = 0; i < procs.local_world; i++) {
-        bool first = true;
-        for (int j = 0; j < i; j++) first &= memcmp(&uuids[i], &uuids[j], sizeof(cudaUUID_t)) != 0;
-        devices += first;
-    }
-    if (devices < procs.local_world)
-        fatal("%d processes on %s share %d GPU(s): every process needs its own, so start at most as many on a machine "
-              "as it has GPUs (mpirun -n, --map-by ppr:N:node; CUDA_VISIBLE_DEVICES may hide some)",
-              procs.local_world, process_names[procs.rank].host, devices);
-    free(uuids);
+    std::vector<cudaUUID_t> uuids(procs.world);
+    gather_to_all(uuids.data(), &properties.uuid, sizeof properties.uuid);
+    for (int rank = 0; rank < procs.rank; rank++)
+        if (!memcmp(&uuids[rank], &properties.uuid, sizeof properties.uuid))
+            fatal("this process and %s share 1 GPU: every process needs its own, so start at most as many on a machine "
+                  "as it has GPUs (mpirun -n, --map-by ppr:N:node; CUDA_VISIBLE_DEVICES may hide some)",
+                  process_names[rank].s);
 }
 
-// Starts each of the rows of x (rows, n) being summed over all processes, rank r's piece r of n / world of a row for
-// itself: after collectives_join() these pieces hold the sums, the rest of x nothing of use. x is on the device; n is a
+// Starts each of the rows of x (rows, n) being summed over all processes, rank r's share r of n / world of a row for
+// itself: after collectives_join() these shares hold the sums, the rest of x nothing of use. x is on the device; n is a
 // multiple of world.
 static void reduce_scatter_start(float* x, int rows, int64_t n) {
     if (!procs.connected) return;
     cudaCheck(cudaEventRecord(collective_event, main_stream));
     cudaCheck(cudaStreamWaitEvent(collective_stream, collective_event));
-    int64_t piece = n / procs.world;
+    int64_t share = n / procs.world;
     cudaCheck(ncclGroupStart());
     for (int row = 0; row < rows; row++, x += n)
-        cudaCheck(ncclReduceScatter(x, x + procs.rank * piece, piece, ncclFloat32, ncclSum, nccl_world,
+        cudaCheck(ncclReduceScatter(x, x + procs.rank * share, share, ncclFloat32, ncclSum, nccl_world,
                                     collective_stream));
     cudaCheck(ncclGroupEnd());
 }
 
-// Starts the pieces of each of the rows of x (rows, bytes) being gathered: rank r's piece r of bytes / world of a row
+// Starts the shares of each of the rows of x (rows, bytes) being gathered: rank r's share r of bytes / world of a row
 // is sent to all. x is on the device.
 static void all_gather_start(void* x, int rows, int64_t bytes) {
     if (!procs.connected) return;
     cudaCheck(cudaEventRecord(collective_event, main_stream));
     cudaCheck(cudaStreamWaitEvent(collective_stream, collective_event));
-    int64_t piece = bytes / procs.world;
+    int64_t share = bytes / procs.world;
     cudaCheck(ncclGroupStart());
     for (char* row = (char*)x; rows > 0; rows--, row += bytes)
-        cudaCheck(ncclAllGather(row + procs.rank * piece, row, piece, ncclInt8, nccl_world, collective_stream));
+        cudaCheck(ncclAllGather(row + procs.rank * share, row, share, ncclInt8, nccl_world, collective_stream));
     cudaCheck(ncclGroupEnd());
 }
 
@@ -999,7 +936,7 @@ static void collectives_join() {
     cudaCheck(cudaStreamWaitEvent(main_stream, collective_event));
 }
 
-// Piece p of send goes to cp rank p, piece p of recv comes from it: recv, send (cp, bytes_per_peer) on the device, not
+// Share p of send goes to cp rank p, share p of recv comes from it: recv, send (cp, bytes_per_peer) on the device, not
 // the same memory. On main_stream.
 static void all_to_all(void* recv, const void* send, int64_t bytes_per_peer) {
     cudaCheck(ncclGroupStart());
@@ -1055,7 +992,7 @@ static void processes_start(int*, char***) {
 static void processes_end() {}
 static void stop_all_processes() {}
 static void wait_a_moment(Wait*) {}
-static void broadcast(void*, int64_t, Group, int) {}
+static void broadcast(void*, int, Group, int) {}
 static void gather_to_all(void* all, const void* mine, int bytes) { memcpy(all, mine, bytes); }
 template <typename Number> static void all_sum(Number*, int64_t) {}
 static void barrier() {}
@@ -1076,12 +1013,9 @@ static double all_sum(double x) {
 }
 
 static double all_max(double x) {
-    double most = x, *all = (double*)host_alloc(procs.world * sizeof(double));
-    std::fill(all, all + procs.world, x);  // where the others are only planned for
-    gather_to_all(all, &x, sizeof x);
-    for (int rank = 0; rank < procs.world; rank++) most = std::max(most, all[rank]);
-    free(all);
-    return most;
+    std::vector<double> all(procs.world, x);  // where the others are only planned for
+    gather_to_all(all.data(), &x, sizeof x);
+    return *std::max_element(all.begin(), all.end());
 }
 
 // SIGTERM, SIGINT, SIGHUP or SIGUSR1, which mpirun hands on without killing soon after, asks a run to stop. A second
@@ -1098,207 +1032,151 @@ static void on_signal(int received) {
 }
 static bool stop_asked() { return all_sum((double)stop_signal) > 0; }  // any process; all ask at once
 
-PRINTF_LIKE(1) static void say(const char* format, ...) {  // rank 0 speaks for all
-    for (FILE* f : {procs.rank ? NULL : stdout, rank_log}) {
-        if (!f) continue;
-        va_list args;
-        va_start(args, format);
-        vfprintf(f, format, args);
-        va_end(args);
-        fflush(f);
-    }
+static void say_text(const std::string& s) {  // rank 0 speaks for all
+    if (procs.rank) return;
+    fputs(s.c_str(), stdout);
+    fflush(stdout);
 }
+#define say(...) say_text(text(__VA_ARGS__))
 
 // ===================================================================================================================
-// 4. Data: token shards in llm.c's format, mapped read-only; windows of T+1 tokens out.
-// A window is T consecutive tokens of one shard and the one after. Sequence i of the run is window i mod n of epoch
-// i / n; with shuffling each epoch visits the n windows by its own keyed permutation. So the whole position is i.
+// 4. Data: token shards in llm.c's format; sequences of T+1 tokens out.
+// A sequence is T consecutive tokens of one shard and the one after: n of them are an epoch. Sequence i of the run is
+// number i mod n of epoch i / n; with shuffling each epoch visits them by its own keyed permutation. So the whole
+// position is i. What is read is checked as it is read: a start takes no longer for more data.
 
 static const int shard_header_ints = 256;
 
 struct Shard {
-    const char* path;
-    const char* map;       // the whole file
-    int64_t bytes, tokens, windows;
+    std::string path;
+    int64_t tokens, sequences;
     int width;             // bytes of a token id: 2 or 4
 };
 
 struct Loader {
-    Shard* shards;
-    int count;
-    int64_t T, windows, tokens;  // over all shards
+    std::vector<Shard> shards;
+    int64_t T, sequences, tokens;  // over all shards
+    int64_t unused;        // tokens in no sequence: what is left at the end of each shard
     bool shuffle;
     uint64_t seed;
-    int64_t largest_id;
     int64_t vocab;         // token ids are below that
     int tokenizer_ids;     // of the tokenizer.bin beside the shards; 0: there is none
     uint64_t tokenizer;    // its checksum
 };
 
-static int shard_token(const Shard* s, int64_t i) {
-    const char* body = s->map + shard_header_ints * 4;
-    return s->width == 2 ? ((const uint16_t*)body)[i] : (int)((const uint32_t*)body)[i];
-}
-
-// Memory that is a file ends in this where the file has no more to give.
-static void on_bus_error(int) {
-    static const char message[] = "error: bus error: a token shard was cut while the run read it, its disk failed, or "
-                                  "/dev/shm is full, where MPI and NCCL share memory\n";
-    _exit(write(STDERR_FILENO, message, sizeof message - 1) < 0 ? 2 : 1);
-}
-
-static void shard_open(Shard* s, const char* path) {
-    s->path = path;
-    int fd = open_to_read(path);
-    s->bytes = file_size(fd, path);
-    int header[shard_header_ints];
-    if (s->bytes < (int64_t)sizeof header)
-        fatal("%s is no token shard: it has %ld bytes, less than the header's %zu", path, s->bytes, sizeof header);
+static Shard shard_header(const char* path) {
+    int64_t bytes;
+    int header[shard_header_ints], fd = open_to_read(path, &bytes);
+    if (bytes < (int64_t)sizeof header)
+        fatal("%s is no token shard: it has %ld bytes, less than the header's %zu", path, bytes, sizeof header);
     read_at(fd, header, sizeof header, 0, path);
+    close(fd);
     bool narrow = header[0] == 20240520 && header[1] == 1, wide = header[0] == 20240801 && header[1] == 7;
     if (!narrow && !wide)
         fatal("%s is no token shard: magic %d, version %d; expected 20240520, 1 (16-bit ids) or 20240801, 7 (32-bit "
               "ids). data/prepare.py writes such files", path, header[0], header[1]);
-    s->width = narrow ? 2 : 4;
-    s->tokens = header[2];
-    int64_t expected = (int64_t)sizeof header + s->tokens * s->width;
-    if (s->tokens < 0 || s->bytes != expected)
+    Shard s = {path, header[2], 0, narrow ? 2 : 4};
+    int64_t expected = (int64_t)sizeof header + s.tokens * s.width;
+    if (s.tokens < 0 || bytes != expected)
         fatal("%s: its header says %ld tokens, so %ld bytes, but the file has %ld: it is cut or damaged", path,
-              s->tokens, expected, s->bytes);
-    s->map = (const char*)mmap(NULL, s->bytes, PROT_READ, MAP_SHARED, fd, 0);
-    if (s->map == MAP_FAILED) fatal("cannot map %s: %s", path, strerror(errno));
-    close(fd);
+              s.tokens, expected, bytes);
+    return s;
 }
 
-// Of a shard each process looks through one share, and the ranks together through all of it once.
-static void shard_share(const Shard* s, int64_t* begin, int64_t* end) {
-    int of = procs.connected ? procs.world : 1, rank = procs.connected ? procs.rank : 0;
-    *begin = s->tokens * rank / of;
-    *end = s->tokens * (rank + 1) / of;
+// Reads n tokens of a shard, whose ids must be in the vocabulary.
+static void read_tokens(const Loader* d, const Shard* s, int64_t first, int64_t n, int* ids) {
+    const char* path = s->path.c_str();
+    std::vector<uint16_t> narrow(s->width == 2 ? n : 0);
+    int64_t at = shard_header_ints * 4 + first * s->width;
+    on_disk([&] {
+        int fd = open_to_read(path);
+        read_at(fd, s->width == 2 ? (void*)narrow.data() : ids, n * s->width, at, path);
+        close(fd);
+    });
+    for (int64_t t = 0; t < n; t++) {
+        int64_t id = s->width == 2 ? narrow[t] : (uint32_t)ids[t];
+        if (id >= d->vocab)
+            fatal("%s: token %ld is id %ld, but the vocabulary has %ld ids (0 to %ld): was it made with another "
+                  "tokenizer? The model's file, or else --vocab-size, sets the vocabulary", path, first + t, id,
+                  d->vocab, d->vocab - 1);
+        ids[t] = (int)id;
+    }
 }
 
-static int folder_length(const char* path) {
-    const char* slash = strrchr(path, '/');
-    return slash ? (int)(slash + 1 - path) : 0;
-}
-
-// The path of another file in a file's folder; to be freed.
-static char* file_beside(const char* path, const char* name) {
-    return text("%.*s%s", folder_length(path), path, name);
-}
+// The path up to the last slash; "" for a file in the current folder.
+static std::string folder_of(const std::string& path) { return path.substr(0, path.rfind('/') + 1); }
 
 // Finds the files that a pattern names. The path of a file is no pattern, nor is that of the folder that they are in.
-static void find_shards(const char* pattern, glob_t* found) {
-    char *folder = file_beside(pattern, "."), *escaped = (char*)host_alloc(2 * strlen(pattern) + 1), *to = escaped;
-    int literal = !access(pattern, F_OK) ? (int)strlen(pattern) : !access(folder, F_OK) ? folder_length(pattern) : 0;
-    for (const char* from = pattern; *from; *to++ = *from++)
-        if (from < pattern + literal && strchr("*?[\\", *from)) *to++ = '\\';
-    *to = 0;
-    if (glob(escaped, literal ? 0 : GLOB_TILDE, NULL, found) || found->gl_pathc == 0)
-        fatal("no file matches %s: data/prepare.py makes token shards, or name yours with --train-data and --val-data",
-              pattern);
-    free(folder); free(escaped);
-}
-
-// What lies beside a shard tells whether its data set is finished and whole, and its tokenizer, which must be that of
-// all shards.
-static void look_beside(Loader* d, const char* path, const char* pattern) {
-    char *progress = file_beside(path, "progress.json"), *manifest = file_beside(path, "manifest.json");
-    if (!access(progress, F_OK) && access(manifest, F_OK))
-        fatal("%.*s is part of a data set: %s says that its preparation was interrupted; the same command of "
-              "data/prepare.py goes on with it", folder_length(path), path, progress);
-    if (!access(manifest, R_OK)) {  // data/prepare.py's list of the shards
-        int64_t size;
-        char* file = read_file(manifest, &size);
-        for (char *at = file, *end; (at = strstr(at, "\"name\": \"")) && (end = strchr(at += 9, '"')); at = end + 1) {
-            *end = 0;
-            char* shard = file_beside(path, at);
-            if (!fnmatch(pattern + folder_length(pattern), at, 0) && access(shard, F_OK))
-                fatal("%s is not there, though %s names it: bring it back, or name the shards that you want with a "
-                      "pattern that leaves it out", shard, manifest);
-            free(shard);
-        }
-        free(file);
+static std::vector<std::string> find_shards(const std::string& pattern) {
+    std::string folder = folder_of(pattern), escaped;
+    size_t literal = !access(pattern.c_str(), F_OK) ? pattern.size()
+                   : !access((folder + ".").c_str(), F_OK) ? folder.size() : 0;
+    for (size_t i = 0; i < pattern.size(); i++) {
+        if (i < literal && strchr("*?[\\", pattern[i])) escaped += '\\';
+        escaped += pattern[i];
     }
-    char* name = file_beside(path, "tokenizer.bin");
-    if (!access(name, R_OK)) {
-        int64_t size;
-        int* file = (int*)read_file(name, &size);
-        uint64_t sum = checksum(file, size);
-        if (d->tokenizer_ids && sum != d->tokenizer)
-            fatal("%s is not that of the other shards: data of different tokenizers cannot be mixed", name);
-        if (size >= 16 && file[0] == 20240328) d->tokenizer_ids = file[2];
-        d->tokenizer = sum;
-        free(file);
-    }
-    free(progress); free(manifest); free(name);
-}
-
-// Opens every shard that matches the pattern, in the order of their names. loader_limit then sets the vocabulary.
-static void loader_open(Loader* d, const char* pattern, int64_t T, bool shuffle, uint64_t seed) {
-    memset(d, 0, sizeof *d);
     glob_t found;
-    find_shards(pattern, &found);
-    d->count = (int)found.gl_pathc;
-    d->shards = (Shard*)host_alloc(d->count * sizeof(Shard));
-    d->T = T; d->shuffle = shuffle; d->seed = seed; d->vocab = INT64_MAX;
-    int64_t largest = -1;
-    for (int i = 0; i < d->count; i++) {
-        Shard* s = &d->shards[i];
-        shard_open(s, text("%s", found.gl_pathv[i]));
-        int folder = folder_length(s->path);
-        if (i == 0 || folder != folder_length(s[-1].path) || strncmp(s->path, s[-1].path, folder))
-            look_beside(d, s->path, pattern);
-        s->windows = s->tokens > 0 ? (s->tokens - 1) / T : 0;
-        d->windows += s->windows;
-        d->tokens += s->tokens;
-        int64_t begin, end;
-        shard_share(s, &begin, &end);
-        on_disk([&] {
-            #pragma omp parallel for reduction(max : largest)
-            for (int64_t t = begin; t < end; t++) largest = std::max(largest, (int64_t)(uint32_t)shard_token(s, t));
-        });
-    }
+    if (glob(escaped.c_str(), literal ? 0 : GLOB_TILDE, NULL, &found) || found.gl_pathc == 0)
+        fatal("no file matches %s: data/prepare.py makes token shards, or name yours with --train-data and --val-data",
+              pattern.c_str());
+    std::vector<std::string> paths(found.gl_pathv, found.gl_pathv + found.gl_pathc);
     globfree(&found);
-    d->largest_id = (int64_t)all_max((double)largest);
-    if (d->windows == 0)
-        fatal("%s: %d shard(s) of together %ld tokens hold no window of seq-len + 1 = %ld tokens: lower --seq-len or "
-              "prepare more data", pattern, d->count, d->tokens, T + 1);
+    return paths;
 }
 
-// Tokens in no window: what is left at the end of each shard.
-static int64_t tokens_unused(const Loader* d) {
-    int64_t used = 0;
-    for (int i = 0; i < d->count; i++) used += d->shards[i].windows ? d->shards[i].windows * d->T + 1 : 0;
-    return d->tokens - used;
+// What lies beside shards tells whether their data set is finished and whole, and their tokenizer, which must be that
+// of all shards.
+static void look_beside(Loader* d, const std::string& folder, const std::string& pattern) {
+    std::string progress = folder + "progress.json", manifest = folder + "manifest.json";
+    if (!access(progress.c_str(), F_OK) && access(manifest.c_str(), F_OK))
+        fatal("%s is part of a data set: %s says that its preparation was interrupted; the same command of "
+              "data/prepare.py goes on with it", folder.c_str(), progress.c_str());
+    if (!access(manifest.c_str(), R_OK)) {  // data/prepare.py's list of the shards
+        std::string file = read_file(manifest.c_str());
+        const std::string before = "\"name\": \"";
+        for (size_t at = 0; (at = file.find(before, at)) != std::string::npos;) {
+            at += before.size();
+            std::string shard = file.substr(at, file.find('"', at) - at), path = folder + shard;
+            if (!fnmatch(pattern.c_str() + folder_of(pattern).size(), shard.c_str(), 0) && access(path.c_str(), F_OK))
+                fatal("%s is not there, though %s names it: bring it back, or name the shards that you want with a "
+                      "pattern that leaves it out", path.c_str(), manifest.c_str());
+        }
+    }
+    std::string name = folder + "tokenizer.bin";
+    if (access(name.c_str(), R_OK)) return;
+    std::string file = read_file(name.c_str());
+    uint64_t sum = checksum(file.data(), file.size());
+    if (d->tokenizer_ids && sum != d->tokenizer)
+        fatal("%s is not that of the other shards: data of different tokenizers cannot be mixed", name.c_str());
+    const int* header = (const int*)file.data();
+    if (file.size() >= 16 && header[0] == 20240328) d->tokenizer_ids = header[2];
+    d->tokenizer = sum;
 }
+
+// Finds every shard that matches the pattern, in the order of their names. The vocabulary is set later.
+static void loader_init(Loader* d, const char* pattern, int64_t T, bool shuffle, uint64_t seed) {
+    *d = {{}, T, 0, 0, 0, shuffle, seed, INT64_MAX, 0, 0};
+    std::string folder = "none yet";
+    for (const std::string& path : find_shards(pattern)) {
+        Shard s = shard_header(path.c_str());
+        if (folder_of(path) != folder) look_beside(d, folder = folder_of(path), pattern);
+        s.sequences = s.tokens > 0 ? (s.tokens - 1) / T : 0;
+        d->sequences += s.sequences;
+        d->tokens += s.tokens;
+        d->unused += s.sequences ? s.tokens - s.sequences * T - 1 : s.tokens;
+        d->shards.push_back(s);
+    }
+    if (d->sequences == 0)
+        fatal("%s: %zu shard(s) of together %ld tokens hold no sequence of seq-len + 1 = %ld tokens: lower --seq-len "
+              "or prepare more data", pattern, d->shards.size(), d->tokens, T + 1);
+}
+
 
 // The vocabulary of a model may be padded, but not by as much as separates it from another tokenizer's.
-static void check_tokenizer(const char* model, int64_t vocab, const char* path, int ids) {
+static void check_tokenizer(const char* model, int64_t vocab, const std::string& path, int ids) {
     if (ids <= vocab && vocab - ids < 1024) return;
     fatal("%s has a vocabulary of %ld ids, but %s has %d tokens: they do not belong together. data/prepare.py "
-          "--tokenizer makes shards for a model", model, vocab, path, ids);
-}
-
-// A token whose id must be in the vocabulary.
-static int loader_token(const Loader* d, const Shard* s, int64_t t) {
-    int64_t id = (uint32_t)shard_token(s, t);
-    if (id >= d->vocab)
-        fatal("%s: token %ld is id %ld, but the vocabulary has %ld ids (0 to %ld): was it made with another tokenizer? "
-              "The model's file, or else --vocab-size, sets the vocabulary", s->path, t, id, d->vocab, d->vocab - 1);
-    return (int)id;
-}
-
-// Refuses data with ids beyond the vocabulary, and names the first.
-static void loader_limit(Loader* d, int64_t vocab) {
-    d->vocab = vocab;
-    if (d->largest_id < vocab) return;
-    for (int i = 0; i < d->count; i++) {
-        int64_t begin, end;
-        shard_share(&d->shards[i], &begin, &end);
-        for (int64_t t = begin; t < end; t++) loader_token(d, &d->shards[i], t);
-    }
-    barrier();  // it is in another process's share
+          "--tokenizer makes shards for a model", model, vocab, path.c_str(), ids);
 }
 
 // A keyed permutation of 0..n-1 without a table: a 4-round Feistel network on the next even number of bits, walked
@@ -1319,41 +1197,44 @@ static int64_t permute(int64_t i, int64_t n, uint64_t key) {
     return (int64_t)x;
 }
 
-// The shard of window w of all, and where in it the window begins.
-static const Shard* loader_window(const Loader* d, int64_t w, int64_t* first) {
-    const Shard* s = d->shards;
-    while (w >= s->windows) w -= (s++)->windows;
-    *first = w * d->T;
-    return s;
+// Reads n tokens of the k-th sequence of the data, from its token t on.
+static void read_sequence(const Loader* d, int64_t k, int64_t t, int64_t n, int* ids) {
+    const Shard* s = d->shards.data();
+    while (k >= s->sequences) k -= (s++)->sequences;
+    read_tokens(d, s, k * d->T + t, n, ids);
 }
 
 // Writes this process's tokens of sequence i of the run: inputs (T/W) and targets (T/W), the inputs shifted by one.
 static void loader_sequence(const Loader* d, int64_t i, int* inputs, int* targets) {
-    int64_t epoch = i / d->windows, w = i % d->windows, rows = d->T / procs.cp, first;
-    if (d->shuffle) w = permute(w, d->windows, mix64(d->seed) ^ (uint64_t)epoch);
-    const Shard* s = loader_window(d, w, &first);
-    first += procs.cp_rank * rows;
-    for (int64_t t = 0; t < rows; t++) {
-        inputs[t] = loader_token(d, s, first + t);
-        targets[t] = loader_token(d, s, first + t + 1);
-    }
+    int64_t epoch = i / d->sequences, k = i % d->sequences, rows = d->T / procs.cp;
+    if (d->shuffle) k = permute(k, d->sequences, mix64(d->seed) ^ (uint64_t)epoch);
+    std::vector<int> ids(rows + 1);
+    read_sequence(d, k, procs.cp_rank * rows, rows + 1, ids.data());
+    std::copy(ids.begin(), ids.end() - 1, inputs);
+    std::copy(ids.begin() + 1, ids.end(), targets);
 }
 
-// Tells other data of the same size apart: a checksum of the first tokens of windows from everywhere. It does not
+// Tells other data of the same size apart: a checksum of the first tokens of sequences from everywhere. It does not
 // depend on how the tokens are cut into shards.
 static uint64_t loader_fingerprint(const Loader* d) {
     const int64_t samples = 1024, length = std::min<int64_t>(d->T, 64);
-    int* tokens = (int*)host_alloc(samples * length * sizeof(int));
+    std::vector<int> tokens(samples * length);
     on_disk([&] {
-        for (int64_t i = 0; i < samples; i++) {
-            int64_t first;
-            const Shard* s = loader_window(d, (int64_t)((double)i / samples * d->windows), &first);
-            for (int64_t t = 0; t < length; t++) tokens[i * length + t] = shard_token(s, first + t);
-        }
+        for (int64_t i = 0; i < samples; i++)
+            read_sequence(d, (int64_t)((double)i / samples * d->sequences), 0, length, &tokens[i * length]);
     });
-    uint64_t sum = checksum(tokens, samples * length * sizeof(int));
-    free(tokens);
-    return sum;
+    return checksum(tokens.data(), tokens.size() * sizeof(int));
+}
+
+// The vocabulary that data without a tokenizer.bin is taken to have: that of bytes, unless an id near the beginning is
+// too large for it, or GPT-2's.
+static int guess_vocabulary(const Loader* d) {
+    const Shard* s = d->shards.data();
+    while (!s->sequences) s++;
+    std::vector<int> ids(std::min<int64_t>(s->tokens, 1 << 20));
+    read_tokens(d, s, 0, ids.size(), ids.data());
+    for (int id : ids) if ((uint32_t)id >= 257) return 50257;
+    return 257;
 }
 
 // ===================================================================================================================
@@ -4041,9 +3922,8 @@ static void heads_to_rows(floatX* rows /*(B,R/W,parts,NH,D)*/, const floatX* hea
 static bool can_exchange_slots(const Model* m, int tile, LighthouseShape* own) {
     const LighthouseShape* s = &m->shape;
     int W = procs.cp;
-    char why[512];
     return W > 1 && s->topk % (W * tile) == 0 && s->S < s->T &&
-           lighthouse_shape(own, s->T / W, m->dims.NH, s->D, s->levels, s->pool, s->topk / W, tile, why, sizeof why);
+           lighthouse_shape(own, s->T / W, m->dims.NH, s->D, s->levels, s->pool, s->topk / W, tile) == "";
 }
 
 // What of the forward pass runs: all of it, or, for the backward pass, what was not kept.
@@ -4512,23 +4392,23 @@ static double learning_rate(const Config* c, int64_t step, int64_t steps) {
 }
 
 // The last values of a quantity, to tell how far out a new one lies.
-static const int DETECTOR_WINDOW = 128;
+static const int DETECTOR_VALUES = 128;
 struct Detector {
-    double values[DETECTOR_WINDOW];
+    double values[DETECTOR_VALUES];
     int64_t seen;
 };
 
-// The z-score of x against the window, 0 while that is not full; then x joins the window.
+// The z-score of x against the last values, 0 until there are enough; then x joins them.
 static double detector_score(Detector* d, double x) {
     double z = 0;
-    if (d->seen >= DETECTOR_WINDOW) {
+    if (d->seen >= DETECTOR_VALUES) {
         double mean = 0, var = 0;
-        for (int i = 0; i < DETECTOR_WINDOW; i++) mean += d->values[i] / DETECTOR_WINDOW;
-        for (int i = 0; i < DETECTOR_WINDOW; i++)
-            var += (d->values[i] - mean) * (d->values[i] - mean) / DETECTOR_WINDOW;
+        for (int i = 0; i < DETECTOR_VALUES; i++) mean += d->values[i] / DETECTOR_VALUES;
+        for (int i = 0; i < DETECTOR_VALUES; i++)
+            var += (d->values[i] - mean) * (d->values[i] - mean) / DETECTOR_VALUES;
         z = (x - mean) / sqrt(std::max(var, 1e-24));
     }
-    if (isfinite(x)) d->values[d->seen++ % DETECTOR_WINDOW] = x;
+    if (isfinite(x)) d->values[d->seen++ % DETECTOR_VALUES] = x;
     return z;
 }
 
@@ -4593,14 +4473,14 @@ struct RunState {
     int64_t phase_steps[2];
     double phase_s[2];
     Detector loss, norm;
-    int64_t seq_len, total_batch, windows, seed, shuffle;  // what must not change in a resume
-    uint64_t data;                                         // loader_fingerprint
+    int64_t seq_len, total_batch, epoch, seed, shuffle;  // what must not change in a resume; an epoch's sequences
+    uint64_t data;                                       // loader_fingerprint
     int64_t not_finite;  // steps in a row, up to now, whose loss or gradient norm was not
 };
 
 struct CheckpointHeader {
     int32_t magic, version;
-    char options[1016];        // training_options
+    char unused[1016];
     int32_t model[256];        // at byte 1024: a model file's header
     int64_t weights_offset;    // at byte 2048
     int64_t parameters;
@@ -4629,21 +4509,25 @@ static void model_header(int32_t* h, const Dims* d, int64_t step) {
     h[9] = (int32_t)step;
 }
 
-struct ShortText { char s[32]; };  // needs no freeing
-static ShortText positions_text(const int32_t* h /*a model file's header*/) {
-    ShortText t = {"learned positions"};
-    float theta;
-    memcpy(&theta, &h[8], sizeof theta);
-    if (h[1] > 100) snprintf(t.s, sizeof t.s, "rope-theta %g", theta);
-    return t;
+static CheckpointHeader checkpoint_header(const Model* m, int64_t step) {
+    CheckpointHeader h;
+    memset(&h, 0, sizeof h);
+    h.magic = CHECKPOINT_MAGIC; h.version = CHECKPOINT_VERSION;
+    model_header(h.model, &m->dims, step);
+    int64_t body = body_bytes(m, SECTIONS);
+    h.parameters = m->parameters;
+    h.file_bytes = checkpoint_bytes(m);
+    h.weights_offset = h.file_bytes - body;
+    h.state_bytes = sizeof(RunState);
+    h.chunks = ceil_div(body, CHUNK);
+    return h;
 }
 
-// The sizes in a model file's header, each bounded, so that no product of them overflows. Returns NULL or what is
-// wrong, to be freed.
-static char* model_dims(const int32_t* h, const char* path, Dims* d, bool* bf16) {
+// The sizes in a model file's header, each bounded, so that no product of them overflows. Returns "" or what is wrong.
+static std::string model_dims(const int32_t* h, const char* path, Dims* d, bool* bf16) {
     if (h[0] != MODEL_MAGIC || (h[1] != 3 && h[1] != 5 && h[1] != 103 && h[1] != 105))
-        return text("%s is no model file: magic %d, version %d; expected %d and version 3, 5, 103 or 105", path, h[0],
-                    h[1], MODEL_MAGIC);
+        return text("%s is no model file or checkpoint: magic %d, version %d; expected %d and version 3, 5, 103 or 105",
+                    path, h[0], h[1], MODEL_MAGIC);
     *bf16 = h[1] % 100 == 5;
     *d = {h[2], h[3], h[7], h[4], h[5], h[6], h[1] > 100, 0};
     if (d->rope) memcpy(&d->theta, &h[8], sizeof(float));
@@ -4654,43 +4538,63 @@ static char* model_dims(const int32_t* h, const char* path, Dims* d, bool* bf16)
     if (d->rope && (d->C / d->NH % 2 || !(d->theta >= 1 && d->theta <= 1e12)))
         return text("%s: rotary positions in heads of %d channels with a base of %g; they need an even head size and a "
                     "base of 1 to 1e12", path, d->C / d->NH, d->theta);
-    return NULL;
+    return "";
 }
 
-// Reads and checks a checkpoint's header. Returns NULL or what is wrong, to be freed.
-static char* checkpoint_header(int fd, const char* path, CheckpointHeader* h) {
-    int64_t size = file_size(fd, path);
-    if (size < (int64_t)sizeof *h) return text("%s is cut: %ld bytes, less than a header", path, size);
-    char* why = try_read_at(fd, h, sizeof *h, 0, path);
-    if (why) return why;
-    if (h->magic != CHECKPOINT_MAGIC || h->version != CHECKPOINT_VERSION)
-        return text("%s is no checkpoint of this program: magic %d, version %d; expected %d, %d", path, h->magic,
-                    h->version, CHECKPOINT_MAGIC, CHECKPOINT_VERSION);
-    if (h->header_checksum != checksum(h, sizeof *h - 8))
-        return text("%s is damaged: wrong checksum of the header", path);
-    if (size != h->file_bytes) return text("%s is damaged: %ld bytes, its header says %ld", path, size, h->file_bytes);
-    Dims d;
-    bool bf16;
-    if ((why = model_dims(h->model, path, &d, &bf16))) return why;
+static std::string dims_text(Dims d) {
+    return text("T %ld, V %d, layers %d, heads %d, channels %d, ", d.maxT, d.V, d.L, d.NH, d.C) +
+           (d.rope ? text("rope-theta %g", d.theta) : "learned positions");
+}
+
+struct ModelFile {  // a model file or checkpoint to read from
+    const char* path;
+    int fd;
+    int32_t header[256];
+    CheckpointHeader checkpoint;  // magic 0: it is none
+    std::vector<char> front;      // of a checkpoint: RunState, the checksums
+    Dims dims;
+    bool bf16;                    // 2-byte weights
+    int64_t body;                 // where they begin
+};
+
+// Opens a file and reads and checks all but its body. Returns "" or what is wrong.
+static std::string model_file_open(ModelFile* f, const char* path) {
+    int64_t size;
+    *f = {path, open_to_read(path, &size)};
+    f->body = sizeof f->header;
+    if (size < f->body) return text("%s is cut: %ld bytes, less than a header's 1024", path, size);
+    read_at(f->fd, f->header, sizeof f->header, 0, path);
+    CheckpointHeader* h = &f->checkpoint;
+    bool checkpoint = f->header[0] == CHECKPOINT_MAGIC;
+    if (checkpoint) {
+        std::string why = try_read_at(f->fd, h, sizeof *h, 0, path);
+        if (why != "") return why;
+        if (h->version != CHECKPOINT_VERSION)
+            return text("%s is a checkpoint of version %d; expected %d", path, h->version, CHECKPOINT_VERSION);
+        if (h->header_checksum != checksum(h, sizeof *h - 8))
+            return text("%s is damaged: wrong checksum of the header", path);
+        memcpy(f->header, h->model, sizeof f->header);
+        f->body = h->weights_offset;
+    }
+    std::string why = model_dims(f->header, path, &f->dims, &f->bf16);
+    if (why != "") return why;
     Model m;
-    model_layout(&m, d);
-    int64_t body = body_bytes(&m, SECTIONS);
-    if (bf16 || h->parameters != m.parameters || h->state_bytes != sizeof(RunState) || size != checkpoint_bytes(&m) ||
-        h->weights_offset != size - body || h->chunks != ceil_div(body, CHUNK))
+    model_layout(&m, f->dims);
+    CheckpointHeader made = checkpoint_header(&m, f->header[9]);
+    int64_t expected = checkpoint ? made.file_bytes : f->body + m.parameters * (f->bf16 ? 2 : 4);
+    if (size != expected)
+        return text("%s: %ld bytes, but one of its header's sizes has %ld: it is cut, or of another program", path,
+                    size, expected);
+    if (!checkpoint) return "";
+    if (f->bf16 || memcmp(&h->weights_offset, &made.weights_offset, 5 * sizeof(int64_t)))
         return text("%s is damaged: its header contradicts itself", path);
-    return NULL;
+    f->front.resize(h->state_bytes + h->chunks * 8);
+    why = try_read_at(f->fd, f->front.data(), f->front.size(), sizeof *h, path);
+    if (why == "" && h->state_checksum != checksum(f->front.data(), f->front.size()))
+        why = text("%s is damaged: wrong checksum of the run's state", path);
+    return why;
 }
 
-// The state and the chunks' checksums behind a checkpoint's header, to be freed, into *front. Returns NULL or what is
-// wrong.
-static char* checkpoint_front(int fd, const char* path, const CheckpointHeader* h, char** front) {
-    size_t bytes = h->state_bytes + h->chunks * 8;
-    *front = (char*)host_alloc(bytes);
-    char* why = try_read_at(fd, *front, bytes, sizeof *h, path);
-    if (why) return why;
-    if (h->state_checksum == checksum(*front, bytes)) return NULL;
-    return text("%s is damaged: wrong checksum of the run's state", path);
-}
 
 // Whether a run can have come to this state. What must be as in this run's options is compared with them elsewhere.
 static bool state_possible(const RunState* s) {
@@ -4716,397 +4620,274 @@ static void add_to_sums(uint64_t* sums, const void* data, int64_t at, int64_t by
     }
 }
 
-static uint64_t* no_sums(int64_t chunks) {  // zeros, to be freed
-    uint64_t* sums = (uint64_t*)host_alloc(chunks * sizeof(uint64_t));
-    memset(sums, 0, chunks * sizeof(uint64_t));
-    return sums;
-}
-
-// Compares the sums of a body that all processes have read part of with the file's. Returns NULL or what is wrong.
-static char* check_sums(uint64_t* sums, int64_t chunks, const char* path, const CheckpointHeader* h,
-                        const char* front) {
-    all_sum(sums, chunks);
-    for (int64_t i = 0; i < chunks; i++) {
-        if (!memcmp(&sums[i], front + h->state_bytes + 8 * i, 8)) continue;
-        int64_t at = h->weights_offset + i * CHUNK;
-        return text("%s is damaged: wrong checksum of bytes %ld to %ld", path, at, std::min(at + CHUNK, h->file_bytes));
-    }
-    return NULL;
-}
-
-struct ModelFile {  // a model file or checkpoint to read weights from
-    int fd;
-    int32_t header[256];
-    CheckpointHeader checkpoint;  // magic 0: it is none
-    Dims dims;
-    bool bf16;                    // 2-byte weights
-    int64_t body;                 // where they begin
-};
-
-static ModelFile model_file_open(const char* path) {
-    static ModelFile f;
-    memset(&f, 0, sizeof f);
-    f.fd = open_to_read(path);
-    int64_t size = file_size(f.fd, path);
-    f.body = sizeof f.header;
-    if (size < f.body) fatal("%s is no model file: it has %ld bytes, less than a header's 1024", path, size);
-    read_at(f.fd, f.header, sizeof f.header, 0, path);
-    char* why = NULL;
-    if (f.header[0] == CHECKPOINT_MAGIC) {
-        why = checkpoint_header(f.fd, path, &f.checkpoint);
-        memcpy(f.header, f.checkpoint.model, sizeof f.header);
-        f.body = f.checkpoint.weights_offset;
-    }
-    if (!why) why = model_dims(f.header, path, &f.dims, &f.bf16);
-    if (why) fatal("%s", why);
-    Model m;
-    model_layout(&m, f.dims);
-    int64_t expected = f.body + m.parameters * (f.bf16 ? 2 : 4);
-    if (!f.checkpoint.magic && size != expected)
-        fatal("%s: %ld bytes, but a model of its header's sizes has %ld: it is cut, or of another program", path, size,
-              expected);
-    return f;
-}
+// A model file's checksum, of the sums of its weights' chunks; never 0, which stands for none.
+static uint64_t model_checksum(const std::vector<uint64_t>& sums) { return checksum(sums.data(), sums.size() * 8) | 1; }
 
 static float* own_section(const Model* m, int section, const Piece* p) {
     return section == WEIGHTS ? own_master(m, p) : (section == FIRST_MOMENT ? m->m : m->v) + p->owned;
 }
 
-// Reads this process's pieces of a section into the model or, unless keep, what the next process wrote. body: where the
-// weights begin in the file. Adds what it read to sums. With bf16 the file's weights have 2 bytes, the upper half of a
-// float. Returns NULL or what is wrong.
-static char* section_read(const Model* m, int section, int fd, const char* path, int64_t body, uint64_t* sums,
-                          bool bf16, bool keep) {
-    float* host = (float*)host_alloc(CHUNK);
+// Calls use(piece, i, n, at) for each part of at most a chunk of a process's pieces of a section: the piece's n
+// parameters from the i-th on are elements at, ... of a file's body.
+template <typename Use> static void for_parts(const Model* m, int section, int rank, Use use) {
     int pieces;
-    Piece* piece = own_pieces(m, &pieces, keep ? procs.rank : (procs.rank + 1) % procs.world);
-    char* why = NULL;
-    for (Piece* p = piece; p < piece + pieces && !why; p++)
-        for (int64_t i = 0, room = CHUNK / sizeof(float); i < p->count; i += room) {
-            int64_t n = std::min(p->count - i, room), at = section * m->parameters + p->file + i;
-            why = try_read_at(fd, host, n * (bf16 ? 2 : 4), body + at * (bf16 ? 2 : 4), path);
-            if (why) break;
-            for (int64_t j = bf16 ? n - 1 : -1; j >= 0; j--) {  // widen from the end, in place
-                uint32_t bits = (uint32_t)((uint16_t*)host)[j] << 16;
-                memcpy(&host[j], &bits, 4);
-            }
-            add_to_sums(sums, host, at * sizeof(float), n * sizeof(float));
-            if (!keep) continue;
-            if (section == WEIGHTS) set_weights(m, p, i, host, n);
-            else copy_to_device(own_section(m, section, p) + i, host, n * sizeof(float));
-        }
-    free(piece); free(host);
-    return why;
+    Piece* piece = own_pieces(m, &pieces, rank);
+    for (Piece* p = piece; p < piece + pieces; p++)
+        for (int64_t i = 0, room = CHUNK / sizeof(float); i < p->count; i += room)
+            use(p, i, std::min(p->count - i, room), section * m->parameters + p->file + i);
+    free(piece);
 }
 
-// A model file's checksum, of the sums of its weights' chunks; never 0, which stands for none.
-static uint64_t model_checksum(const uint64_t* sums, int64_t chunks) { return checksum(sums, chunks * 8) | 1; }
-
-// Reads the weights of a model file or checkpoint whose sizes are the model's; unless keep, only compares them with
-// their checksum, as they lie on the disk. Returns NULL or what is wrong, the same in all processes.
-static char* weights_read(const Model* m, const char* path, bool keep) {
-    ModelFile f = model_file_open(path);
-    int64_t bytes = body_bytes(m, 1), chunks = ceil_div(bytes, CHUNK);
-    uint64_t* sums = no_sums(chunks);
-    if (!keep) posix_fadvise(f.fd, 0, 0, POSIX_FADV_DONTNEED);
-    char* why = section_read(m, WEIGHTS, f.fd, path, f.body, sums, f.bf16, keep);
-    if (why) fatal("%s", why);
-    if (f.checkpoint.magic) {
-        char *front, *rest = (char*)host_alloc(CHUNK);
-        why = checkpoint_front(f.fd, path, &f.checkpoint, &front);
-        if (why) fatal("%s", why);
-        if (procs.rank == 0) {  // the last chunk goes on behind the weights
-            int64_t after = std::min(chunks * CHUNK, f.checkpoint.file_bytes - f.body) - bytes;
-            read_at(f.fd, rest, after, f.body + bytes, path);
-            add_to_sums(sums, rest, bytes, after);
-        }
-        why = check_sums(sums, chunks, path, &f.checkpoint, front);
-        free(front); free(rest);
-    } else {
-        uint64_t expected;
-        memcpy(&expected, &f.header[10], sizeof expected);
-        all_sum(sums, chunks);
-        if (expected && !f.bf16 && expected != model_checksum(sums, chunks))
-            why = text("%s is damaged: wrong checksum of the weights", path);
+// Reads the first sections of the body of a file whose sizes are the model's, into the model or, unless keep, only to
+// compare them with their checksums, as they lie on the disk: then each process reads what the next one wrote. Weights
+// of 2 bytes are the upper halves of floats. Returns "" or what is wrong; all processes return alike.
+static std::string body_read(const Model* m, const ModelFile* f, int sections, bool keep) {
+    int64_t bytes = body_bytes(m, sections);
+    std::vector<uint64_t> sums(ceil_div(bytes, CHUNK));
+    std::unique_ptr<float[]> host(new float[CHUNK / sizeof(float)]);
+    std::string why;
+    int reader = keep ? procs.rank : (procs.rank + 1) % procs.world;
+    if (!keep) posix_fadvise(f->fd, 0, 0, POSIX_FADV_DONTNEED);
+    for (int section = 0; section < sections; section++)
+        for_parts(m, section, reader, [&](Piece* p, int64_t i, int64_t n, int64_t at) {
+            int64_t size = f->bf16 ? 2 : 4;
+            if (why == "") why = try_read_at(f->fd, host.get(), n * size, f->body + at * size, f->path);
+            if (why != "") return;
+            for (int64_t j = f->bf16 ? n - 1 : -1; j >= 0; j--) {  // widen from the end, in place
+                uint32_t bits = (uint32_t)((uint16_t*)host.get())[j] << 16;
+                memcpy(&host[j], &bits, 4);
+            }
+            add_to_sums(sums.data(), host.get(), at * sizeof(float), n * sizeof(float));
+            if (!keep) return;
+            if (section == WEIGHTS) set_weights(m, p, i, host.get(), n);
+            else copy_to_device(own_section(m, section, p) + i, host.get(), n * sizeof(float));
+        });
+    if (f->checkpoint.magic && procs.rank == 0 && why == "") {  // the last chunk may go on behind the sections
+        int64_t after = std::min<int64_t>(sums.size() * CHUNK, f->checkpoint.file_bytes - f->body) - bytes;
+        why = try_read_at(f->fd, host.get(), after, f->body + bytes, f->path);
+        add_to_sums(sums.data(), host.get(), bytes, after);
     }
-    free(sums);
+    all_sum(sums.data(), sums.size());
+    if (why != "") return why;
+    if (!f->checkpoint.magic) {
+        uint64_t expected;
+        memcpy(&expected, &f->header[10], sizeof expected);
+        bool damaged = expected && !f->bf16 && expected != model_checksum(sums);
+        return damaged ? text("%s is damaged: wrong checksum of the weights", f->path) : "";
+    }
+    for (size_t i = 0; i < sums.size(); i++) {
+        if (!memcmp(&sums[i], &f->front[sizeof(RunState) + 8 * i], 8)) continue;
+        int64_t at = f->body + i * CHUNK;
+        return text("%s is damaged: wrong checksum of bytes %ld to %ld", f->path, at,
+                    std::min(at + CHUNK, f->checkpoint.file_bytes));
+    }
+    return "";
+}
+
+// Reads the weights of a model file or checkpoint; unless keep, only checks them.
+static std::string weights_read(const Model* m, const char* path, bool keep) {
+    ModelFile f;
+    end_if(model_file_open(&f, path));
+    std::string why = body_read(m, &f, 1, keep);
     close(f.fd);
     return why;
 }
 
-static void model_load(Model* m, const char* path) {
-    char* why = weights_read(m, path, true);
-    if (why) fatal("%s", why);
-    gather_all_params(m);
-}
 
 // A file on its way to its final name, which all processes write to. A network file system's client may write whole
 // pages where only parts are its own, if it has read the page or believes that the file ends before it. So the file has
 // its size before the others open it, and what it is written through cannot read.
 struct NewFile {
-    char *path, *partial;
+    std::string path, partial;
     int fd;
-    int error;         // errno of this process's first failure, or 0
-    int64_t error_at;  // the byte that it could not write, or -1: all were, but did not reach the disk
 };
 
-static NewFile new_file(const char* path, int64_t bytes) {
+// Ends the run with errno: this process's part of the file cannot be written.
+[[noreturn]] static void cannot_write(const NewFile* f) {
+    int error = errno;
+    unlink(f->partial.c_str());
+    fatal("cannot write %s: %s. Earlier checkpoints are untouched; make room and resume", f->partial.c_str(),
+          strerror(error));
+}
+
+static NewFile new_file(const std::string& path, int64_t bytes) {
     writing_file = 1;
-    NewFile f = {text("%s", path), text("%s.partial", path), -1, 0, -1};
-    int flags = procs.rank == 0 ? O_CREAT | O_TRUNC : 0, error = 0;
-    auto opened = [&] {
-        on_disk([&] { f.fd = open(f.partial, O_WRONLY | flags, 0666); });
+    NewFile f = {path, path + ".partial", -1};
+    auto opens = [&](int flags) {
+        on_disk([&] { f.fd = open(f.partial.c_str(), O_WRONLY | flags, 0666); });
         return f.fd >= 0;
     };
-    if (procs.rank == 0 && (!opened() || ftruncate(f.fd, bytes))) error = errno;
-    broadcast(&error, sizeof error, WORLD_GROUP, 0);
-    if (error && procs.rank == 0) {
-        if (f.fd >= 0) unlink(f.partial);
-        fatal("cannot write %s: %s. Earlier checkpoints are untouched", f.partial, strerror(error));
-    }
-    if (error) barrier();  // rank 0 says why
-    if (procs.rank > 0 && !opened())
-        fatal("cannot write %s: %s. Rank 0 has made it: is this a folder that all hosts share?", f.partial,
+    if (procs.rank == 0 && (!opens(O_CREAT | O_TRUNC) || ftruncate(f.fd, bytes))) cannot_write(&f);
+    barrier();  // it has its size
+    if (procs.rank > 0 && !opens(0))
+        fatal("cannot write %s: %s. Rank 0 has made it: is this a folder that all hosts share?", f.partial.c_str(),
               strerror(errno));
     return f;
 }
 
-// A failure is kept until all processes can hear of it.
-static void new_file_write(NewFile* f, const void* data, size_t bytes, int64_t offset) {
-    if (f->error || write_at(f->fd, data, bytes, offset)) return;
-    f->error = errno;
-    f->error_at = offset;
+static void new_file_write(const NewFile* f, const void* data, size_t bytes, int64_t offset) {
+    if (!write_at(f->fd, data, bytes, offset)) cannot_write(f);
 }
 
-// Returns when every process's part is on the disk. If a part is not, the run ends.
-static void new_file_sync(NewFile* f) {
+// Gives the file its name when every process's part is on the disk, and check() has read it back and found nothing to
+// say against it.
+template <typename Check> static void new_file_finish(const NewFile* f, Check check) {
     bool failed = false;
     on_disk([&] {
         failed = fsync(f->fd) != 0;
         failed |= close(f->fd) != 0;
     });
-    if (failed && !f->error) f->error = errno;
-    if (all_sum((double)(f->error != 0)) == 0) return;
-    if (procs.rank == 0) unlink(f->partial);
+    if (failed) cannot_write(f);
     barrier();
-    char* place = f->error_at < 0 ? text("fsync") : text("byte %ld", f->error_at);
-    if (f->error)
-        fatal("writing %s, %s: %s. Earlier checkpoints are untouched; make room and resume", f->partial, place,
-              strerror(f->error));
-    barrier();  // the process that failed says why and ends the job
-}
-
-// Gives the file its name, unless reading it back showed that something is wrong with it.
-static void new_file_finish(NewFile* f, const char* why) {
-    if (why) fatal("%s, though it was just written. Earlier checkpoints are untouched: look at the disk", why);
-    char* slash = strrchr(f->path, '/');
-    char* dir = slash ? text("%.*s", (int)(slash - f->path), f->path) : text(".");
-    bool failed = false;
+    std::string why = check();
+    if (why != "")
+        fatal("%s, though it was just written. Earlier checkpoints are untouched: look at the disk", why.c_str());
     if (procs.rank == 0)
         on_disk([&] {
-            failed = rename(f->partial, f->path) != 0;
-            int fd = failed ? -1 : open(*dir ? dir : "/", O_RDONLY);
+            failed = rename(f->partial.c_str(), f->path.c_str()) != 0;
+            int fd = failed ? -1 : open((folder_of(f->path) + ".").c_str(), O_RDONLY);
             failed |= fd < 0 || (fsync(fd) && errno != EINVAL);  // which not every file system can
             if (fd >= 0) close(fd);
         });
-    if (failed) fatal("finishing %s: %s. Earlier checkpoints are untouched", f->path, strerror(errno));
-    free(dir); free(f->path); free(f->partial);
+    if (failed) fatal("finishing %s: %s. Earlier checkpoints are untouched", f->path.c_str(), strerror(errno));
     barrier();  // it has its name
     writing_file = 0;
 }
 
-// Writes this process's pieces of a section and adds them to sums; arguments as for section_read.
-static void section_write(const Model* m, int section, NewFile* f, int64_t body, uint64_t* sums) {
-    float* host = (float*)host_alloc(CHUNK);
-    int pieces;
-    Piece* piece = own_pieces(m, &pieces);
-    for (Piece* p = piece; p < piece + pieces; p++)
-        for (int64_t i = 0, room = CHUNK / sizeof(float); i < p->count; i += room) {
-            int64_t n = std::min(p->count - i, room), at = section * m->parameters + p->file + i;
-            copy_to_host(host, own_section(m, section, p) + i, n * sizeof(float));
-            add_to_sums(sums, host, at * sizeof(float), n * sizeof(float));
-            new_file_write(f, host, n * sizeof(float), body + at * sizeof(float));
-        }
-    free(piece); free(host);
+// Writes this process's pieces of the first sections into a file whose body begins at byte body. Returns the sums of
+// the whole body's chunks.
+static std::vector<uint64_t> body_write(const Model* m, const NewFile* f, int sections, int64_t body) {
+    std::unique_ptr<float[]> host(new float[CHUNK / sizeof(float)]);
+    std::vector<uint64_t> sums(ceil_div(body_bytes(m, sections), CHUNK));
+    for (int section = 0; section < sections; section++)
+        for_parts(m, section, procs.rank, [&](Piece* p, int64_t i, int64_t n, int64_t at) {
+            copy_to_host(host.get(), own_section(m, section, p) + i, n * sizeof(float));
+            add_to_sums(sums.data(), host.get(), at * sizeof(float), n * sizeof(float));
+            new_file_write(f, host.get(), n * sizeof(float), body + at * sizeof(float));
+        });
+    all_sum(sums.data(), sums.size());
+    return sums;
 }
 
 // The plain dense model file: what llm.c and scripts/export_hf read.
-static void model_write(const Model* m, const char* path, int64_t step) {
+static void model_write(const Model* m, const std::string& path, int64_t step) {
     int32_t header[256];
     model_header(header, &m->dims, step);
-    int64_t chunks = ceil_div(body_bytes(m, 1), CHUNK);
-    uint64_t *sums = no_sums(chunks), sum;
     NewFile f = new_file(path, sizeof header + body_bytes(m, 1));
-    section_write(m, WEIGHTS, &f, sizeof header, sums);
-    all_sum(sums, chunks);
-    sum = model_checksum(sums, chunks);
+    uint64_t sum = model_checksum(body_write(m, &f, 1, sizeof header));
     memcpy(&header[10], &sum, sizeof sum);
     if (procs.rank == 0) new_file_write(&f, header, sizeof header, 0);
-    new_file_sync(&f);
-    new_file_finish(&f, weights_read(m, f.partial, false));
-    free(sums);
+    new_file_finish(&f, [&] { return weights_read(m, f.partial.c_str(), false); });
 }
 
-// Reads a checkpoint into the model and the state; without a state, only compares it with its checksums, as it lies on
-// the disk. Returns NULL, or a sentence on why the file cannot be used, with nothing of the state changed; the weights
-// may then be partly overwritten. All processes return alike.
-static char* checkpoint_read(const Model* m, const char* path, RunState* state) {
-    CheckpointHeader h;
-    int fd = open_to_read(path);
-    if (!state) posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
-    char *front = NULL, *why = checkpoint_header(fd, path, &h);
-    if (!why) {
+// Reads a checkpoint into the model and the state; without a state, only compares it with its checksums. Returns "", or
+// a sentence on why the file cannot be used, with nothing of the state changed; the weights may then be partly
+// overwritten. All processes return alike.
+static std::string checkpoint_read(const Model* m, const char* path, RunState* state) {
+    ModelFile f;
+    std::string why = model_file_open(&f, path);
+    if (why == "" && !f.checkpoint.magic) why = text("%s is no checkpoint but a model file", path);
+    if (why == "") {
         int32_t want[256];
-        model_header(want, &m->dims, h.model[9]);
-        if (memcmp(want, h.model, sizeof want))
-            fatal("%s holds another model: T %d, V %d, layers %d, heads %d, channels %d, %s; this run's has T %ld, "
-                  "V %d, layers %d, heads %d, channels %d, %s: use the same options, or --model %s in another out-dir "
-                  "to start from its weights", path, h.model[2], h.model[3], h.model[4], h.model[5], h.model[6],
-                  positions_text(h.model).s, m->dims.maxT, m->dims.V, m->dims.L, m->dims.NH, m->dims.C,
-                  positions_text(want).s, path);
-        why = checkpoint_front(fd, path, &h, &front);
-        if (!why && (!state_possible((RunState*)front) || (int32_t)((RunState*)front)->step != h.model[9]))
+        model_header(want, &m->dims, f.header[9]);
+        if (memcmp(want, f.header, sizeof want))
+            fatal("%s holds another model: %s; this run's has %s: use the same options, or --model %s in another "
+                  "out-dir to start from its weights", path, dims_text(f.dims).c_str(), dims_text(m->dims).c_str(),
+                  path);
+        const RunState* s = (RunState*)f.front.data();
+        if (!state_possible(s) || (int32_t)s->step != f.header[9])
             why = text("%s is damaged: no run comes to its state", path);
     }
-    if (all_sum((double)(why != NULL)) > 0) {
-        if (!why) why = text("%s cannot be used by all processes", path);
-    } else {
-        uint64_t* sums = no_sums(h.chunks);
-        for (int section = 0; section < SECTIONS && !why; section++)
-            why = section_read(m, section, fd, path, h.weights_offset, sums, false, state != NULL);
-        char* damage = check_sums(sums, h.chunks, path, &h, front);  // also where another process could not read on
-        if (!why) why = damage;
-        else free(damage);
-        free(sums);
-    }
-    if (!why && state) memcpy(state, front, sizeof(RunState));
-    free(front);
-    close(fd);
+    if (all_sum((double)(why != "")) == 0) why = body_read(m, &f, SECTIONS, state != NULL);
+    else if (why == "") why = text("%s cannot be used by all processes", path);
+    if (why == "" && state) memcpy(state, f.front.data(), sizeof(RunState));
+    close(f.fd);
     return why;
 }
 
-static void checkpoint_write(const Model* m, const char* path, const RunState* state,
-                             const char* lines /*training_options*/) {
-    int64_t body = body_bytes(m, SECTIONS);
-    CheckpointHeader h;
-    memset(&h, 0, sizeof h);
-    h.magic = CHECKPOINT_MAGIC; h.version = CHECKPOINT_VERSION;
-    snprintf(h.options, sizeof h.options, "%s", lines);
-    model_header(h.model, &m->dims, state->step);
-    h.parameters = m->parameters;
-    h.file_bytes = checkpoint_bytes(m);
-    h.weights_offset = h.file_bytes - body;
-    h.state_bytes = sizeof(RunState);
-    h.chunks = ceil_div(body, CHUNK);
-    size_t front_bytes = sizeof(RunState) + h.chunks * 8;
-    char* front = (char*)host_alloc(front_bytes);
-    memset(front, 0, front_bytes);
-    memcpy(front, state, sizeof(RunState));
-    uint64_t* sums = (uint64_t*)(front + sizeof(RunState));
+static void checkpoint_write(const Model* m, const std::string& path, const RunState* state) {
+    CheckpointHeader h = checkpoint_header(m, state->step);
     NewFile f = new_file(path, h.file_bytes);
-    for (int section = 0; section < SECTIONS; section++) section_write(m, section, &f, h.weights_offset, sums);
-    all_sum(sums, h.chunks);
-    h.state_checksum = checksum(front, front_bytes);
+    std::vector<uint64_t> sums = body_write(m, &f, SECTIONS, h.weights_offset);
+    std::vector<char> front(sizeof(RunState) + h.chunks * 8);
+    memcpy(front.data(), state, sizeof(RunState));
+    memcpy(front.data() + sizeof(RunState), sums.data(), h.chunks * 8);
+    h.state_checksum = checksum(front.data(), front.size());
     h.header_checksum = checksum(&h, sizeof h - 8);
     if (procs.rank == 0) {
-        new_file_write(&f, front, front_bytes, sizeof h);
+        new_file_write(&f, front.data(), front.size(), sizeof h);
         new_file_write(&f, &h, sizeof h, 0);
     }
-    new_file_sync(&f);
-    new_file_finish(&f, checkpoint_read(m, f.partial, NULL));
-    free(front);
-}
-
-static int compare_steps(const void* a, const void* b) {
-    int64_t x = *(const int64_t*)a, y = *(const int64_t*)b;
-    return x < y ? 1 : x > y ? -1 : 0;
+    new_file_finish(&f, [&] { return checkpoint_read(m, f.partial.c_str(), NULL); });
 }
 
 // Calls use(name) for each name in a directory; one that is not there has none.
 template <typename Use> static void for_names(const char* dir, Use use) {
-    DIR* d = opendir(dir);
-    if (!d && errno == ENOENT) return;
-    while (d) {
-        errno = 0;
-        struct dirent* e = readdir(d);
-        if (!e) break;
-        use(e->d_name);
-    }
-    if (errno) fatal("cannot list %s: %s", dir, strerror(errno));  // no list of a part: it would read as a new run
-    closedir(d);
+    std::error_code error;
+    std::filesystem::directory_iterator at(dir, error), end;
+    for (; !error && at != end; at.increment(error)) use(at->path().filename().string());
+    if (error && error != std::errc::no_such_file_or_directory)  // no list of a part: it would read as a new run
+        fatal("cannot list %s: %s", dir, error.message().c_str());
 }
 
-// Steps of the checkpoints in a directory, newest first; to be freed.
-static int64_t* checkpoint_list(const char* dir, int* count) {
-    int64_t* steps = NULL;
-    *count = 0;
-    for_names(dir, [&](const char* found) {
-        int64_t step;
-        if (sscanf(found, "ckpt_%ld.bin", &step) != 1 || step < 0) return;
-        char name[64];
-        snprintf(name, sizeof name, "ckpt_%08ld.bin", step);
-        if (strcmp(name, found)) return;
-        steps = (int64_t*)realloc(steps, (*count + 1) * sizeof(int64_t));
-        steps[(*count)++] = step;
-    });
-    if (steps) qsort(steps, *count, sizeof(int64_t), compare_steps);
-    return steps;
-}
-
-static char* checkpoint_path(const Config* c, int64_t step) {
+static std::string checkpoint_path(const Config* c, int64_t step) {
     return text("%s/ckpt_%08ld.bin", c->out_dir, step);
 }
 
-static void remove_file(char* path /*freed here*/) {
+// Steps of the checkpoints in out-dir, newest first.
+static std::vector<int64_t> checkpoint_list(const Config* c) {
+    std::vector<int64_t> steps;
+    for_names(c->out_dir, [&](const std::string& name) {
+        int64_t step;
+        if (sscanf(name.c_str(), "ckpt_%ld.bin", &step) != 1 || step < 0) return;
+        if (c->out_dir + ("/" + name) == checkpoint_path(c, step)) steps.push_back(step);
+    });
+    std::sort(steps.begin(), steps.end(), std::greater<int64_t>());
+    return steps;
+}
+
+static void remove_file(const std::string& path) {
     bool failed = false;
-    on_disk([&] { failed = unlink(path) != 0; });
-    if (failed && errno != ENOENT) say("warning: cannot remove %s: %s\n", path, strerror(errno));
-    free(path);
+    on_disk([&] { failed = unlink(path.c_str()) != 0; });
+    if (failed && errno != ENOENT) say("warning: cannot remove %s: %s\n", path.c_str(), strerror(errno));
 }
 
 // Removes the checkpoints that --keep-last and --keep-every do not keep, and those that a killed process left
 // half-written. While steps are not finite the weights may be lost: nothing older makes room for them.
 static void checkpoint_prune(const Config* c, const RunState* s) {
     if (procs.rank || s->not_finite) return;
-    int count;
-    int64_t* steps = checkpoint_list(c->out_dir, &count);
-    for (int i = c->keep_last; c->keep_last > 0 && i < count; i++)
+    std::vector<int64_t> steps = checkpoint_list(c);
+    for (size_t i = c->keep_last; c->keep_last > 0 && i < steps.size(); i++)
         if (!c->keep_every || steps[i] % c->keep_every) remove_file(checkpoint_path(c, steps[i]));
-    free(steps);
-    for_names(c->out_dir, [&](const char* name) {
-        size_t length = strlen(name);
-        if (length >= 12 && !strncmp(name, "ckpt_", 5) && !strcmp(name + length - 8, ".partial"))
-            remove_file(text("%s/%s", c->out_dir, name));
+    for_names(c->out_dir, [&](const std::string& name) {
+        if (!fnmatch("ckpt_*.partial", name.c_str(), 0)) remove_file(c->out_dir + ("/" + name));
     });
 }
 
 // The newest whole checkpoint of out-dir, into the model and the state. Names and passes over damaged ones, which are
 // then renamed: --keep-last counts whole ones only.
-static bool checkpoint_resume(Model* m, const Config* c, RunState* state, char** path) {
-    int count;
-    int64_t* steps = checkpoint_list(c->out_dir, &count);
+static bool checkpoint_resume(Model* m, const Config* c, RunState* state, std::string* path) {
+    std::vector<int64_t> steps = checkpoint_list(c);
+    int count = (int)steps.size(), tried = 0;
     broadcast(&count, sizeof count, WORLD_GROUP, 0);  // what rank 0 sees of the directory counts for all
-    steps = (int64_t*)realloc(steps, count * sizeof(int64_t));
-    broadcast(steps, count * sizeof(int64_t), WORLD_GROUP, 0);
-    bool found = false;
-    int tried = 0;
-    for (; tried < count && !found; tried++) {
+    steps.resize(count);
+    broadcast(steps.data(), count * sizeof(int64_t), WORLD_GROUP, 0);
+    for (bool found = false; !found; tried++) {
+        if (tried == count && count > 0) fatal("%s: none of the %d checkpoints is whole", c->out_dir, count);
+        if (tried == count) return false;
         *path = checkpoint_path(c, steps[tried]);
-        char* why = checkpoint_read(m, *path, state);
-        if (!why && state->step != steps[tried]) why = text("%s holds step %ld", *path, state->step);
-        found = !why;
-        if (why) say("warning: %s; trying the one before\n", why);
-        free(why);
+        std::string why = checkpoint_read(m, path->c_str(), state);
+        if (why == "" && state->step != steps[tried]) why = text("%s holds step %ld", path->c_str(), state->step);
+        found = why == "";
+        if (!found) say("warning: %s; trying the one before\n", why.c_str());
     }
-    if (count > 0 && !found) fatal("%s: none of the %d checkpoints is whole", c->out_dir, count);
     for (int i = 0; i < tried - 1 && procs.rank == 0; i++) {
-        char *from = checkpoint_path(c, steps[i]), *to = text("%s.unusable", from);
-        if (rename(from, to)) fatal("cannot rename %s, which is unusable: %s", from, strerror(errno));
-        free(from); free(to);
+        std::string from = checkpoint_path(c, steps[i]);
+        if (rename(from.c_str(), (from + ".unusable").c_str()))
+            fatal("cannot rename %s, which is unusable: %s", from.c_str(), strerror(errno));
     }
-    free(steps);
-    if (found) gather_all_params(m);
-    return found;
+    gather_all_params(m);
+    return true;
 }
 
 // ===================================================================================================================
@@ -5120,38 +4901,51 @@ struct Losses {
     int buckets;  // that T reaches
 };
 
-// Each data-parallel group takes every dp-th sequence. A batch that is not full has its rest filled with targets of -1,
-// which do not count. Returns false if a signal stopped it before the end: at long contexts a validation takes minutes.
-static bool evaluate(Losses* losses, Model* m, const Config* c, const Loader* data, Phase phase, int64_t window) {
-    Run r = {(int)c->batch_size, c->seq_len, phase, window, false, 0};
-    int64_t T = c->seq_len, B = r.B, rows = T / procs.cp;
-    int64_t sequences = std::min(c->val_batches * B, data->windows);  // as on one process
+// Each data-parallel group takes every dp-th sequence: fill(b, i) puts sequence i in place b of its batch, score(valid)
+// takes the trunk's output, of which the first `valid` places count. Returns false if a signal stopped it before the
+// end: at long contexts a validation takes minutes.
+template <typename Fill, typename Score>
+static bool for_batches(Model* m, Run r, int64_t sequences, Fill fill, Score score) {
     Batch* batch = &m->batch[2];
-    float* host = (float*)host_alloc(B * rows * sizeof(float));
-    double sums[POSITION_BUCKETS][2] = {};  // of losses, of tokens
-    bool stopped = false;
-    for (int64_t i = 0; i < sequences && !(stopped = stop_asked()); i += B * procs.dp) {
-        int64_t valid = 0;
+    for (int64_t i = 0; i < sequences; i += r.B * procs.dp) {
+        if (stop_asked()) return false;
         event_wait(&batch->copied);
-        for (int64_t b = 0; b < B; b++) {
+        int64_t valid = 0;
+        for (int64_t b = 0; b < r.B; b++) {
             int64_t sequence = i + b * procs.dp + procs.dp_rank;
-            loader_sequence(data, sequence % data->windows, batch->tokens + b * rows, batch->targets + b * rows);
-            if (sequence < sequences) valid++;
-            else for (int64_t t = 0; t < rows; t++) batch->targets[b * rows + t] = -1;
+            fill(b, sequence);
+            valid += sequence < sequences;
         }
         if (valid == 0) continue;
         model_trunk(m, batch->tokens, r);
-        model_head(m, batch->targets, r, 0);
+        score(valid);
         event_record(&batch->copied);
-        copy_to_host(host, m->acts.losses, B * rows * sizeof(float));
+    }
+    return true;
+}
+
+// A batch that is not full has its rest filled with targets of -1, which do not count.
+static bool evaluate(Losses* losses, Model* m, const Config* c, const Loader* data, Phase phase, int64_t window) {
+    Run r = {(int)c->batch_size, c->seq_len, phase, window, false, 0};
+    int64_t B = r.B, rows = c->seq_len / procs.cp;
+    int64_t sequences = std::min(c->val_batches * B, data->sequences);  // as on one process
+    Batch* batch = &m->batch[2];
+    std::vector<float> host(B * rows);
+    double sums[POSITION_BUCKETS][2] = {};  // of losses, of tokens
+    auto fill = [&](int64_t b, int64_t sequence) {
+        loader_sequence(data, sequence % data->sequences, batch->tokens + b * rows, batch->targets + b * rows);
+        if (sequence >= sequences) std::fill_n(batch->targets + b * rows, rows, -1);
+    };
+    auto score = [&](int64_t valid) {
+        model_head(m, batch->targets, r, 0);
+        copy_to_host(host.data(), m->acts.losses, B * rows * sizeof(float));
         for (int64_t j = 0; j < valid * rows; j++) {
             int bucket = 63 - __builtin_clzll((first_token(r) + j % rows) | 1);
             sums[bucket][0] += host[j];
             sums[bucket][1]++;
         }
-    }
-    free(host);
-    if (stopped) return false;
+    };
+    if (!for_batches(m, r, sequences, fill, score)) return false;
     all_sum(&sums[0][0], 2 * POSITION_BUCKETS);
     double loss = 0, tokens = 0;
     for (int i = 0; i < POSITION_BUCKETS; i++) {
@@ -5167,43 +4961,31 @@ static bool evaluate(Losses* losses, Model* m, const Config* c, const Loader* da
 // Copying at a distance, in the validation data: the last n tokens of a sequence repeat the n that stand d earlier. How
 // well are they predicted, without the first of them, when nothing can be known yet? Once with the text's own tokens,
 // once with ids drawn from all that the sequence holds, which nothing but the copy predicts.
-static const int MAX_DISTANCES = 12;
 struct Copying {
     int64_t n, skipped, sequences;  // tokens repeated, the first of them left out; sequences of each distance
-    int count;
-    int64_t distance[MAX_DISTANCES];
-    double loss[MAX_DISTANCES][2], right[MAX_DISTANCES][2];  // text, random: mean loss, share that argmax gets right
+    struct Distance {
+        int64_t tokens;
+        double loss[2], right[2];   // text, random: mean loss, share that argmax gets right
+    };
+    std::vector<Distance> distances;
 };
 
-// n = 256; distances 1K, 4K, 16K, ... and the longest, T - n; for T below 1024 all of it shorter. Takes no longer than
-// a validation, but at least one batch of each.
-static Copying copying_plan(const Config* c, const Loader* data) {
-    Copying k = {};
-    int64_t T = c->seq_len;
-    k.n = std::min<int64_t>(256, T / 4);
-    k.skipped = std::min<int64_t>(16, k.n / 4);
-    for (int64_t d = 4 * k.n; d + d / 2 < T - k.n && k.count < MAX_DISTANCES - 1; d *= 4) k.distance[k.count++] = d;
-    k.distance[k.count++] = T - k.n;
-    // as on one process
-    k.sequences = std::min(std::max<int64_t>(1, c->val_batches / (2 * k.count)) * c->batch_size, data->windows);
-    return k;
-}
 
 // Adds the loss and the right guesses of rows [row, row + n) of the last trunk's output.
 static void score_rows(Model* m, int64_t row, int64_t n, const int* targets /*(n)*/, double* loss, double* right) {
     const Dims* d = &m->dims;
-    int64_t chunk = head_rows(m, n);
-    floatX* logits = (floatX*)host_alloc(chunk * d->Vp * sizeof(floatX));
-    double* losses = (double*)host_alloc(chunk * sizeof(double));
-    bool* hit = (bool*)host_alloc(chunk);
-    for (int64_t i = 0; i < n; i += chunk) {
-        int64_t rows = std::min(n - i, chunk);
+    int64_t at_once = head_rows(m, n);
+    std::vector<floatX> logits(at_once * d->Vp);
+    std::vector<double> losses(at_once);
+    std::vector<char> hit(at_once);
+    for (int64_t i = 0; i < n; i += at_once) {
+        int64_t rows = std::min(n - i, at_once);
         const floatX* x = m->acts.lnf + (row + i) * d->C;
         matmul_forward(m->acts.logits, x, weight(m, WTE, 0), NULL, NULL, rows, d->C, d->Vp);
-        copy_to_host(logits, m->acts.logits, rows * d->Vp * sizeof(floatX));
+        copy_to_host(logits.data(), m->acts.logits, rows * d->Vp * sizeof(floatX));
         #pragma omp parallel for
         for (int64_t j = 0; j < rows; j++) {
-            const floatX* x = logits + j * d->Vp;
+            const floatX* x = &logits[j * d->Vp];
             int most = 0, target = targets[i + j];
             double sum = 0;
             for (int v = 1; v < d->V; v++) if ((float)x[v] > (float)x[most]) most = v;
@@ -5216,94 +4998,81 @@ static void score_rows(Model* m, int64_t row, int64_t n, const int* targets /*(n
             *right += hit[j];
         }
     }
-    free(logits); free(losses); free(hit);
 }
 
 // Sequence i of the validation data (T), with its end made a copy.
 static void copying_sequence(int* tokens, const Loader* data, int64_t i, int64_t n, int64_t distance, bool random) {
-    int64_t T = data->T, first, source = T - n - distance;
-    const Shard* s = loader_window(data, i % data->windows, &first);
-    for (int64_t t = 0; t < T; t++) tokens[t] = loader_token(data, s, first + t);
+    int64_t T = data->T, source = T - n - distance;
+    read_sequence(data, i % data->sequences, 0, T, tokens);
     if (random) {
-        int* ids = (int*)host_alloc(T * sizeof(int));
-        memcpy(ids, tokens, T * sizeof(int));
-        std::sort(ids, ids + T);
-        int64_t count = std::unique(ids, ids + T) - ids;
+        std::vector<int> ids(tokens, tokens + T);
+        std::sort(ids.begin(), ids.end());
+        int64_t count = std::unique(ids.begin(), ids.end()) - ids.begin();
         for (int64_t j = 0; j < n; j++) tokens[source + j] = ids[(int64_t)(uniform(0x434F5059 + i, j) * count)];
-        free(ids);
     }
     memcpy(tokens + T - n, tokens + source, n * sizeof(int));
 }
 
-// Under dense attention. Returns false if a signal stopped it.
+// Under dense attention. n = 256; distances 1K, 4K, 16K, ... and the longest, T - n; for T below 1024 all is shorter.
+// Takes no longer than a validation, but at least one batch of each. Returns false if a signal stopped it.
 static bool evaluate_copying(Copying* k, Model* m, const Config* c, const Loader* data) {
     Run r = {(int)c->batch_size, c->seq_len, DENSE_PHASE, 0, false, 0};
-    int64_t T = c->seq_len, B = r.B, rows = T / procs.cp;
-    int* tokens = (int*)host_alloc(B * T * sizeof(int));
-    Batch* batch = &m->batch[2];
-    bool stopped = false;
-    for (int test = 0; test < 2 * k->count && !stopped; test++) {
+    int64_t T = c->seq_len, rows = T / procs.cp, t0 = first_token(r);
+    k->n = std::min<int64_t>(256, T / 4);
+    k->skipped = std::min<int64_t>(16, k->n / 4);
+    for (int64_t d = 4 * k->n; d + d / 2 < T - k->n; d *= 4) k->distances.push_back({d});
+    k->distances.push_back({T - k->n});
+    int64_t batches = std::max<int64_t>(1, c->val_batches / (2 * k->distances.size()));  // as on one process
+    k->sequences = std::min(batches * c->batch_size, data->sequences);
+    std::vector<int> tokens(r.B * T);
+    for (int test = 0; test < 2 * (int)k->distances.size(); test++) {
+        Copying::Distance* d = &k->distances[test / 2];
         double sums[2] = {0, 0};
-        for (int64_t i = 0; i < k->sequences && !(stopped = stop_asked()); i += B * procs.dp) {
-            int64_t valid = 0;
-            event_wait(&batch->copied);
-            for (int64_t b = 0; b < B; b++) {
-                int64_t sequence = i + b * procs.dp + procs.dp_rank;
-                valid += sequence < k->sequences;
-                copying_sequence(tokens + b * T, data, sequence, k->n, k->distance[test / 2], test % 2);
-                memcpy(batch->tokens + b * rows, tokens + b * T + first_token(r), rows * sizeof(int));
-            }
-            if (valid == 0) continue;
-            model_trunk(m, batch->tokens, r);
-            event_record(&batch->copied);
-            // Row t predicts token t + 1. Of the rows that predict the copy, those of this process:
-            int64_t t0 = first_token(r);
-            int64_t from = std::max(T - k->n + k->skipped - 1, t0), to = std::min(T - 1, t0 + rows);
+        auto fill = [&](int64_t b, int64_t sequence) {
+            copying_sequence(&tokens[b * T], data, sequence, k->n, d->tokens, test % 2);
+            memcpy(m->batch[2].tokens + b * rows, &tokens[b * T + t0], rows * sizeof(int));
+        };
+        // Row t predicts token t + 1. Of the rows that predict the copy, those of this process:
+        int64_t from = std::max(T - k->n + k->skipped - 1, t0), to = std::min(T - 1, t0 + rows);
+        auto score = [&](int64_t valid) {
             for (int64_t b = 0; b < valid && from < to; b++)
-                score_rows(m, b * rows + from - t0, to - from, tokens + b * T + from + 1, &sums[0], &sums[1]);
-        }
+                score_rows(m, b * rows + from - t0, to - from, &tokens[b * T + from + 1], &sums[0], &sums[1]);
+        };
+        if (!for_batches(m, r, k->sequences, fill, score)) return false;
         all_sum(sums, 2);
         double scored = (double)k->sequences * (k->n - k->skipped);
-        k->loss[test / 2][test % 2] = sums[0] / scored;
-        k->right[test / 2][test % 2] = sums[1] / scored;
-    }
-    free(tokens);
-    return !stopped;
-}
-
-struct Tokenizer {
-    int count, end_of_text;
-    char** piece;  // (count) bytes of each token
-    int* length;
-};
-
-static bool tokenizer_open(Tokenizer* k, const char* path, int V) {
-    memset(k, 0, sizeof *k);
-    if (access(path, R_OK)) return false;
-    int64_t size, at = 1024;
-    unsigned char* file = (unsigned char*)read_file(path, &size);
-    int32_t* h = (int32_t*)file;
-    if (size < 1024 || h[0] != 20240328 || h[1] != 2)
-        fatal("%s is no tokenizer file: magic %d, version %d; expected 20240328, 2", path, size < 8 ? 0 : h[0],
-              size < 8 ? 0 : h[1]);
-    k->count = h[2]; k->end_of_text = h[3];
-    if (k->count < 1 || k->count > V || k->end_of_text < 0 || k->end_of_text >= k->count)
-        fatal("%s: %d tokens, end of text %d; the model's vocabulary has %d ids", path, k->count, k->end_of_text, V);
-    k->piece = (char**)host_alloc(k->count * sizeof(char*));
-    k->length = (int*)host_alloc(k->count * sizeof(int));
-    for (int i = 0; i < k->count; i++) {
-        if (at >= size || at + 1 + file[at] > size)
-            fatal("%s is cut: it ends inside token %d of %d", path, i, k->count);
-        k->length[i] = file[at];
-        k->piece[i] = (char*)file + at + 1;
-        at += 1 + file[at];
+        d->loss[test % 2] = sums[0] / scored;
+        d->right[test % 2] = sums[1] / scored;
     }
     return true;
 }
 
-static int tokenizer_find(const Tokenizer* k, const char* s, int n) {
-    for (int i = 0; i < k->count; i++)
-        if (i != k->end_of_text && k->length[i] == n && !memcmp(k->piece[i], s, n)) return i;
+struct Tokenizer {
+    int end_of_text;
+    std::vector<std::string> token;  // the bytes of each
+};
+
+static void tokenizer_read(Tokenizer* k, const char* path, int V) {
+    std::string file = read_file(path);
+    const int32_t* h = (const int32_t*)file.data();
+    if (file.size() < 1024 || h[0] != 20240328 || h[1] != 2)
+        fatal("%s is no tokenizer file: magic %d, version %d; expected 20240328, 2", path, file.size() < 8 ? 0 : h[0],
+              file.size() < 8 ? 0 : h[1]);
+    int count = h[2];
+    *k = {h[3], {}};
+    if (count < 1 || count > V || k->end_of_text < 0 || k->end_of_text >= count)
+        fatal("%s: %d tokens, end of text %d; the model's vocabulary has %d ids", path, count, k->end_of_text, V);
+    size_t at = 1024;
+    for (int i = 0; i < count; i++) {
+        size_t length = at < file.size() ? (uint8_t)file[at] : file.size();
+        if (at + 1 + length > file.size()) fatal("%s is cut: it ends inside token %d of %d", path, i, count);
+        k->token.push_back(file.substr(at + 1, length));
+        at += 1 + length;
+    }
+}
+
+static int tokenizer_find(const Tokenizer* k, const std::string& bytes) {
+    for (int i = 0; i < (int)k->token.size(); i++) if (i != k->end_of_text && k->token[i] == bytes) return i;
     return -1;
 }
 
@@ -5325,34 +5094,30 @@ static int word_length(const char* s) {
 }
 
 // Byte-pair encoding with ids as ranks: in each word merge the pair whose joint token has the lowest id, until none
-// does. Returns the number of tokens; -1 where a byte has no token.
-static int tokenizer_encode(const Tokenizer* k, const char* s, int* out, int room) {
-    int count = 0;
-    while (*s) {
-        int n = word_length(s), parts = n;
-        int* start = (int*)host_alloc((n + 1) * sizeof(int));
-        for (int i = 0; i <= n; i++) start[i] = i;
-        while (parts > 1) {
-            int best = -1, where = 0;
-            for (int i = 0; i + 1 < parts; i++) {
-                int id = tokenizer_find(k, s + start[i], start[i + 2] - start[i]);
+// does. A byte that has no token becomes -1.
+static std::vector<int> tokenizer_encode(const Tokenizer* k, const char* s) {
+    std::vector<int> ids;
+    for (int n; *s; s += n) {
+        n = word_length(s);
+        std::vector<std::string> parts;
+        for (int i = 0; i < n; i++) parts.push_back(std::string(1, s[i]));
+        for (;;) {
+            int best = -1;
+            size_t where = 0;
+            for (size_t i = 0; i + 1 < parts.size(); i++) {
+                int id = tokenizer_find(k, parts[i] + parts[i + 1]);
                 if (id >= 0 && (best < 0 || id < best)) { best = id; where = i; }
             }
             if (best < 0) break;
-            memmove(start + where + 1, start + where + 2, (parts - where - 1) * sizeof(int));
-            parts--;
+            parts[where] += parts[where + 1];
+            parts.erase(parts.begin() + where + 1);
         }
-        for (int i = 0; i < parts && count < room; i++) {
-            out[count] = tokenizer_find(k, s + start[i], start[i + 1] - start[i]);
-            if (out[count++] < 0) { free(start); return -1; }
-        }
-        free(start);
-        s += n;
+        for (const std::string& part : parts) ids.push_back(tokenizer_find(k, part));
     }
-    return count;
+    return ids;
 }
 
-// Length of the window that samples are drawn in: the prompt and the new tokens, to the next multiple of 64 on each
+// Length of the sequence that samples are drawn in: the prompt and the new tokens, to the next multiple of 64 on each
 // process, at most T.
 static int64_t sample_length(const Config* c) {
     if (c->sample_every == 0) return 0;
@@ -5369,59 +5134,48 @@ static int draw_token(const float* logits /*(V)*/, float* sorted, int V, int64_t
     std::nth_element(sorted, sorted + nth - 1, sorted + V, std::greater<float>());
     float threshold = sorted[nth - 1];
     double largest = *std::max_element(logits, logits + V), sum = 0;
-    for (int v = 0; v < V; v++) sum += logits[v] >= threshold ? exp((logits[v] - largest) / temperature) : 0;
-    int next = 0;
+    auto share = [&](int v) { return logits[v] >= threshold ? exp((logits[v] - largest) / temperature) : 0; };
+    for (int v = 0; v < V; v++) sum += share(v);
     double draw = chance * sum;
+    int next = 0;
     for (int v = 0; v < V && draw >= 0; v++) {
-        if (!(logits[v] >= threshold)) continue;
-        draw -= exp((logits[v] - largest) / temperature);
-        next = v;
+        draw -= share(v);
+        if (logits[v] >= threshold) next = v;
     }
     return next;
 }
 
-// Continues the prompt with dense attention, one whole forward pass a token. Returns the text, to be freed.
-static char* sample(Model* m, const Config* c, const Tokenizer* k, int64_t step) {
+// Continues the prompt with dense attention, one whole forward pass a token.
+static std::string sample(Model* m, const Config* c, const Tokenizer* k, int64_t step) {
     int64_t T = sample_length(c);
     int V = m->dims.V;
     Run r = {1, T, DENSE_PHASE, 0, false, 0};
-    int* tokens = (int*)host_alloc(T * sizeof(int));
-    float* logits = (float*)host_alloc(V * sizeof(float));
-    float* sorted = (float*)host_alloc(V * sizeof(float));
-    for (int64_t t = 0; t < T; t++) tokens[t] = k->end_of_text;
-    int encoded = tokenizer_encode(k, c->prompt, tokens + 1, (int)T - 1);
-    int64_t length = 1 + encoded, end = std::min(length + c->sample_tokens, T);
-    char* out = text("%s", c->prompt);
-    size_t out_length = strlen(out);
+    std::vector<int> tokens = tokenizer_encode(k, c->prompt);
+    tokens.insert(tokens.begin(), k->end_of_text);
+    int64_t length = tokens.size(), end = std::min(length + c->sample_tokens, T);
+    tokens.resize(T, k->end_of_text);
+    std::vector<float> logits(V), sorted(V);
+    std::string out = c->prompt;
     for (; length < end && !stop_asked(); length++) {
-        model_trunk(m, tokens + first_token(r), r);
-        model_logits(m, 0, length - 1, r, logits);
+        model_trunk(m, &tokens[first_token(r)], r);
+        model_logits(m, 0, length - 1, r, logits.data());
         double chance = uniform(c->seed ^ 0x5A4D504C45ull, step * 65536 + length);
-        int next = draw_token(logits, sorted, V, c->sample_top_k, c->temperature, chance);
+        int next = draw_token(logits.data(), sorted.data(), V, c->sample_top_k, c->temperature, chance);
         broadcast(&next, sizeof next, WORLD_GROUP, 0);  // one draws for all, whose logits may differ in their last bits
         if (next == k->end_of_text) break;
         tokens[length] = next;
-        if (next >= k->count) continue;  // an id of the padding of a file that holds fewer tokens than the vocabulary
-        out = (char*)realloc(out, out_length + k->length[next] + 1);
-        for (int i = 0; i < k->length[next]; i++)  // a C string has no byte 0: 0xFF is no text either
-            out[out_length + i] = k->piece[next][i] ? k->piece[next][i] : (char)0xFF;
-        out_length += k->length[next];
-        out[out_length] = 0;
+        if (next < (int)k->token.size()) out += k->token[next];  // above: ids of a padded file's vocabulary
     }
-    free(tokens); free(logits); free(sorted);
+    std::replace(out.begin(), out.end(), '\0', '\xFF');  // a C string has no byte 0: 0xFF is no text either
     return out;
 }
 
 // ---- logs: main.log has llm.c's lines, log.jsonl one object per event; a resumed run appends
 
-struct Logs {
-    FILE *main, *jsonl;
-};
-
 // Opens a log to append to. A last line that a crash or a full disk cut off is ended, so that it spoils no other.
-static FILE* log_open(const char* path) {
-    FILE* f = fopen(path, "a+");
-    if (!f) fatal("cannot write %s: %s", path, strerror(errno));
+static FILE* log_open(const std::string& path) {
+    FILE* f = fopen(path.c_str(), "a+");
+    if (!f) fatal("cannot write %s: %s", path.c_str(), strerror(errno));
     if (!fseek(f, -1, SEEK_END) && fgetc(f) != '\n') {
         fseek(f, 0, SEEK_END);  // between reading and writing
         fputc('\n', f);
@@ -5429,72 +5183,47 @@ static FILE* log_open(const char* path) {
     return f;
 }
 
-static Logs logs_open(const Config* c) {
-    Logs g = {NULL, NULL};
-    if (procs.rank) return g;
-    char *main_path = text("%s/main.log", c->out_dir), *json_path = text("%s/log.jsonl", c->out_dir);
-    g.main = log_open(main_path);
-    g.jsonl = log_open(json_path);
-    free(main_path); free(json_path);
-    return g;
-}
-
-PRINTF_LIKE(2) static void log_line(FILE* f, const char* format, ...) {
+static void log_text(FILE* f, const std::string& line) {
     if (!f) return;
-    va_list args;
-    va_start(args, format);
-    vfprintf(f, format, args);
-    va_end(args);
-    fputc('\n', f);
+    fprintf(f, "%s\n", line.c_str());
     int failed = 0;
     on_disk([&] { failed = fflush(f); });
     if (failed)
         fatal("cannot write a log in --out-dir: %s. --resume 1 goes on from the newest checkpoint", strerror(errno));
 }
+#define log_line(f, ...) log_text(f, text(__VA_ARGS__))
 
 // A JSON string. Bytes that are no UTF-8 become U+FFFD: samples may cut a character.
-static char* json_string(const char* s) {
-    size_t n = strlen(s), w = 0;
-    char* out = (char*)host_alloc(6 * n + 3);
-    const unsigned char* p = (const unsigned char*)s;
-    out[w++] = '"';
-    while (*p) {
+static std::string json_string(const std::string& s) {
+    std::string out = "\"";
+    for (const unsigned char* p = (const unsigned char*)s.c_str(); *p;) {
         int extra = *p >= 0xF0 && *p < 0xF5 ? 3 : *p >= 0xE0 && *p < 0xF0 ? 2 : *p >= 0xC2 && *p < 0xE0 ? 1 : 0;
         bool valid = *p < 0x80 || extra;
         for (int i = 1; i <= extra && valid; i++) valid = (p[i] & 0xC0) == 0x80;
         if (valid && extra >= 2)  // overlong forms, surrogates, beyond U+10FFFF
             valid = !(*p == 0xE0 && p[1] < 0xA0) && !(*p == 0xED && p[1] > 0x9F) && !(*p == 0xF0 && p[1] < 0x90) &&
                     !(*p == 0xF4 && p[1] > 0x8F);
-        if (!valid) { w += sprintf(out + w, "\\ufffd"); p++; continue; }
-        if (*p == '"' || *p == '\\') { out[w++] = '\\'; out[w++] = *p; }
-        else if (*p < 0x20 || *p == 0x7F) w += sprintf(out + w, "\\u%04x", *p);
-        else for (int i = 0; i <= extra; i++) out[w++] = p[i];
-        p += extra + 1;
+        if (!valid) out += "\\ufffd";
+        else if (*p < 0x20 || *p == 0x7F) out += text("\\u%04x", *p);
+        else if (*p == '"' || *p == '\\') out += {'\\', (char)*p};
+        else out.append((const char*)p, extra + 1);
+        p += valid ? extra + 1 : 1;
     }
-    out[w++] = '"';
-    out[w] = 0;
-    return out;
+    return out + '"';
 }
 
-static ShortText json_number(double x) {
-    ShortText t;
-    if (isfinite(x)) snprintf(t.s, sizeof t.s, "%.9g", x);
-    else snprintf(t.s, sizeof t.s, "null");
-    return t;
-}
+static std::string json_number(double x) { return isfinite(x) ? text("%.9g", x) : "null"; }
 
-static ShortText duration(double seconds) {
-    ShortText t;
+static std::string duration(double seconds) {
     int64_t n = (int64_t)(seconds + 0.5);
-    if (n >= 86400) snprintf(t.s, sizeof t.s, "%ldd%02ldh", n / 86400, n % 86400 / 3600);
-    else snprintf(t.s, sizeof t.s, "%ld:%02ld:%02ld", n / 3600, n % 3600 / 60, n % 60);
-    return t;
+    if (n >= 86400) return text("%ldd%02ldh", n / 86400, n % 86400 / 3600);
+    return text("%ld:%02ld:%02ld", n / 3600, n % 3600 / 60, n % 60);
 }
 
 // ===================================================================================================================
 // 11. Main: options, set-up, the loop.
 
-// The help of an option, less the [group] that it may begin with.
+// The help of an option, less the [heading] that it may begin with.
 static const char* option_help(const Option* o) { return *o->help == '[' ? strchr(o->help, ']') + 2 : o->help; }
 
 static void print_help(const char* program) {
@@ -5506,12 +5235,10 @@ static void print_help(const char* program) {
         const Option* o = &options[i];
         const char* help = option_help(o);
         if (help > o->help) printf("\n%.*s\n", (int)(help - o->help - 3), o->help + 1);
-        char* name = text("--%s%s%s", o->name, *o->letter ? ", -" : "", o->letter);
-        printf("  %-26s %s", name, help);
+        printf("  %-26s %s", text("--%s%s%s", o->name, *o->letter ? ", -" : "", o->letter).c_str(), help);
         if (o->type == OPT_TEXT) printf(" (%s)\n", *o->fallback ? o->fallback : "none");
         else if (o->type == OPT_FLAG) printf("\n");
         else printf(" (%s; %.12g to %.12g)\n", o->fallback, o->min, o->max);
-        free(name);
     }
 }
 
@@ -5534,56 +5261,16 @@ static void set_option(Config* c, const Option* o, const char* value) {
     else *(int64_t*)field = (int64_t)x;
 }
 
-// An option's value as it would be typed; to be freed.
-static char* option_text(const Config* c, const Option* o) {
+// An option's value as it would be typed.
+static std::string option_text(const Config* c, const Option* o) {
     const char* field = (const char*)c + o->offset;
-    return o->type == OPT_TEXT ? text("%s", *(const char**)field)
+    return o->type == OPT_TEXT ? *(const char**)field
          : o->type == OPT_REAL ? text("%.9g", *(const double*)field) : text("%ld", *(const int64_t*)field);
 }
 
-// The options that say how the weights are trained and that a resumed run may change, a line "name value" each; to be
-// freed.
-static char* training_options(const Config* c) {
-    char* lines = text("%s", "");
-    for (const Option* o = options; o < options + option_count; o++) {
-        if (o->offset != AT(fp8) && (o->offset < AT(steps) || o->offset > AT(switch_step))) continue;
-        char* value = option_text(c, o);
-        lines = longer_text(lines, "%s %s\n", o->name, value);
-        free(value);
-    }
-    return lines;
-}
-
-static const Option* option_named(const char* name) {
-    for (const Option* o = options; o < options + option_count; o++) if (!strcmp(o->name, name)) return o;
-    return NULL;
-}
-
 static bool given(const char* name) {
-    const Option* o = option_named(name);
-    return o && option_given[o - options];
-}
-
-// Says which of them are not those of the checkpoint that a run goes on from: they may just have been forgotten.
-static void note_changed_options(const Config* c, const char* path) {
-    CheckpointHeader h;
-    int fd = open_to_read(path);
-    char *why = checkpoint_header(fd, path, &h), *rest;
-    close(fd);
-    if (why) fatal("%s", why);
-    h.options[sizeof h.options - 1] = 0;
-    char* end = strrchr(h.options, '\n');  // a line that found no room is cut off
-    h.options[end ? end - h.options : 0] = 0;
-    for (char* name = strtok_r(h.options, "\n", &rest); name; name = strtok_r(NULL, "\n", &rest)) {
-        char* then = strchr(name, ' ');
-        if (!then) continue;
-        *then++ = 0;
-        const Option* o = option_named(name);  // NULL: the dense program has no such option
-        if (!o) continue;
-        char* now = option_text(c, o);
-        if (strcmp(then, now)) say("note: --%s was %s up to here and is %s from now on\n", name, then, now);
-        free(now);
-    }
+    for (int i = 0; i < option_count; i++) if (!strcmp(options[i].name, name)) return option_given[i];
+    return false;
 }
 
 // llm.c's options that have no counterpart: the values that may stay on its command lines, and what there is instead.
@@ -5600,12 +5287,12 @@ static const struct { const char *letter, *accepted, *instead; } llmc_options[] 
 };
 
 // Whether -letter value is such an option; one that would change the run is refused.
-static bool is_llmc_option(const char* letter, const char* value) {
+static bool is_llmc_option(const std::string& letter, const char* value) {
     for (auto& o : llmc_options) {
-        if (strcmp(letter, o.letter)) continue;
-        bool accepted = *value && strlen(value) == strcspn(value, " ") && strstr(o.accepted, value);
-        if (!accepted) fatal("llm.c's -%s %s has no counterpart: %s", letter, value, o.instead);
-        if (strcmp(value, "0")) say("note: llm.c's -%s %s changes nothing: %s\n", letter, value, o.instead);
+        if (letter != o.letter) continue;
+        bool accepted = *value && !strchr(value, ' ') && strstr(o.accepted, value);
+        if (!accepted) fatal("llm.c's -%s %s has no counterpart: %s", o.letter, value, o.instead);
+        if (strcmp(value, "0")) say("note: llm.c's -%s %s changes nothing: %s\n", o.letter, value, o.instead);
         return true;
     }
     return false;
@@ -5626,13 +5313,11 @@ static void parse_options(Config* c, int argc, char** argv) {
         }
         if (a[0] != '-') fatal("\"%s\" is no option: options begin with --; %s --help lists them", a, argv[0]);
         bool is_long = a[1] == '-';
-        const char *name = a + (is_long ? 2 : 1), *equals = is_long ? strchr(name, '=') : NULL;
-        size_t length = equals ? (size_t)(equals - name) : strlen(name);
+        const char* equals = is_long ? strchr(a, '=') : NULL;
+        std::string name(a + 1 + is_long, equals ? equals : a + strlen(a));
         const Option* o = NULL;
-        for (int j = 0; j < option_count && !o; j++) {
-            const char* known = is_long ? options[j].name : options[j].letter;
-            if (length && strlen(known) == length && !strncmp(known, name, length)) o = &options[j];
-        }
+        for (const Option& known : options)
+            if (name != "" && name == (is_long ? known.name : known.letter)) o = &known;
         if (!o && !is_long && is_llmc_option(name, next)) {
             i++;
             continue;
@@ -5664,14 +5349,15 @@ static void parse_options(Config* c, int argc, char** argv) {
               "validation");
 }
 
-// The model's sizes from a file's header, or from the descriptor, the explicit sizes and the data's largest token id.
+// The model's sizes from a file's header, or from the descriptor, the explicit sizes and the data.
 static Dims choose_dims(const Config* c, const Loader* train) {
     const Descriptor* known = find_descriptor(c->model);
     Dims d;
     if (!known) {
         if (access(c->model, R_OK))
             fatal("--model is \"%s\": neither a readable file nor one of d6, d12, d24, d36, d48, d60, lh30", c->model);
-        ModelFile f = model_file_open(c->model);
+        ModelFile f;
+        end_if(model_file_open(&f, c->model));
         d = f.dims;
         close(f.fd);
         if (c->depth || c->channels || c->heads || c->vocab_size)
@@ -5688,10 +5374,7 @@ static Dims choose_dims(const Config* c, const Loader* train) {
     d.L = c->depth ? (int)c->depth : known->layers;
     d.C = c->channels ? (int)c->channels : known->channels;
     d.NH = c->heads ? (int)c->heads : known->heads;
-    d.V = (int)c->vocab_size;
-    if (d.V == 0) d.V = train->tokenizer_ids > 0 ? train->tokenizer_ids : train->largest_id < 257 ? 257 : 50257;
-    if (c->vocab_size == 0 && !train->tokenizer_ids && train->largest_id >= d.V)
-        fatal("the data holds token ids up to %ld, more than GPT-2's 50257: give --vocab-size", train->largest_id);
+    d.V = c->vocab_size ? (int)c->vocab_size : train->tokenizer_ids ? train->tokenizer_ids : guess_vocabulary(train);
     d.Vp = (d.V + 127) / 128 * 128;
     d.maxT = c->seq_len;
     d.rope = !strcmp(c->positions, "rope");
@@ -5756,7 +5439,7 @@ static double measure_device(Model* m, int64_t T) {
     int C = m->dims.C;
     int64_t room = activations_bytes(m, {1, T, DENSE_PHASE, 0, false, 0});  // the arena is no smaller
     int64_t N = std::min({(int64_t)m->dims.L * 4 * C, (int64_t)8192, room / (int64_t)(4 * C * sizeof(floatX))});
-    int repeats = strcmp(backend_name, "cpu") ? 16 : 1;  // one product of a small model takes a GPU no longer than its launch
+    int repeats = strcmp(backend_name, "cpu") ? 16 : 1;  // of a small model one takes a GPU no longer than its launch
     double best = INFINITY, began = seconds();
     for (int i = 0; i < 4 || seconds() - began < 0.2; i++) {  // the first is a warm-up
         device_synchronize();
@@ -5792,13 +5475,10 @@ static Plan choose_plan(Model* m, Config* c, int64_t sample_T) {
     while (automatic && c->recompute < 4 && !fits(p)) p = memory_plan(m, c, sample_T, ++c->recompute * L, B);
     if (!fits(p)) {
         if (p.total <= room) barrier();  // for those without the room, who say so
-        Plan least = memory_plan(m, c, sample_T, 4 * L, B), single = memory_plan(m, c, sample_T, 4 * L, 1);
-        char* hint = least.total <= room ? text("--recompute 4 would fit (%.2f GiB)", gib(least.total))
-                   : single.total <= room ? text("--batch-size 1 --recompute 4 would fit (%.2f GiB)", gib(single.total))
-                   : text("even --batch-size 1 --recompute 4 takes %.2f GiB: lower --seq-len or take a smaller model",
-                          gib(single.total));
+        bool fewer = B > 1 && memory_plan(m, c, sample_T, 4 * L, 1).total <= room;
         fatal("this run takes %.2f GiB and %.2f GiB are free for it, %.2f GiB too few: %s", gib(p.total), gib(room),
-              gib(p.total - room), hint);
+              gib(p.total - room), c->recompute < 4 ? "try --recompute 4" : fewer ? "--batch-size 1 would fit"
+              : "lower --seq-len or take a smaller model");
     }
     if (!automatic || c->recompute == 0) return p;
     // As many layers as fit go one level lower. All of them do not: that was tried.
@@ -5818,7 +5498,7 @@ struct Trainer {
     bool has_val;
     Tokenizer tokenizer;
     RunState state;
-    Logs logs;
+    FILE *main_log, *json_log;                 // of rank 0
     int64_t steps, switch_step, accumulation;  // micro-steps of a step
     int recompute;                             // Run's
     Batch* ready;                              // the next micro-step's batch, if it was read ahead
@@ -5835,18 +5515,16 @@ static void log_configuration(const Trainer* t, const Plan* plan, const char* de
     const Config* c = &t->config;
     const Model* m = &t->model;
     const Dims* d = &m->dims;
-    FILE* f = t->logs.jsonl;
+    FILE* f = t->json_log;
     if (!f) return;
     char stamp[32];
     time_t now = time(NULL);
     strftime(stamp, sizeof stamp, "%Y-%m-%dT%H:%M:%SZ", gmtime(&now));
     fprintf(f, "{\"event\":\"config\",\"program\":\"%s\",\"version\":2,\"time\":\"%s\",\"options\":{", PROGRAM, stamp);
     for (int i = 0; i < option_count; i++) {
-        const Option* o = &options[i];
-        const char* field = (const char*)c + o->offset;
-        char* value = o->type == OPT_TEXT ? json_string(*(const char**)field) : option_text(c, o);
-        fprintf(f, "%s\"%s\":%s", i ? "," : "", o->name, value);
-        free(value);
+        std::string value = option_text(c, &options[i]);
+        if (options[i].type == OPT_TEXT) value = json_string(value);
+        fprintf(f, "%s\"%s\":%s", i ? "," : "", options[i].name, value.c_str());
     }
     fprintf(f, "},\"model\":{\"layers\":%d,\"channels\":%d,\"heads\":%d,\"vocab\":%d,\"padded_vocab\":%d,"
             "\"parameters\":%ld,\"positions\":\"%s\",\"rope_theta\":%.9g},\"attention\":\"%s\",\"windows\":[", d->L,
@@ -5861,11 +5539,9 @@ static void log_configuration(const Trainer* t, const Plan* plan, const char* de
     } else fprintf(f, "null");
     Run r = {0, 0, DENSE_PHASE, 0, true, plan->recompute};
     for (int l = 0; l < d->L; l++) fprintf(f, "%s%d", l ? "," : ",\"recompute_levels\":[", layer_level(m, r, l));
-    char* device_json = json_string(device);
     log_line(f, "],\"steps\":%ld,\"switch_step\":%ld,\"tokens_per_step\":%ld,\"processes\":%d,\"cp\":%d,"
              "\"device\":%s,\"backend\":\"%s\",\"measured_flops\":%.6g}", t->steps, t->switch_step,
-             c->total_batch_size, procs.world, procs.cp, device_json, backend_name, t->device_flops);
-    free(device_json);
+             c->total_batch_size, procs.world, procs.cp, json_string(device).c_str(), backend_name, t->device_flops);
     fprintf(f, "{\"event\":\"memory\",\"total_bytes\":%zu,\"parts\":{", plan->total);
     for (int i = 0; i < plan->parts; i++) fprintf(f, "%s\"%s\":%zu", i ? "," : "", plan->name[i], plan->bytes[i]);
     log_line(f, "}}");
@@ -5882,18 +5558,14 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
         c->model, d->L, d->C, d->NH, d->C / d->NH, d->V, d->Vp, d->rope ? "rotary" : "learned", m->parameters);
     bool trains = !evaluates_only(c);
     say("data        ");
-    if (trains) say("%s: %d shard(s), %ld windows of %ld tokens, %ld of %ld tokens in none; ", c->train_data,
-                    t->train.count, t->train.windows, c->seq_len, tokens_unused(&t->train), t->train.tokens);
+    if (trains) say("%s: %zu shard(s), %ld sequences of %ld tokens, %ld of %ld tokens in none; ", c->train_data,
+                    t->train.shards.size(), t->train.sequences, c->seq_len, t->train.unused, t->train.tokens);
     say("%s%s\n", t->has_val ? "validation on " : "no validation", c->val_data);
-    if (trains && tokens_unused(&t->train) > 0.05 * t->train.tokens)
-        say("note: %.0f%% of the training tokens are never seen: a window ends with its shard. Longer shards "
-            "(--shard-tokens of data/prepare.py) or a shorter --seq-len use more\n",
-            100.0 * tokens_unused(&t->train) / t->train.tokens);
     say("batch       %ld tokens a step: %ld micro-step(s) of %ld x %ld on %d %s\n", c->total_batch_size,
         t->accumulation, c->batch_size, c->seq_len, procs.dp, procs.cp > 1 ? "group(s)" : "process(es)");
     double tokens = (double)t->steps * c->total_batch_size;
     if (trains) say("run         %ld steps, %.3g tokens, %.2f epochs; learning rate up to %.3g, %s\n", t->steps, tokens,
-        tokens / c->seq_len / t->train.windows, c->learning_rate, c->lr_schedule);
+        tokens / c->seq_len / t->train.sequences, c->learning_rate, c->lr_schedule);
     if (m->windows) {
         const LighthouseShape* s = &m->shape;
         double T = (double)c->seq_len, S = (double)s->S;
@@ -5907,14 +5579,8 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
         if (m->uses[LIGHTHOUSE] && procs.cp > 1) {
             say("            such a layer exchanges %s between the %d that share a sequence",
                 m->exchange_slots ? "slots" : "tokens", procs.cp);
-            if (!m->exchange_slots && s->S < s->T) {
-                LighthouseShape own;
-                int tile = s->tile / 2;
-                while (tile > 0 && !can_exchange_slots(m, tile, &own)) tile /= 2;
-                say(", since they cannot share the tiles (--topk / --tile) evenly");
-                if (tile > 0) say("; with --tile %d it would be slots, which are fewer", tile);
-            }
-            say("\n");
+            say(m->exchange_slots || s->S >= s->T ? "\n" : ", since they cannot share the tiles (--topk / --tile) "
+                "evenly: slots are fewer\n");
         }
         say("            steps %ld to %ld: dense in every layer%s\n", t->switch_step, t->steps - 1,
             t->switch_step == t->steps ? ": none" : "");
@@ -5926,7 +5592,7 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
     for (int i = 0; i < m->windows; i++)
         say("operations  %.4g TFLOP a step of the first phase%s\n",
             step_flops(m, FIRST_PHASE, m->window[i], c->seq_len, step_tokens) * 1e-12,
-            m->windows > 1 ? text(", windows of %ld", m->window[i]) : "");
+            m->windows > 1 ? text(", windows of %ld", m->window[i]).c_str() : "");
     say("operations  %.4g TFLOP a dense step\n", step_flops(m, DENSE_PHASE, 0, c->seq_len, step_tokens) * 1e-12);
     say("memory      %.2f GiB%s of %.2f GiB free, recompute level ", gib(plan->total),
         procs.world > 1 ? " per process" : "", gib(memory_free(c)));
@@ -5937,23 +5603,13 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
     say("\n");
 }
 
-// Each process of a group takes as many tokens of a sequence as the others, and as many heads.
-static void check_context_parallel(const Config* c, const Dims* d) {
-    if (d->NH % c->cp == 0 && c->seq_len % c->cp == 0) return;
-    char* fitting = text("1");
-    for (int W = 2; W <= d->NH && W <= procs.world; W++) {
-        if (d->NH % W || c->seq_len % W || procs.world % W) continue;
-        fitting = longer_text(fitting, ", %d", W);
-    }
-    fatal("--cp is %ld; it must divide the model's %d heads and --seq-len, %ld. On %d processes --cp can be %s", c->cp,
-          d->NH, c->seq_len, procs.world, fitting);
-}
 
 // Checks the batch, the steps and Lighthouse's settings, and chooses those that were left open.
 static void setup_run(Trainer* t) {
     Config* c = &t->config;
     Model* m = &t->model;
-    check_context_parallel(c, &m->dims);
+    if (m->dims.NH % c->cp || c->seq_len % c->cp)
+        fatal("--cp is %ld; it must divide the model's %d heads and --seq-len, %ld", c->cp, m->dims.NH, c->seq_len);
     if ((double)c->batch_size * c->seq_len * procs.dp > 1e12)
         fatal("batch-size %ld x seq-len %ld x %d data-parallel processes is %.4g tokens; it may be up to 1e12",
               c->batch_size, c->seq_len, procs.dp, (double)c->batch_size * c->seq_len * procs.dp);
@@ -5961,16 +5617,15 @@ static void setup_run(Trainer* t) {
     if (c->total_batch_size == 0) c->total_batch_size = micro;
     if (c->total_batch_size % micro)
         fatal("--total-batch-size is %ld; it must be a multiple of batch-size x seq-len x processes / cp = %ld: try "
-              "%ld",
-              c->total_batch_size, micro, ceil_div(c->total_batch_size, micro) * micro);
+              "%ld", c->total_batch_size, micro, ceil_div(c->total_batch_size, micro) * micro);
     t->accumulation = c->total_batch_size / micro;
     if (c->fp8 && c->batch_size * c->seq_len / procs.cp % 16)
         fatal("--fp8 1 with batch-size x seq-len / cp = %ld x %ld / %d tokens: they must be a multiple of 16",
               c->batch_size, c->seq_len, procs.cp);
-    t->steps = c->steps >= 0 ? c->steps : t->train.windows * c->seq_len / c->total_batch_size;
+    t->steps = c->steps >= 0 ? c->steps : t->train.sequences * c->seq_len / c->total_batch_size;
     if (t->steps == 0 && c->steps < 0)
         fatal("one epoch, %ld tokens, is less than one step of %ld: lower --total-batch-size, or give --steps",
-              t->train.windows * c->seq_len, c->total_batch_size);
+              t->train.sequences * c->seq_len, c->total_batch_size);
     if (c->warmup_steps > t->steps)
         fatal("--warmup-steps is %ld, more than the run's %ld steps", c->warmup_steps, t->steps);
     const char* rest;
@@ -5981,220 +5636,168 @@ static void setup_run(Trainer* t) {
     if (t->switch_step == 0) return;
     choose_windows(m, c, t->steps, t->switch_step);
     m->never_dense = t->switch_step == t->steps;
-    char why[512];
     int heads = m->dims.NH / procs.cp, D = m->dims.C / m->dims.NH;
     if (!m->uses[LIGHTHOUSE]) return;
-    if (!lighthouse_defaults(&m->shape, c, heads, D, why, sizeof why))
-        fatal("Lighthouse attention at seq-len %ld: %s", c->seq_len, why);
+    std::string why = lighthouse_defaults(&m->shape, c, heads, D);
+    if (why != "") fatal("Lighthouse attention at seq-len %ld: %s", c->seq_len, why.c_str());
     m->exchange_slots = can_exchange_slots(m, m->shape.tile, &m->own_shape);
 }
 
-// All processes must be built and started alike: rank 0's options are compared with this process's.
-static void compare_options(const Config* c) {
-    char* value[1 + sizeof(options) / sizeof(options[0])];
-    value[0] = text("train_gpt_" PROGRAM " " VERSION " (%s, %zu-byte weights)", backend_name, sizeof(floatX));
-    for (int i = 0; i < option_count; i++) value[i + 1] = option_text(c, &options[i]);
-    for (int i = 0; i <= option_count; i++) {
-        int64_t length = strlen(value[i]) + 1;
-        broadcast(&length, sizeof length, WORLD_GROUP, 0);
-        char* first = (char*)host_alloc(length);  // rank 0's
-        memcpy(first, value[i], std::min<int64_t>(length, strlen(value[i]) + 1));
-        broadcast(first, length, WORLD_GROUP, 0);
-        if (strcmp(first, value[i]))
-            fatal("%s%s is \"%s\" here but \"%s\" on rank 0: start all processes with the same program and options",
-                  i ? "--" : "the program", i ? options[i - 1].name : "", value[i], first);
-        free(first); free(value[i]);
+// All processes must be built and started alike, and read the same files: on hosts that do not share a file system one
+// may hold an older copy. The first of these lines that is not rank 0's is named.
+static void compare_lines(const std::string& lines) {
+    int length = (int)lines.size();
+    broadcast(&length, sizeof length, WORLD_GROUP, 0);
+    std::string first = lines;  // rank 0's
+    first.resize(length);
+    broadcast(&first[0], length, WORLD_GROUP, 0);
+    if (first != lines) {
+        size_t at = std::mismatch(lines.begin(), lines.end(), first.begin(), first.end()).first - lines.begin();
+        size_t line = at ? lines.rfind('\n', at - 1) + 1 : 0;
+        fatal("%s here but %s on rank 0: start all processes with the same program, options and files",
+              lines.substr(line, lines.find('\n', line) - line).c_str(),
+              first.substr(line, first.find('\n', line) - line).c_str());
     }
     barrier();  // nobody goes on, perhaps into an error that hides this one
 }
 
+
 static void setup_processes(const Config* c) {
     hang_timeout = c->hang_timeout;
-    if (c->plan_ranks) {
-        if (!c->dry_run) fatal("--plan-ranks is %ld; it goes with --dry-run: mpirun starts processes", c->plan_ranks);
-        if (procs.world > 1) fatal("--plan-ranks is %ld; start one process to plan for others", c->plan_ranks);
-        procs.world = (int)c->plan_ranks;
-    }
-    if (c->plan_memory) {
-        if (!c->dry_run)
-            fatal("--plan-memory is %.9g; it goes with --dry-run: a run takes what it needs", c->plan_memory);
-        floatx_bytes = 2;
-    }
-    compare_options(c);
+    if ((c->plan_ranks || c->plan_memory) && !c->dry_run)
+        fatal("--plan-ranks is %ld, --plan-memory is %.9g; both go with --dry-run", c->plan_ranks, c->plan_memory);
+    if (c->plan_ranks && procs.world > 1)
+        fatal("--plan-ranks is %ld; start one process to plan for others", c->plan_ranks);
+    if (c->plan_ranks) procs.world = (int)c->plan_ranks;
+    if (c->plan_memory) floatx_bytes = 2;
+    std::string lines = text("the program is \"train_gpt_" PROGRAM " " VERSION " (%s, %zu-byte weights)\"\n",
+                             backend_name, sizeof(floatX));
+    for (const Option& o : options) lines += text("--%s is \"%s\"\n", o.name, option_text(c, &o).c_str());
+    compare_lines(lines);
     processes_split(c->cp);
-    if (!c->rank_logs || c->dry_run) return;
-    make_directories(c->out_dir);
-    char* path = text("%s/rank_%d.log", c->out_dir, procs.rank);
-    rank_log = log_open(path);
-    free(path);
 }
 
-// All processes must read the same files: on hosts that do not share a file system one may hold an older copy.
-static void compare_input(const char* option, const char* name, uint64_t fingerprint) {
-    uint64_t first = fingerprint;
-    broadcast(&first, sizeof first, WORLD_GROUP, 0);
-    if (first != fingerprint)
-        fatal("--%s %s is not the same here as on rank 0: give all hosts the same files", option, name);
-    barrier();
-}
-
-static void compare_data(const char* option, const char* pattern, const Loader* d) {
-    if (!procs.connected) return;
-    compare_input(option, pattern, loader_fingerprint(d) ^ mix64(d->windows));
-}
-
-// A checksum of a file's size and of 4 KiB of each MiB.
-static uint64_t file_fingerprint(const char* path) {
-    int fd = open_to_read(path);
-    int64_t size = file_size(fd, path);
-    uint64_t sum = mix64(size);
-    char block[4096];
-    for (int64_t at = 0; at < size; at += 1 << 20) {
-        size_t n = std::min<int64_t>(sizeof block, size - at);
-        read_at(fd, block, n, at, path);
-        sum = mix64(sum ^ checksum(block, n));
-    }
+// Tells other model files and checkpoints apart: their size, their header and the first weights.
+static uint64_t model_fingerprint(const char* path) {
+    int64_t size;
+    int fd = open_to_read(path, &size);
+    std::string start(std::min<int64_t>(size, 8192), 0);
+    read_at(fd, &start[0], start.size(), 0, path);
     close(fd);
-    return sum;
+    return checksum(start.data(), start.size()) ^ mix64(size);
 }
 
 static void setup_tokenizer(Trainer* t) {
     const Config* c = &t->config;
-    char* path = *c->tokenizer ? text("%s", c->tokenizer)
-               : file_beside(t->train.count ? t->train.shards[0].path : c->train_data, "tokenizer.bin");
-    if (!*c->tokenizer && access(path, R_OK) && !access("gpt2_tokenizer.bin", R_OK)) {  // where llm.c has it
-        free(path);
-        path = text("gpt2_tokenizer.bin");
+    std::string path = c->tokenizer, data = t->train.shards.empty() ? c->train_data : t->train.shards[0].path;
+    if (path == "") {
+        path = folder_of(data) + "tokenizer.bin";
+        if (access(path.c_str(), R_OK) && !access("gpt2_tokenizer.bin", R_OK))
+            path = "gpt2_tokenizer.bin";  // where llm.c has it
     }
-    if (!tokenizer_open(&t->tokenizer, path, t->model.dims.V))
-        fatal("cannot read the tokenizer %s: %s. --tokenizer names it; --sample-every 0 does without", path,
+    if (access(path.c_str(), R_OK))
+        fatal("cannot read the tokenizer %s: %s. --tokenizer names it; --sample-every 0 does without", path.c_str(),
               strerror(errno));
-    if (!find_descriptor(c->model)) check_tokenizer(c->model, t->model.dims.V, path, t->tokenizer.count);
-    free(path);
-    int room = (int)strlen(c->prompt) + 1, *ids = (int*)host_alloc(room * sizeof(int));
-    int encoded = tokenizer_encode(&t->tokenizer, c->prompt, ids, room);
-    free(ids);
-    if (encoded < 0) fatal("--prompt \"%s\" has a byte that the tokenizer has no token for", c->prompt);
-    if (1 + encoded >= c->seq_len)
-        fatal("--prompt has %d tokens and begins after one more, which leaves no room for a new token in seq-len "
-              "%ld: shorten it", encoded, c->seq_len);
-}
-
-static ShortText size_text(double bytes) {
-    ShortText t;
-    if (gib(bytes) >= 1) snprintf(t.s, sizeof t.s, "%.2f GiB", gib(bytes));
-    else snprintf(t.s, sizeof t.s, "%.2f MiB", 1024 * gib(bytes));
-    return t;
-}
-
-// How many checkpoints, at most, the run will have on the disk beyond the `count` found there, newest first: those
-// that will stay and the one being written, which is whole before an older one goes. Those of --keep-every come on top.
-static int64_t checkpoints_to_come(const Config* c, int64_t steps, const int64_t* found, int count) {
-    int64_t done = count ? found[0] : 0, every = c->checkpoint_every;
-    if (done >= steps) return 0;
-    int64_t written = 1 + (every ? (steps - 1) / every - done / every : 0);
-    return c->keep_last ? std::min(written, std::max<int64_t>(c->keep_last + 1 - count, 1)) : written;
-}
-
-// All processes must write into one folder. Whether they can shows here, not only at the first checkpoint.
-static void check_shared(const Config* c) {
-    char* path = text("%s/ckpt_probe", c->out_dir);
-    NewFile probe = new_file(path, 0);
-    barrier();
-    close(probe.fd);
-    if (procs.rank == 0) unlink(probe.partial);
-    free(path); free(probe.path); free(probe.partial);
-    writing_file = 0;
+    tokenizer_read(&t->tokenizer, path.c_str(), t->model.dims.V);
+    if (!find_descriptor(c->model)) check_tokenizer(c->model, t->model.dims.V, path, (int)t->tokenizer.token.size());
+    std::vector<int> ids = tokenizer_encode(&t->tokenizer, c->prompt);
+    if (std::count(ids.begin(), ids.end(), -1))
+        fatal("--prompt \"%s\" has a byte that the tokenizer has no token for", c->prompt);
+    if (1 + (int64_t)ids.size() >= c->seq_len)
+        fatal("--prompt has %zu tokens and begins after one more, which leaves no room for a new token in seq-len "
+              "%ld: shorten it", ids.size(), c->seq_len);
 }
 
 static void setup_directory(const Config* c, const Model* m, int64_t steps) {
-    make_directories(c->out_dir);
+    std::error_code error;
+    std::filesystem::create_directories(c->out_dir, error);
+    if (error) fatal("cannot make directory %s: %s", c->out_dir, error.message().c_str());
     if (procs.rank == 0) {  // two runs in one directory would remove each other's checkpoints
         int lock = open(c->out_dir, O_RDONLY);  // stays open, and so locked, until this process ends
         if (lock >= 0 && flock(lock, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK)  // some file systems have no locks
             fatal("another run is writing to %s: wait for its end, or give another --out-dir", c->out_dir);
     }
-    int earlier;
-    int64_t* found = checkpoint_list(c->out_dir, &earlier);
-    if (earlier && !c->resume)
-        fatal("%s holds %d checkpoint(s) of an earlier run: --resume 1 goes on from the newest, or give another "
-              "--out-dir", c->out_dir, earlier);
-    char* model = text("%s/model.bin", c->out_dir);
-    if (!earlier && steps > 0 && !access(model, F_OK))  // what takes no steps may be made again
+    std::vector<int64_t> earlier = checkpoint_list(c);
+    if (earlier.size() && !c->resume)
+        fatal("%s holds %zu checkpoint(s) of an earlier run: --resume 1 goes on from the newest, or give another "
+              "--out-dir", c->out_dir, earlier.size());
+    std::string model = text("%s/model.bin", c->out_dir);
+    if (earlier.empty() && steps > 0 && !access(model.c_str(), F_OK))  // what takes no steps may be made again
         fatal("%s is the model of an earlier run, whose checkpoints are gone; this run would write over it: move it, "
-              "or give another --out-dir", model);
-    free(model);
-    struct statvfs disk;
-    int64_t more = checkpoints_to_come(c, steps, found, earlier);
-    double need = evaluates_only(c) ? 0 : (double)more * checkpoint_bytes(m) + m->parameters * 4.0;
-    if (procs.rank == 0 && !statvfs(c->out_dir, &disk) && (double)disk.f_bavail * disk.f_frsize < need)
-        fatal("%s has %s free; %ld more checkpoint(s) and the model take %s", c->out_dir,
-              size_text((double)disk.f_bavail * disk.f_frsize).s, more, size_text(need).s);
-    free(found);
+              "or give another --out-dir", model.c_str());
     barrier();  // every process has looked before rank 0 writes
-    if (procs.world > 1) check_shared(c);
+    // Whether all processes can write a checkpoint into one folder shows here, not only at the first one.
+    bool writes = !evaluates_only(c) && (earlier.empty() || earlier[0] < steps);
+    struct statvfs disk;
+    if (writes && procs.rank == 0 && !statvfs(c->out_dir, &disk) &&
+        disk.f_bavail * disk.f_frsize < (uint64_t)checkpoint_bytes(m))
+        fatal("%s has %.3g GiB free; a checkpoint takes %.3g", c->out_dir, gib(disk.f_bavail * disk.f_frsize),
+              gib(checkpoint_bytes(m)));
+    if (procs.world == 1) return;
+    NewFile probe = new_file(text("%s/ckpt_probe", c->out_dir), 0);
+    barrier();
+    close(probe.fd);
+    if (procs.rank == 0) unlink(probe.partial.c_str());
+    writing_file = 0;
 }
 
-// The newest checkpoint's state, or a new one. Returns the checkpoint's path, to be freed, or NULL.
-static char* setup_state(Trainer* t, bool from_file) {
+// The newest checkpoint's state, or a new one. Returns the checkpoint's path, or "".
+static std::string setup_state(Trainer* t, bool from_file) {
     const Config* c = &t->config;
     Model* m = &t->model;
     RunState* s = &t->state;
-    char* path = NULL;
-    if (!c->resume || !checkpoint_resume(m, c, s, &path)) {
-        if (from_file) model_load(m, c->model);
-        else model_initialize(m, c->seed);
+    uint64_t data = t->train.shards.empty() ? 0 : loader_fingerprint(&t->train);
+    std::string found;
+    if (!c->resume || !checkpoint_resume(m, c, s, &found)) {
+        if (from_file) {
+            end_if(weights_read(m, c->model, true));
+            gather_all_params(m);
+        } else model_initialize(m, c->seed);
         s->seq_len = c->seq_len; s->total_batch = c->total_batch_size;
-        s->windows = t->train.windows; s->seed = c->seed; s->shuffle = c->shuffle;
-        if (t->train.count) s->data = loader_fingerprint(&t->train);
-        return NULL;
+        s->epoch = t->train.sequences; s->seed = c->seed; s->shuffle = c->shuffle;
+        s->data = data;
+        return "";
     }
+    const char* path = found.c_str();
     const struct { const char* what; int64_t then, now; } unchanged[] = {
         {"seq-len", s->seq_len, c->seq_len}, {"total-batch-size", s->total_batch, c->total_batch_size},
-        {"training data of as many windows:", s->windows, t->train.windows},
+        {"training data of as many sequences:", s->epoch, t->train.sequences},
+        {"training data of checksum", (int64_t)s->data, (int64_t)data},
         {"seed", s->seed, c->seed}, {"shuffle", s->shuffle, c->shuffle}};
     for (auto& x : unchanged)
         if (x.then != x.now)
             fatal("%s was made with %s %ld, now it is %ld: a resumed run continues the same sequence of batches, so "
                   "restore it, or start a new run from its weights with --model %s", path, x.what, x.then, x.now, path);
-    if (s->data != loader_fingerprint(&t->train))
-        fatal("%s was made with other training data than %s: a resumed run continues the same sequence of batches, so "
-              "restore it, or start a new run from its weights with --model %s", path, c->train_data, path);
     if (s->step > t->steps)
         fatal("%s is at step %ld, past the %ld steps asked for", path, s->step, t->steps);
-    return path;
+    return found;
 }
 
 static void setup(Trainer* t, int argc, char** argv) {
     Config* c = &t->config;
     Model* m = &t->model;
-    memset(t, 0, sizeof *t);
     t->started = seconds();
     t->val_loss = NAN;
     parse_options(c, argc, argv);
     setup_processes(c);
 
     bool trains = !evaluates_only(c);
-    if (trains) loader_open(&t->train, c->train_data, c->seq_len, c->shuffle, c->seed);
-    if (trains) compare_data("train-data", c->train_data, &t->train);
-    Dims dims = choose_dims(c, &t->train);
     bool from_file = !find_descriptor(c->model);
-    if (from_file && procs.connected) compare_input("model", c->model, file_fingerprint(c->model));
-    if (trains) loader_limit(&t->train, dims.V);
     t->has_val = *c->val_data != 0;
-    if (t->has_val) {
-        loader_open(&t->val, c->val_data, c->seq_len, false, 0);
-        loader_limit(&t->val, dims.V);
-        compare_data("val-data", c->val_data, &t->val);
-        if (t->train.tokenizer_ids && t->val.tokenizer_ids && t->train.tokenizer != t->val.tokenizer)
-            fatal("--val-data %s is of another tokenizer than --train-data %s: the tokenizer.bin beside them differ",
-                  c->val_data, c->train_data);
-    }
-    for (const Loader* d : {&t->train, &t->val}) {
-        if (!from_file || !d->tokenizer_ids) continue;
-        char* path = file_beside(d->shards[0].path, "tokenizer.bin");
-        check_tokenizer(c->model, dims.V, path, d->tokenizer_ids);
-        free(path);
+    if (trains) loader_init(&t->train, c->train_data, c->seq_len, c->shuffle, c->seed);
+    if (t->has_val) loader_init(&t->val, c->val_data, c->seq_len, false, 0);
+    if (procs.connected)
+        compare_lines(text("--train-data has checksum %lx\n--val-data has checksum %lx\n--model has checksum %lx",
+                           trains ? loader_fingerprint(&t->train) : 0, t->has_val ? loader_fingerprint(&t->val) : 0,
+                           from_file ? model_fingerprint(c->model) : 0));
+    if (t->train.tokenizer_ids && t->val.tokenizer_ids && t->train.tokenizer != t->val.tokenizer)
+        fatal("--val-data %s is of another tokenizer than --train-data %s: the tokenizer.bin beside them differ",
+              c->val_data, c->train_data);
+    Dims dims = choose_dims(c, &t->train);
+    for (Loader* d : {&t->train, &t->val}) {
+        d->vocab = dims.V;
+        if (from_file && d->tokenizer_ids)
+            check_tokenizer(c->model, dims.V, folder_of(d->shards[0].path) + "tokenizer.bin", d->tokenizer_ids);
     }
     model_layout(m, dims);
     setup_run(t);
@@ -6219,28 +5822,27 @@ static void setup(Trainer* t, int argc, char** argv) {
 
     setup_directory(c, m, t->steps);
     model_allocate(m, c, &plan);
-    char* path = setup_state(t, from_file);
-    t->saved = path ? t->state.step : -1;
+    std::string path = setup_state(t, from_file);
+    t->saved = path != "" ? t->state.step : -1;
     fp8_weights_update(m);
     t->wall_before = t->state.wall_s;
     t->device_flops = measure_device(m, c->seq_len);
     say("speed       %.4g TFLOP/s measured in a matrix product of this model: 100%% MFU\n", t->device_flops * 1e-12);
-    t->logs = logs_open(c);
+    if (procs.rank == 0) {
+        t->main_log = log_open(text("%s/main.log", c->out_dir));
+        t->json_log = log_open(text("%s/log.jsonl", c->out_dir));
+    }
     log_configuration(t, &plan, device);
-    if (c->resume && !path) say("no checkpoint in %s: a new run\n", c->out_dir);
-    if (path) {
+    if (c->resume && path == "") say("no checkpoint in %s: a new run\n", c->out_dir);
+    if (path != "") {
         const RunState* s = &t->state;
-        say("resuming from %s at step %ld\n", path, s->step);
-        note_changed_options(c, path);
+        say("resuming from %s at step %ld\n", path.c_str(), s->step);
         if (s->phase_steps[DENSE_PHASE] > 0 && s->step < t->switch_step)
             say("note: this run was dense already at step %ld; with --steps %ld its switch is at step %ld: "
                 "--switch-step %ld keeps it dense\n", s->step, t->steps, t->switch_step, s->phase_steps[FIRST_PHASE]);
-        char* json = json_string(path);
-        log_line(t->logs.jsonl, "{\"event\":\"resume\",\"step\":%ld,\"file\":%s}", s->step, json);
-        free(json);
+        log_line(t->json_log, "{\"event\":\"resume\",\"step\":%ld,\"file\":%s}", s->step, json_string(path).c_str());
         checkpoint_prune(c, s);  // which a run that was killed may not have come to
     }
-    free(path);
 }
 
 // Steps are timed from one's end to the next one's; what comes between and is none is left out by starting anew.
@@ -6250,44 +5852,38 @@ static void restart_clock(Trainer* t) {
 }
 
 // "4K" of 4096; numbers that are no multiple of 1024 as they are.
-static ShortText short_count(int64_t n) {
-    ShortText t;
-    snprintf(t.s, sizeof t.s, n >= 1024 && n % 1024 == 0 ? "%ldK" : "%ld", n >= 1024 && n % 1024 == 0 ? n / 1024 : n);
-    return t;
+static std::string short_count(int64_t n) {
+    return n >= 1024 && n % 1024 == 0 ? text("%ldK", n / 1024) : text("%ld", n);
 }
 
 // The losses by position as the logs have them: [a,b,c], or null.
-static char* json_buckets(const Losses* l) {
-    if (!l->buckets) return text("null");
-    char* out = text("[");
-    for (int i = 0; i < l->buckets; i++) out = longer_text(out, "%s%s", i ? "," : "", json_number(l->bucket[i]).s);
-    return longer_text(out, "]");
+static std::string json_buckets(const Losses* l) {
+    std::string out;
+    for (int i = 0; i < l->buckets; i++) out += (i ? "," : "[") + json_number(l->bucket[i]);
+    return l->buckets ? out + "]" : "null";
 }
 
 static bool measure_copying(Trainer* t) {
     const Config* c = &t->config;
-    Copying k = copying_plan(c, &t->val);
+    Copying k;
     if (!evaluate_copying(&k, &t->model, c, &t->val)) return false;
-    char *main_line = text("s:%ld", t->state.step), *json = text("%s", "");
+    std::string main_line = text("s:%ld", t->state.step), json;
     for (int random = 0; random < 2; random++) {
-        char* screen = text("step %ld | copies of %s:", t->state.step, random ? "random ids" : "the text");
-        for (int i = 0; i < k.count; i++) {
-            screen = longer_text(screen, "%s %s back %.3f (%.0f%% right)", i ? "," : "", short_count(k.distance[i]).s,
-                                 k.loss[i][random], 100 * k.right[i][random]);
-            main_line = longer_text(main_line, " %s%ld:%.4f", random ? "rcopy" : "copy", k.distance[i],
-                                    k.loss[i][random]);
+        std::string screen = text("step %ld | copies of %s:", t->state.step, random ? "random ids" : "the text");
+        for (const Copying::Distance& d : k.distances) {
+            screen += text("%s %s back %.3f (%.0f%% right)", &d > &k.distances[0] ? "," : "",
+                           short_count(d.tokens).c_str(), d.loss[random], 100 * d.right[random]);
+            main_line += text(" %s%ld:%.4f", random ? "rcopy" : "copy", d.tokens, d.loss[random]);
         }
-        say("%s\n", screen);
-        free(screen);
+        say_text(screen + "\n");
     }
-    for (int i = 0; i < k.count; i++)
-        json = longer_text(json, "%s{\"distance\":%ld,\"text_loss\":%s,\"text_right\":%.4f,\"random_loss\":%s,"
-                           "\"random_right\":%.4f}", i ? "," : "", k.distance[i], json_number(k.loss[i][0]).s,
-                           k.right[i][0], json_number(k.loss[i][1]).s, k.right[i][1]);
-    log_line(t->logs.main, "%s", main_line);
-    log_line(t->logs.jsonl, "{\"event\":\"copying\",\"step\":%ld,\"tokens\":%ld,\"sequences\":%ld,\"copies\":[%s]}",
-             t->state.step, k.n - k.skipped, k.sequences, json);
-    free(main_line); free(json);
+    for (const Copying::Distance& d : k.distances)
+        json += text("%s{\"distance\":%ld,\"text_loss\":%s,\"text_right\":%.4f,\"random_loss\":%s,"
+                     "\"random_right\":%.4f}", json == "" ? "" : ",", d.tokens, json_number(d.loss[0]).c_str(),
+                     d.right[0], json_number(d.loss[1]).c_str(), d.right[1]);
+    log_text(t->main_log, main_line);
+    log_line(t->json_log, "{\"event\":\"copying\",\"step\":%ld,\"tokens\":%ld,\"sequences\":%ld,\"copies\":[%s]}",
+             t->state.step, k.n - k.skipped, k.sequences, json.c_str());
     return true;
 }
 
@@ -6301,26 +5897,23 @@ static bool validate(Trainer* t, Phase phase, bool copying) {
     int64_t window = window_at(&t->model, std::max<int64_t>(step - 1, 0));  // that of the last step
     if (!evaluate(&dense, &t->model, c, &t->val, DENSE_PHASE, 0)) return false;
     if (phase == FIRST_PHASE && !evaluate(&first, &t->model, c, &t->val, FIRST_PHASE, window)) return false;
-    char *by_position = text("%s", ""), *main_fields = text("%s", "");
-    for (int i = dense.buckets % 2 ? 8 : 9; i < dense.buckets; i += 2) {  // from position 256 on, up to the last
-        by_position = longer_text(by_position, "%s %s: %.4f", *by_position ? "," : " | from position",
-                                  short_count(1ll << i).s, dense.bucket[i]);
-        main_fields = longer_text(main_fields, " p%lld:%.6f", 1ll << i, dense.bucket[i]);
-    }
+    std::string screen = text("step %ld | validation loss %.4f", step, dense.all);
+    std::string main_line = text("s:%ld tel:%.6f", step, dense.all);
     if (phase == FIRST_PHASE) {
-        say("step %ld | validation loss %.4f under dense attention, %.4f under %s%s\n", step, dense.all, first.all,
-            c->attention, by_position);
-        log_line(t->logs.main, "s:%ld tel:%.6f ftel:%.6f%s", step, dense.all, first.all, main_fields);
-    } else {
-        say("step %ld | validation loss %.4f%s\n", step, dense.all, by_position);
-        log_line(t->logs.main, "s:%ld tel:%.6f%s", step, dense.all, main_fields);
+        screen += text(" under dense attention, %.4f under %s", first.all, c->attention);
+        main_line += text(" ftel:%.6f", first.all);
     }
-    char *dense_buckets = json_buckets(&dense), *first_buckets = json_buckets(&first);
-    log_line(t->logs.jsonl, "{\"event\":\"eval\",\"step\":%ld,\"loss_dense\":%s,\"loss_first\":%s,\"tokens\":%ld,"
+    const char* before = " | from position";
+    for (int i = dense.buckets % 2 ? 8 : 9; i < dense.buckets; i += 2, before = ",") {  // from 256 on, up to the last
+        screen += text("%s %s: %.4f", before, short_count(1ll << i).c_str(), dense.bucket[i]);
+        main_line += text(" p%lld:%.6f", 1ll << i, dense.bucket[i]);
+    }
+    say_text(screen + "\n");
+    log_text(t->main_log, main_line);
+    log_line(t->json_log, "{\"event\":\"eval\",\"step\":%ld,\"loss_dense\":%s,\"loss_first\":%s,\"tokens\":%ld,"
              "\"train_s\":%.6f,\"wall_s\":%.6f,\"positions_dense\":%s,\"positions_first\":%s}", step,
-             json_number(dense.all).s, json_number(first.all).s, step * c->total_batch_size, t->state.train_s,
-             wall_seconds(t), dense_buckets, first_buckets);
-    free(by_position); free(main_fields); free(dense_buckets); free(first_buckets);
+             json_number(dense.all).c_str(), json_number(first.all).c_str(), step * c->total_batch_size,
+             t->state.train_s, wall_seconds(t), json_buckets(&dense).c_str(), json_buckets(&first).c_str());
     t->val_loss = dense.all;
     bool whole = !copying || c->seq_len < 64 || measure_copying(t);
     restart_clock(t);
@@ -6331,60 +5924,35 @@ static void save_checkpoint(Trainer* t) {
     const Config* c = &t->config;
     double start = seconds();
     t->state.wall_s = wall_seconds(t);
-    char* path = checkpoint_path(c, t->state.step);
-    char* lines = training_options(c);
-    checkpoint_write(&t->model, path, &t->state, lines);
-    free(lines);
+    std::string path = checkpoint_path(c, t->state.step);
+    checkpoint_write(&t->model, path, &t->state);
     t->saved = t->state.step;
     checkpoint_prune(c, &t->state);
-    say("step %ld | checkpoint %s (%.2f GiB, %.1f s)\n", t->state.step, path, gib(checkpoint_bytes(&t->model)),
-        seconds() - start);
-    char* json = json_string(path);
-    log_line(t->logs.jsonl, "{\"event\":\"checkpoint\",\"step\":%ld,\"file\":%s,\"bytes\":%ld,\"seconds\":%.3f}",
-             t->state.step, json, checkpoint_bytes(&t->model), seconds() - start);
-    free(json); free(path);
+    int64_t bytes = checkpoint_bytes(&t->model);
+    double took = seconds() - start;
+    say("step %ld | checkpoint %s (%.2f GiB, %.1f s)\n", t->state.step, path.c_str(), gib(bytes), took);
+    log_line(t->json_log, "{\"event\":\"checkpoint\",\"step\":%ld,\"file\":%s,\"bytes\":%ld,\"seconds\":%.3f}",
+             t->state.step, json_string(path).c_str(), bytes, took);
     restart_clock(t);
 }
 
 static void write_sample(Trainer* t) {
-    char* s = sample(&t->model, &t->config, &t->tokenizer, t->state.step);
-    char* json = json_string(s);
-    for (char* p = s; *p; p++)  // a terminal would obey them
-        if (((unsigned char)*p < 32 && *p != '\n' && *p != '\t') || *p == 127) *p = '?';
-    say("step %ld | sample: %s\n", t->state.step, s);
-    log_line(t->logs.jsonl, "{\"event\":\"sample\",\"step\":%ld,\"text\":%s}", t->state.step, json);
-    free(json); free(s);
+    std::string s = sample(&t->model, &t->config, &t->tokenizer, t->state.step);
+    log_line(t->json_log, "{\"event\":\"sample\",\"step\":%ld,\"text\":%s}", t->state.step, json_string(s).c_str());
+    for (char& ch : s)  // a terminal would obey them
+        if (((uint8_t)ch < 32 && ch != '\n' && ch != '\t') || ch == 127) ch = '?';
+    say("step %ld | sample: %s\n", t->state.step, s.c_str());
     restart_clock(t);
 }
 
-// Operations of steps [from, to), all of one phase.
-static double steps_flops(const Trainer* t, Phase phase, int64_t from, int64_t to) {
-    const Model* m = &t->model;
-    int64_t T = t->config.seq_len, tokens = t->config.total_batch_size;
-    if (phase == DENSE_PHASE) return (to - from) * step_flops(m, phase, 0, T, tokens);
-    double sum = 0;
-    for (int i = 0; i < m->windows; i++) {
-        int64_t begin = std::max(from, m->window_from[i]);
-        int64_t end = i + 1 < m->windows ? std::min(to, m->window_from[i + 1]) : to;
-        if (begin < end) sum += (end - begin) * step_flops(m, phase, m->window[i], T, tokens);
-    }
-    return sum;
-}
-
-// Seconds that the steps left will take: a phase not yet seen is taken at the other's rate of operations.
-static double seconds_left(const Trainer* t) {
+// Seconds that the steps left will take, at the phase's rate of operations so far.
+static double seconds_left(const Trainer* t, Phase phase, int64_t window) {
     const RunState* s = &t->state;
-    int64_t first = s->phase_steps[FIRST_PHASE], dense = s->phase_steps[DENSE_PHASE];
-    int64_t at_switch = std::max(s->step, t->switch_step);
-    double done[] = {steps_flops(t, FIRST_PHASE, 0, first), steps_flops(t, DENSE_PHASE, 0, dense)};
-    double to_do[] = {steps_flops(t, FIRST_PHASE, s->step, at_switch),
-                      steps_flops(t, DENSE_PHASE, at_switch, t->steps)};
-    double left = 0;
-    for (int p = 0; p < 2; p++) {
-        int seen = done[p] > 0 ? p : 1 - p;
-        if (done[seen] > 0) left += to_do[p] * s->phase_s[seen] / done[seen];
-    }
-    return left;
+    const Model* m = &t->model;
+    int64_t T = t->config.seq_len, at_switch = std::max(s->step, t->switch_step);
+    double dense_step = step_flops(m, DENSE_PHASE, 0, T, 1) / step_flops(m, phase, window, T, 1);  // of this phase's
+    double left = (at_switch - s->step) + (t->steps - at_switch) * dense_step;
+    return left * s->phase_s[phase] / s->phase_steps[phase];
 }
 
 // Reads the batch of this process for a micro-step, counted from the step that the state is at, into the buffer that
@@ -6459,17 +6027,17 @@ static bool train_step(Trainer* t) {
     s->phase_steps[phase]++;
     s->phase_s[phase] += elapsed;
     double mfu = step_flops(m, phase, window, T, (double)total) / (elapsed * t->device_flops * procs.world);
-    ShortText eta = duration(seconds_left(t));
     say("step %*ld/%ld | loss %.4f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s | mfu %.1f%% | %s | ETA %s%s\n",
         (int)snprintf(NULL, 0, "%ld", t->steps), s->step, t->steps, loss, norm, lr, elapsed * 1e3, total / elapsed,
-        100 * mfu, phase_name[phase], eta.s, skip ? " | update skipped: outlier" : "");
-    log_line(t->logs.main, "s:%ld trl:%.6f lr:%.8f norm:%.6f ms:%.2f tps:%.0f ph:%s", s->step - 1, loss, lr, norm,
+        100 * mfu, phase_name[phase], duration(seconds_left(t, phase, window)).c_str(),
+        skip ? " | update skipped: outlier" : "");
+    log_line(t->main_log, "s:%ld trl:%.6f lr:%.8f norm:%.6f ms:%.2f tps:%.0f ph:%s", s->step - 1, loss, lr, norm,
              elapsed * 1e3, total / elapsed, phase_name[phase]);
-    log_line(t->logs.jsonl, "{\"event\":\"step\",\"step\":%ld,\"loss\":%s,\"lr\":%.9g,\"norm\":%s,\"ms\":%.3f,"
+    log_line(t->json_log, "{\"event\":\"step\",\"step\":%ld,\"loss\":%s,\"lr\":%.9g,\"norm\":%s,\"ms\":%.3f,"
              "\"host_ahead_ms\":%.3f,\"tokens_per_second\":%.1f,\"mfu\":%.4f,\"phase\":\"%s\",\"tokens\":%ld,"
-             "\"train_s\":%.6f,\"wall_s\":%.6f,\"skipped\":%s}", s->step, json_number(loss).s, lr, json_number(norm).s,
-             elapsed * 1e3, (now - queued) * 1e3, total / elapsed, mfu, phase_name[phase], s->step * total, s->train_s,
-             wall_seconds(t), skip ? "true" : "false");
+             "\"train_s\":%.6f,\"wall_s\":%.6f,\"skipped\":%s}", s->step, json_number(loss).c_str(), lr,
+             json_number(norm).c_str(), elapsed * 1e3, (now - queued) * 1e3, total / elapsed, mfu, phase_name[phase],
+             s->step * total, s->train_s, wall_seconds(t), skip ? "true" : "false");
     return !stop_asked();
 }
 
@@ -6477,10 +6045,9 @@ static void finish(Trainer* t) {
     const RunState* s = &t->state;
     int64_t total = t->config.total_batch_size;
     bool trained = !evaluates_only(&t->config);
-    char* path = text("%s/model.bin", t->config.out_dir);
+    std::string path = text("%s/model.bin", t->config.out_dir), phases[2];
     if (trained) model_write(&t->model, path, s->step);
     if (trained) say("\n%-12s %8s %14s %12s %12s\n", "phase", "steps", "tokens", "seconds", "tok/s");
-    char* phases[2];
     for (int p = 0; p < 2; p++) {
         double rate = s->phase_s[p] > 0 ? s->phase_steps[p] * total / s->phase_s[p] : 0;
         int64_t steps = s->phase_steps[p], tokens = steps * total;
@@ -6488,15 +6055,13 @@ static void finish(Trainer* t) {
         phases[p] = text("{\"steps\":%ld,\"tokens\":%ld,\"seconds\":%.3f,\"tokens_per_second\":%.1f}", steps, tokens,
                          s->phase_s[p], rate);
     }
-    say("wall-clock %s; %.2f GiB of device memory taken; final validation loss %s", duration(wall_seconds(t)).s,
-        gib(device_memory_taken()), t->has_val ? json_number(t->val_loss).s : "none");
-    if (trained) say("; the model is in %s", path);
-    say("\n");
-    log_line(t->logs.jsonl, "{\"event\":\"total\",\"steps\":%ld,\"tokens\":%ld,\"train_s\":%.6f,\"wall_s\":%.6f,"
+    say("wall-clock %s; %.2f GiB of device memory taken; final validation loss %s%s\n",
+        duration(wall_seconds(t)).c_str(), gib(device_memory_taken()),
+        t->has_val ? json_number(t->val_loss).c_str() : "none", trained ? ("; the model is in " + path).c_str() : "");
+    log_line(t->json_log, "{\"event\":\"total\",\"steps\":%ld,\"tokens\":%ld,\"train_s\":%.6f,\"wall_s\":%.6f,"
              "\"phases\":{\"first\":%s,\"dense\":%s},\"final_val_loss\":%s,\"device_bytes\":%zu}", s->step,
-             s->step * total, s->train_s, wall_seconds(t), phases[0], phases[1], json_number(t->val_loss).s,
-             device_memory_taken());
-    free(path); free(phases[0]); free(phases[1]);
+             s->step * total, s->train_s, wall_seconds(t), phases[0].c_str(), phases[1].c_str(),
+             json_number(t->val_loss).c_str(), device_memory_taken());
 }
 
 #ifndef TRAINER_NO_MAIN  // the tests include this file and have their own
@@ -6507,15 +6072,10 @@ int main(int argc, char** argv) {
     int free_fd;  // where standard output or error are closed, no log may take their place
     while ((free_fd = open("/dev/null", O_RDWR)) >= 0 && free_fd <= STDERR_FILENO) continue;
     close(free_fd);
+    std::set_new_handler([] { fatal("out of host memory"); });
     processes_start(&argc, &argv);
-    struct sigaction action;
-    memset(&action, 0, sizeof action);
-    action.sa_handler = on_signal;
-    action.sa_flags = SA_RESTART;
-    struct sigaction before;
     for (int number : {SIGTERM, SIGINT, SIGHUP, SIGUSR1})  // what is ignored stays so: nohup
-        if (!sigaction(number, NULL, &before) && before.sa_handler != SIG_IGN) sigaction(number, &action, NULL);
-    signal(SIGBUS, on_bus_error);
+        if (signal(number, SIG_IGN) != SIG_IGN) signal(number, on_signal);
     signal(SIGXFSZ, SIG_IGN);  // a file past its size limit then fails with a message
     signal(SIGPIPE, SIG_IGN);  // whoever reads standard output may leave: tee, at a Ctrl-C, does before the checkpoint
     setup(t, argc, argv);
@@ -6531,7 +6091,7 @@ int main(int argc, char** argv) {
         bool at_switch = late || (t->switch_step > 0 && s->step == t->switch_step);
         if (at_switch) {
             say("step %ld | the switch: dense attention in every layer from here on\n", s->step);
-            log_line(t->logs.jsonl, "{\"event\":\"switch\",\"step\":%ld,\"train_s\":%.6f}", s->step, s->train_s);
+            log_line(t->json_log, "{\"event\":\"switch\",\"step\":%ld,\"train_s\":%.6f}", s->step, s->train_s);
             memset(&s->loss, 0, sizeof s->loss);  // the loss jumps at the switch; that is no outlier
             memset(&s->norm, 0, sizeof s->norm);
         }

@@ -1,5 +1,6 @@
 // What the CPU backend has in the place of a GPU and of NCCL: its device is the host, its collectives go over MPI. The
 // trainer includes this file behind what the processes share; the operations are in dev/cpu_ops.h.
+#include <sys/mman.h>
 #include <sys/resource.h>
 
 static const char* backend_name = "cpu";
@@ -58,8 +59,8 @@ static void operations_allocate(size_t, size_t) {}
 static void fp8_open() {}
 
 #ifdef USE_MPI  // without it the trainer has collectives of one process
-// Sends piece p of send to process p of the group and receives its piece into piece p of recv; pieces begin
-// send_stride and recv_stride bytes apart. A process's own piece is copied, where it is not in place already.
+// Sends share p of send to process p of the group and receives its share into share p of recv; shares begin
+// send_stride and recv_stride bytes apart. A process's own share is copied, where it is not in place already.
 static void exchange(Group g, char* recv, int64_t recv_stride, const char* send, int64_t send_stride, int64_t bytes) {
     int size = g == CP_GROUP ? procs.cp : procs.world, rank = g == CP_GROUP ? procs.cp_rank : procs.rank;
     MPI_Request* requests = (MPI_Request*)host_alloc(2 * size * sizeof(MPI_Request));
@@ -76,14 +77,14 @@ static void exchange(Group g, char* recv, int64_t recv_stride, const char* send,
         memcpy(recv + rank * recv_stride, send + rank * send_stride, bytes);
 }
 
-// Sums x (n) over all processes, rank r's piece r of n / world for itself: x + r n / world then holds the sum, the rest
+// Sums x (n) over all processes, rank r's share r of n / world for itself: x + r n / world then holds the sum, the rest
 // of x nothing of use. n is a multiple of world.
 static void reduce_scatter(float* x, int64_t n) {
-    int64_t piece = n / procs.world, chunk = std::min<int64_t>(piece, ceil_div(4 << 20, procs.world));
-    float *mine = x + procs.rank * piece, *all = (float*)host_alloc(procs.world * chunk * sizeof(float));
-    for (int64_t i = 0; i < piece; i += chunk) {
-        int64_t part = std::min(piece - i, chunk);
-        exchange(WORLD_GROUP, (char*)all, part * sizeof(float), (char*)(x + i), piece * sizeof(float),
+    int64_t share = n / procs.world, chunk = std::min<int64_t>(share, ceil_div(4 << 20, procs.world));
+    float *mine = x + procs.rank * share, *all = (float*)host_alloc(procs.world * chunk * sizeof(float));
+    for (int64_t i = 0; i < share; i += chunk) {
+        int64_t part = std::min(share - i, chunk);
+        exchange(WORLD_GROUP, (char*)all, part * sizeof(float), (char*)(x + i), share * sizeof(float),
                  part * sizeof(float));
         for (int64_t j = 0; j < part; j++) {
             float sum = 0;
@@ -99,16 +100,16 @@ static void reduce_scatter_start(float* x, int rows, int64_t n) {
     for (int row = 0; procs.world > 1 && row < rows; row++) reduce_scatter(x + row * n, n);
 }
 
-// Gathers the pieces of each of the rows of x (rows, bytes): rank r's piece r of bytes / world of a row is sent to all.
+// Gathers the shares of each of the rows of x (rows, bytes): rank r's share r of bytes / world of a row is sent to all.
 static void all_gather_start(void* x, int rows, int64_t bytes) {
-    int64_t piece = bytes / procs.world;
+    int64_t share = bytes / procs.world;
     for (char* row = (char*)x; procs.world > 1 && rows > 0; rows--, row += bytes)
-        exchange(WORLD_GROUP, row, piece, row + procs.rank * piece, 0, piece);
+        exchange(WORLD_GROUP, row, share, row + procs.rank * share, 0, share);
 }
 
 static void collectives_join() {}
 
-// Piece p of send goes to cp rank p, piece p of recv comes from it: recv, send (cp, bytes_per_peer), not the same
+// Share p of send goes to cp rank p, share p of recv comes from it: recv, send (cp, bytes_per_peer), not the same
 // memory.
 static void all_to_all(void* recv, const void* send, int64_t bytes_per_peer) {
     exchange(CP_GROUP, (char*)recv, bytes_per_peer, (const char*)send, bytes_per_peer, bytes_per_peer);

@@ -35,45 +35,37 @@ static void command_line(char* text, size_t size) {  // one argument a line
     t->config.seq_len = std::min<int64_t>(t->config.seq_len, 1 << 16);  // the search for a geometry takes longer beyond
     procs.world = 1;
     processes_split(t->config.cp);
-    t->train.windows = 100;
+    t->train.sequences = 100;
     setup_run(t);
-    free(training_options(&t->config));
 }
 
 static void one_input(uint8_t* data, size_t size) {
     Model* m = &trainer.model;
     if (!strcmp(target, "options")) return command_line((char*)data, size);
     if (!strcmp(target, "text")) {
-        int ids[128];
-        tokenizer_encode(&tokenizer, (char*)data, ids, 128);
-        free(json_string((char*)data));
+        tokenizer_encode(&tokenizer, (char*)data);
+        json_string((char*)data);
     } else if (!strcmp(target, "tokenizer")) {
         Tokenizer k;
-        if (!tokenizer_open(&k, path, 300)) abort();
-        for (int i = 0; i < k.count; i += 40) tokenizer_find(&k, k.piece[i], k.length[i]);
-        free(k.piece); free(k.length);
+        tokenizer_read(&k, path, 300);
+        for (size_t i = 0; i < k.token.size(); i += 40) tokenizer_find(&k, k.token[i]);
     } else if (!strcmp(target, "shard")) {
-        Loader d = {};
-        Shard s;
-        d.shards = &s; d.count = 1; d.T = 4; d.vocab = 300; d.shuffle = true;
-        shard_open(&s, path);
-        try {
-            s.windows = d.windows = s.tokens > 0 ? (s.tokens - 1) / d.T : 0;
-            int inputs[4], targets[4];
-            for (int64_t i = 0; i < d.windows; i++) loader_sequence(&d, i, inputs, targets);
-            if (d.windows) loader_fingerprint(&d);
-        } catch (Refused) {}
-        munmap((void*)s.map, s.bytes);
+        Shard shard = shard_header(path);
+        const int64_t T = 4;
+        int64_t n = shard.sequences = shard.tokens > 0 ? (shard.tokens - 1) / T : 0;
+        Loader d = {{shard}, T, n, shard.tokens, 0, true, 1, 300, 0, 0};
+        int inputs[T], targets[T];
+        for (int64_t i = 0; i < n; i++) loader_sequence(&d, i, inputs, targets);
+        if (n) loader_fingerprint(&d);
     } else if (!strcmp(target, "model")) {
-        ModelFile f = model_file_open(path);
+        ModelFile f;
+        if (model_file_open(&f, path) != "") return;
         close(f.fd);
         if (f.dims.L == m->dims.L && f.dims.C == m->dims.C && f.dims.Vp == m->dims.Vp && f.dims.rope == m->dims.rope)
-            free(weights_read(m, path, true));
+            weights_read(m, path, true);
     } else if (!strcmp(target, "checkpoint")) {
         RunState state;
-        char* why = checkpoint_read(m, path, &state);
-        if (!why) note_changed_options(&trainer.config, path);
-        free(why);
+        checkpoint_read(m, path, &state);
     } else abort();
 }
 
@@ -105,18 +97,16 @@ extern "C" int LLVMFuzzerInitialize(int*, char***) {
     m->params = (floatX*)device_alloc(m->padded * sizeof(floatX));
     m->m = (float*)device_alloc(m->owned * sizeof(float));
     m->v = (float*)device_alloc(m->owned * sizeof(float));
-    static const char* pieces[] = {" ", "'", "a", "e", "l", "s", "t", "h", "1", "\n", ".", "\xC3", "th", "the", " the", "'s", "ll", "", "\n\n"};
-    const int count = sizeof pieces / sizeof *pieces;
-    tokenizer = {count, count - 2, (char**)pieces, (int*)malloc(count * sizeof(int))};
-    for (int i = 0; i < count; i++) tokenizer.length[i] = strlen(pieces[i]);
+    tokenizer.token = {" ", "'", "a", "e", "l", "s", "t", "h", "1", "\n", ".", "\xC3", "th", "the", " the", "'s", "ll", "", "\n\n"};
+    tokenizer.end_of_text = (int)tokenizer.token.size() - 2;
     const char* seeds = getenv("SEEDS");  // a folder to write the first inputs of the model and checkpoint parsers to
     if (!seeds) return 0;
     RunState state = {};
     state.step = state.updates = state.sequences = state.phase_steps[DENSE] = 3;
     state.seq_len = state.total_batch = 16;
-    state.windows = 10;
+    state.epoch = 10;
     model_initialize(m, 1);
     model_write(m, text("%s/model.bin", seeds), 3);
-    checkpoint_write(m, text("%s/ckpt.bin", seeds), &state, training_options(&t->config));
+    checkpoint_write(m, text("%s/ckpt.bin", seeds), &state);
     _exit(0);
 }

@@ -33,7 +33,7 @@ static void losses_of(Model* m, Run r, float* losses) {
 // Exchanges tokens, one at a time, and counts the losses that changed: before the token, and from it on.
 static void test_pattern(const char* pattern) {
     const int T = 256, V = 64, trials = 32;
-    Trainer* t = (Trainer*)calloc(1, sizeof *t);
+    Trainer* t = new Trainer();
     Model* m = &t->model;
     char* arguments[] = {(char*)"test_causality", (char*)"--attention", (char*)pattern, (char*)"--seq-len=256",
                          (char*)"--steps=1", (char*)"--switch-step=1.0", (char*)"--window=64", (char*)"--levels=3",
@@ -67,8 +67,8 @@ static void test_pattern(const char* pattern) {
 
 int main() {
     device_open(0);
-    for (const char* letter = attention_letters; *letter; letter++) test_pattern(text("%c", *letter));
-    for (const char* letter = attention_letters; *letter; letter++) test_pattern(text("DW%c", *letter));
+    for (const char* letter = attention_letters; *letter; letter++) test_pattern(text("%c", *letter).c_str());
+    for (const char* letter = attention_letters; *letter; letter++) test_pattern(text("DW%c", *letter).c_str());
     printf("%d passed, %d failed\n", passed, failed);
     return failed != 0;
 }

@@ -56,11 +56,11 @@ static void test_file(const char* path) {
     int B = header[2], H = header[4], D = header[5];
     int64_t T = header[3];
     LighthouseShape s;
-    char why[256];
-    snprintf(why, sizeof(why), "B, N, H and D are at least 1");
-    if (B < 1 || T < 1 || H < 1 || D < 1 ||
-        !lighthouse_shape(&s, T, H, D, header[6], header[7], header[8], 128, why, sizeof(why))) {
-        snprintf(figures, sizeof(figures), "B %d, N %d, H %d, D %d is no valid shape: %s", B, header[3], H, D, why);
+    std::string why = "B, N, H and D are at least 1";
+    if (B >= 1 && T >= 1 && H >= 1 && D >= 1) why = lighthouse_shape(&s, T, H, D, header[6], header[7], header[8], 128);
+    if (why != "") {
+        snprintf(figures, sizeof(figures), "B %d, N %d, H %d, D %d is no valid shape: %s", B, header[3], H, D,
+                 why.c_str());
         fclose(file);
         return report(false, path, figures);
     }

@@ -100,11 +100,8 @@ static std::string case_name(const Case& c) {
 }
 static LighthouseShape case_shape(const Case& c) {
     LighthouseShape s;
-    char why[256];
-    if (!lighthouse_shape(&s, c.T, c.H, c.D, c.levels, c.pool, c.topk, c.tile, why, sizeof(why))) {
-        fprintf(stderr, "%s: %s\n", case_name(c).c_str(), why);
-        exit(EXIT_FAILURE);
-    }
+    std::string why = lighthouse_shape(&s, c.T, c.H, c.D, c.levels, c.pool, c.topk, c.tile);
+    if (why != "") fatal("%s: %s", case_name(c).c_str(), why.c_str());
     return s;
 }
 
@@ -860,7 +857,7 @@ static void time_case(const Case& c, int runs, int dense_runs, bool json = false
                "\"around_ms\":%.4f,\"around_bytes\":%.0f,\"slots_ms\":%.4f,\"ms\":[%.4f,%.4f,%.4f],\"window_1024_ms\":%.4f,\"window_4096_ms\":%.4f,"
                "\"dense_ms\":%s}\n",
                T, H, D, c.levels, c.pool, c.topk, S, copy_gbs, around, bytes, forward + backward, whole_fastest, whole,
-               whole_slowest, windows[0], windows[1], dense_runs ? json_number(dense_forward + dense_backward).s : "null");
+               whole_slowest, windows[0], windows[1], dense_runs ? json_number(dense_forward + dense_backward).c_str() : "null");
         fflush(stdout);
     }
     free_device_arrays();

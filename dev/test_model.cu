@@ -41,8 +41,8 @@ static bool same_loss(double mine, double reference) {
     return fabs(mine - reference) < (sizeof(floatX) == 4 ? BOUND : 0.01) * reference;
 }
 
-static void check(bool ok, const char* name, const char* figures) {
-    printf("%s %s: %s\n", ok ? "ok  " : "FAIL", name, figures);
+static void check(bool ok, const std::string& name, const std::string& figures) {
+    printf("%s %s: %s\n", ok ? "ok  " : "FAIL", name.c_str(), figures.c_str());
     ok ? passed++ : failed++;
 }
 
@@ -75,7 +75,8 @@ static void get_all_gradients(const Model* m, float* grads) {
 // program writes its beside the reference file, and the GPU program compares. A matrix's gradient averages over all rows; of
 // wpe's each row has B terms, and a vector's cancel (up to 0.19 and 0.12 on an H100, matrices below 0.1).
 static void fp8_twin(const Model* m, const char* reference, const float* grads, const char* name) {
-    char* path = text("%s.fp8", reference);
+    std::string twin_path = text("%s.fp8", reference);
+    const char* path = twin_path.c_str();
     size_t bytes = m->parameters * sizeof(float);
     int fd = open(path, backend_is_cpu ? O_WRONLY | O_CREAT | O_TRUNC : O_RDONLY, 0666);
     if (backend_is_cpu) {
@@ -97,7 +98,6 @@ static void fp8_twin(const Model* m, const char* reference, const float* grads, 
         free(twin);
     }
     if (fd >= 0) close(fd);
-    free(path);
 }
 
 static double loss_sum(const Model* m) {
@@ -107,7 +107,8 @@ static double loss_sum(const Model* m) {
 }
 
 static void test_file(const char* path) {
-    int fd = open_to_read(path);
+    int64_t size;
+    int fd = open_to_read(path, &size);
     int h[64];
     read_at(fd, h, sizeof h, 0, path);
     if (h[0] != 20260520 || h[1] != 2) fatal("%s is no reference file of this dev/oracle.py", path);
@@ -125,12 +126,12 @@ static void test_file(const char* path) {
     Model* m = &model;
     memset(m, 0, sizeof *m);
     model_layout(m, {T, h[4], h[5], h[6], h[7], h[8], h[9] == 0, (float)reference[0]});
-    char why[512], letters[MAX_LAYERS + 1] = {};
+    char letters[MAX_LAYERS + 1] = {};
     for (int l = 0; l < h[6]; l++) letters[l] = (char)h[15 + l];
     choose_attention(m, letters);
     m->windows = 1;
     m->window[0] = h[14];
-    if (m->uses[LIGHTHOUSE] && !lighthouse_shape(&m->shape, T, h[7], h[8] / h[7], h[10], h[11], h[12], h[13], why, sizeof why)) fatal("%s: %s", path, why);
+    if (m->uses[LIGHTHOUSE]) end_if(lighthouse_shape(&m->shape, T, h[7], h[8] / h[7], h[10], h[11], h[12], h[13]));
     Plan plan = {};
     size_t activations = 0;  // here every kind of pass runs: room for the largest one's
     int sums = 4 * m->dims.L + 1;
@@ -152,7 +153,7 @@ static void test_file(const char* path) {
     read_at(fd, batch->targets, N * 4, at, path); at += N * 4;
     for (int phase = DENSE_PHASE; phase >= FIRST_PHASE; phase--, at += N * V * 4) read_at(fd, logits[phase] = (float*)host_alloc(N * V * 4), N * V * 4, at, path);
     for (int phase = FIRST_PHASE; phase <= DENSE_PHASE; phase++, at += n * 4) read_at(fd, grads[phase] = (float*)host_alloc(n * 4), n * 4, at, path);
-    if (at != file_size(fd, path)) fatal("%s: %lld bytes, %lld were expected", path, (long long)file_size(fd, path), (long long)at);
+    if (at != size) fatal("%s: %ld bytes, %ld were expected", path, size, at);
     close(fd);
     set_all_weights(m, weights);
     fp8_weights_update(m);
@@ -188,7 +189,8 @@ static void test_file(const char* path) {
         for (int pass = 0; pass < sums * (1 + c.fp8); pass++) {  // every sum of levels, then again with FP8
             int recompute = pass % sums;
             bool fp8 = pass >= sums;
-            const char* name = text("%s %s%s", path, kind, fp8 ? " FP8" : "");
+            std::string twin = text("%s %s%s", path, kind, fp8 ? " FP8" : "");
+            const char* name = twin.c_str();
             double bound = fp8 ? 0.3 : BOUND, loss_bound = fp8 ? 0.02 * reference[1 + phase] : 0;
             micro_step({(int)B, T, (Phase)phase, m->window[0], true, recompute, fp8, recompute > 0});
             if (recompute == 0) {

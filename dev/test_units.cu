@@ -1,4 +1,4 @@
-// Proves the small parts of the trainer that a whole run does not show one by one: the permutation of an epoch, the windows
+// Proves the small parts of the trainer that a whole run does not show one by one: the permutation of an epoch, the sequences
 // of the loader, the detector of outliers, the tokenizer's encoder, JSON strings, the checksum, the random numbers.
 //   make build/test_units && build/test_units
 // or  g++ -x c++ -std=c++17 -O2 -fopenmp -DCPU_BACKEND dev/test_units.cu -o build/test_units
@@ -22,7 +22,7 @@ static void check(bool ok, const char* format, ...) {
 
 // ---- the permutation
 
-// Every n: each of 0..n-1 exactly once, in every epoch; from 16 windows on no two epochs, and no two seeds, agree.
+// Every n: each of 0..n-1 exactly once, in every epoch; from 16 sequences on no two epochs, and no two seeds, agree.
 static void test_permutation() {
     const int64_t sizes[] = {1, 2, 3, 4, 5, 15, 16, 17, 64, 65, 100, 1000, 1023, 1024, 1025, 4096, 4097, 100003};
     for (int64_t n : sizes) {
@@ -58,7 +58,7 @@ static void test_permutation() {
 
 // ---- the loader
 
-// A shard whose token at place i is (base + i) mod 251: a window's first token tells where it began.
+// A shard whose token at place i is (base + i) mod 251: a sequence's first token tells where it began.
 static void write_shard(const char* path, int64_t tokens, int base, int width) {
     FILE* f = fopen(path, "wb");
     if (!f) fatal("cannot write %s", path);
@@ -75,19 +75,20 @@ static void test_loader() {
     char dir[] = "/tmp/test_units_XXXXXX";
     if (!mkdtemp(dir)) fatal("cannot make a directory in /tmp");
     const int64_t T = 10;
-    // 5, 0 (too short), 1 (exactly one window) and 3 windows; bases 0, 60, 100, 200
-    char* path[4];
+    // 5, 0 (too short), 1 (exactly one sequence) and 3 sequences; bases 0, 60, 100, 200
+    std::string path[4];
     int64_t tokens[4] = {5 * T + 1 + 3, T, T + 1, 3 * T + 1};
     int base[4] = {0, 60, 100, 200}, width[4] = {2, 2, 4, 2};
     for (int i = 0; i < 4; i++) {
         path[i] = text("%s/train_%06d.bin", dir, i);
-        write_shard(path[i], tokens[i], base[i], width[i]);
+        write_shard(path[i].c_str(), tokens[i], base[i], width[i]);
     }
-    char* pattern = text("%s/train_*.bin", dir);
+    std::string files = text("%s/train_*.bin", dir);
+    const char* pattern = files.c_str();
     int starts[9] = {0, 10, 20, 30, 40, 100, 200, 210, 220};
     Loader d;
-    loader_open(&d, pattern, T, false, 1);
-    check(d.windows == 9, "loader: 9 windows in shards of 54, 10, 11 and 31 tokens at T = 10 (%lld)", (long long)d.windows);
+    loader_init(&d, pattern, T, false, 1);
+    check(d.sequences == 9, "loader: 9 sequences in shards of 54, 10, 11 and 31 tokens at T = 10 (%lld)", (long long)d.sequences);
     bool order = true, shifted = true, shared = true;
     int inputs[T], targets[T], last_target = -1;
     for (int64_t i = 0; i < 27; i++) {  // three epochs
@@ -95,12 +96,12 @@ static void test_loader() {
         order &= inputs[0] == starts[i % 9];
         for (int t = 0; t < T; t++) shifted &= inputs[t] == (starts[i % 9] + t) % 251 && targets[t] == (starts[i % 9] + t + 1) % 251;
         int w = i % 9;
-        if (w > 0 && w != 5 && w != 6) shared &= inputs[0] == last_target;  // windows of one shard share one token
+        if (w > 0 && w != 5 && w != 6) shared &= inputs[0] == last_target;  // sequences of one shard share one token
         last_target = targets[T - 1];
     }
-    check(order, "loader: without shuffling the windows come in the order of the shards, the same in every epoch");
+    check(order, "loader: without shuffling the sequences come in the order of the shards, the same in every epoch");
     check(shifted, "loader: targets are the inputs one token on");
-    check(shared, "loader: a window's last target is the next window's first input, and nothing else is shared");
+    check(shared, "loader: a sequence's last target is the next one's first input, and nothing else is shared");
     bool slices = true;
     for (int cp : {2, 5}) {  // each process of a group reads its part
         for (int rank = 0; rank < cp; rank++) {
@@ -113,9 +114,9 @@ static void test_loader() {
     }
     procs.cp = 1;
     procs.cp_rank = 0;
-    check(slices, "loader: the slices of 2 and of 5 processes are the window");
+    check(slices, "loader: the slices of 2 and of 5 processes are the sequence");
 
-    loader_open(&d, pattern, T, true, 1);
+    loader_init(&d, pattern, T, true, 1);
     bool once = true;
     int first[4][9], differ = 0;
     for (int e = 0; e < 4; e++) {
@@ -128,11 +129,11 @@ static void test_loader() {
         for (int w = 0; w < 9; w++) once &= seen[w] == 1;
         if (e) differ += memcmp(first[e], first[e - 1], sizeof first[e]) != 0;
     }
-    check(once, "loader: with shuffling every epoch visits every window of every shard exactly once");
+    check(once, "loader: with shuffling every epoch visits every sequence of every shard exactly once");
     check(differ == 3, "loader: with shuffling the epochs' orders differ");
     Loader other;
-    loader_open(&d, pattern, T, true, 1);
-    loader_open(&other, pattern, T, true, 2);
+    loader_init(&d, pattern, T, true, 1);
+    loader_init(&other, pattern, T, true, 2);
     int a[T], seeds_differ = 0;
     for (int i = 0; i < 9; i++) {
         loader_sequence(&d, i, inputs, targets);
@@ -140,29 +141,28 @@ static void test_loader() {
         seeds_differ += a[0] != inputs[0];
     }
     check(seeds_differ > 0, "loader: another seed, another order");
-    for (int i = 0; i < 4; i++) { unlink(path[i]); free(path[i]); }
+    for (int i = 0; i < 4; i++) unlink(path[i].c_str());
     rmdir(dir);
-    free(pattern);
 }
 
-// Another token in any of a few windows, or in the last of many, is other data.
+// Another token in any of a few sequences, or in the last of many, is other data.
 static void test_fingerprint() {
     char path[] = "/tmp/test_units_XXXXXX";
     close(mkstemp(path));
     const int64_t T = 4;
-    auto of = [&](int64_t windows, int64_t first, int64_t end) {  // of which these have another first token
-        write_shard(path, windows * T + 1, 0, 2);
+    auto of = [&](int64_t sequences, int64_t first, int64_t end) {  // of which these have another first token
+        write_shard(path, sequences * T + 1, 0, 2);
         int fd = open(path, O_WRONLY);
         uint16_t other = 300;
         for (int64_t w = first; w < end; w++) if (pwrite(fd, &other, 2, 1024 + w * T * 2) != 2) fatal("cannot write %s", path);
         close(fd);
         Loader d;
-        loader_open(&d, path, T, false, 1);
+        loader_init(&d, path, T, false, 1);
         return loader_fingerprint(&d);
     };
     bool noticed = true;
     for (int64_t w = 0; w < 9; w++) noticed &= of(9, w, w + 1) != of(9, 0, 0);
-    check(noticed, "fingerprint: another token in any of 9 windows is noticed");
+    check(noticed, "fingerprint: another token in any of 9 sequences is noticed");
     check(of(5000, 4995, 5000) != of(5000, 0, 0), "fingerprint: and in the last thousandth of many");
     unlink(path);
 }
@@ -189,13 +189,13 @@ static void test_detector() {
     z = detector_score(&d, NAN);
     int64_t seen = d.seen;
     detector_score(&d, INFINITY);
-    check(d.seen == seen, "detector: values that are not finite do not join the window");
+    check(d.seen == seen, "detector: values that are not finite do not join");
     z = detector_score(&d, 1.0);
     check(isfinite(z), "detector: and leave no trace in the next score (%.3f)", z);
     memset(&d, 0, sizeof d);
     for (int i = 0; i < 128; i++) detector_score(&d, 2.0);
     z = detector_score(&d, 2.0);
-    check(z == 0, "detector: a constant window scores its own value 0 (%.3g)", z);
+    check(z == 0, "detector: a constant row scores its own value 0 (%.3g)", z);
 }
 
 // ---- learning rates at the ends of the run; dev/test_trainer.py compares every step of whole runs
@@ -222,36 +222,6 @@ static void test_schedules() {
     }
 }
 
-// ---- room for checkpoints: the count against a run of writing and removing
-
-static void test_checkpoints_to_come() {
-    Config c;
-    char* arguments[] = {(char*)"test"};
-    parse_options(&c, 1, arguments);
-    int wrong = 0;
-    for (c.checkpoint_every = 0; c.checkpoint_every < 4; c.checkpoint_every++)
-        for (c.keep_last = 0; c.keep_last < 4; c.keep_last++)
-            for (int64_t done = 0; done <= 12; done++)
-                for (int count = 0; count <= std::min<int64_t>(done, 5); count++) {
-                        if ((count == 0) != (done == 0)) continue;
-                        std::vector<int64_t> files, found;  // oldest first, newest first
-                        for (int i = 0; i < count; i++) found.push_back(done - i);
-                        files.assign(found.rbegin(), found.rend());
-                        size_t most = count;
-                        for (int64_t step = done + 1; step <= 12; step++) {
-                            if (step < 12 && (!c.checkpoint_every || step % c.checkpoint_every)) continue;
-                            files.push_back(step);
-                            most = std::max(most, files.size());
-                            std::vector<int64_t> left;
-                            for (size_t i = 0; i < files.size(); i++)
-                                if (!c.keep_last || (int64_t)(files.size() - i) <= c.keep_last) left.push_back(files[i]);
-                            files = left;
-                        }
-                        wrong += checkpoints_to_come(&c, 12, found.data(), count) != (int64_t)most - count;
-                    }
-    check(wrong == 0, "room for the checkpoints to come (%d wrong)", wrong);
-}
-
 // ---- the tokenizer
 
 static void test_words() {
@@ -263,9 +233,7 @@ static void test_words() {
         {"'S", 1}, {" 'll", 2}, {"caf\xC3\xA9 x", 5}, {"\xC3\xA9t\xC3\xA9.", 5}, {"_x", 1}};
     for (auto& c : cases) {
         int n = word_length(c.text);
-        char* shown = json_string(c.text);
-        check(n == c.length, "first word of %s: %d bytes (%d)", shown, c.length, n);
-        free(shown);
+        check(n == c.length, "first word of %s: %d bytes (%d)", json_string(c.text).c_str(), c.length, n);
     }
 }
 
@@ -311,9 +279,8 @@ static void test_json() {
         {"\xC0\x80", "\"\\ufffd\\ufffd\""}, {"\xED\xA0\x80", "\"\\ufffd\\ufffd\\ufffd\""}, {"\xF5\x80", "\"\\ufffd\\ufffd\""},
         {"\xF4\x90\x80\x80", "\"\\ufffd\\ufffd\\ufffd\\ufffd\""}, {"\xE0\x80\xAF", "\"\\ufffd\\ufffd\\ufffd\""}};
     for (auto& c : cases) {
-        char* s = json_string(c.in);
-        check(!strcmp(s, c.out), "JSON %s (%s)", c.out, s);
-        free(s);
+        std::string s = json_string(c.in);
+        check(s == c.out, "JSON %s (%s)", c.out, s.c_str());
     }
 }
 
@@ -454,7 +421,7 @@ static int print_options() {
 
 static int print_encoded(const char* path) {
     Tokenizer k;
-    if (!tokenizer_open(&k, path, 1 << 24)) fatal("cannot read %s", path);
+    tokenizer_read(&k, path, 1 << 24);
     char* line = NULL;
     size_t room = 0;
     for (ssize_t n; (n = getline(&line, &room, stdin)) > 0;) {
@@ -466,11 +433,10 @@ static int print_encoded(const char* path) {
             r += 2;
         }
         *w = 0;
-        int* ids = (int*)host_alloc((strlen(line) + 1) * sizeof(int));
-        int count = tokenizer_encode(&k, line, ids, (int)strlen(line));
-        for (int i = 0; i < count; i++) printf("%s%d", i ? " " : "", ids[i]);
-        printf("%s\n", count < 0 ? "none" : "");
-        free(ids);
+        std::vector<int> ids = tokenizer_encode(&k, line);
+        bool none = std::count(ids.begin(), ids.end(), -1);
+        for (size_t i = 0; i < ids.size() && !none; i++) printf("%s%d", i ? " " : "", ids[i]);
+        printf("%s\n", none ? "none" : "");
     }
     return 0;
 }
@@ -479,7 +445,7 @@ static int print_json() {
     char* data = (char*)host_alloc(1 << 20);
     size_t n = fread(data, 1, (1 << 20) - 1, stdin);
     data[n] = 0;
-    fputs(json_string(data), stdout);
+    fputs(json_string(data).c_str(), stdout);
     return 0;
 }
 
@@ -512,7 +478,6 @@ int main(int argc, char** argv) {
     test_fingerprint();
     test_detector();
     test_schedules();
-    test_checkpoints_to_come();
     test_words();
     test_draws();
     test_json();
