@@ -1163,16 +1163,42 @@ def test_units(lab):
 
 # ---- 4. options
 
+# Name, llm.c's letter or -, kind, default, bounds: not the program's own table, so that none of them changes unnoticed.
+OPTIONS = """
+train-data i text data/pystdlib_bytes/train_*.bin | val-data j text data/pystdlib_bytes/val_*.bin | shuffle - int 1 0 1
+seed - int 1337 0 4294967295 | out-dir o text runs/lighthouse | checkpoint-every n int 1000 0 1e12 | keep-last nk int 2 0 1e6
+keep-every nm int 0 0 1e12 | resume y int 0 0 1 | model e text d12 | depth - int 0 0 1024 | channels - int 0 0 65536
+heads - int 0 0 1024 | vocab-size - int 0 0 16777216 | positions - text rope | rope-theta - real 500000 1 1e12 | fp8 - int 0 0 1
+batch-size b int 1 1 65536 | seq-len t int 32768 1 1073741824 | total-batch-size d int 0 0 1e12 | steps x int -1 -1 1e12
+learning-rate l real 3e-4 0 10 | lr-schedule k text cosine | warmup-steps u int -1 -1 1e12 | final-lr-frac q real 0.1 0 1
+decay-frac - real 0.2 0 1 | weight-decay c real 0.1 0 10 | beta1 - real 0.9 0 0.999999 | beta2 - real 0.95 0 0.999999
+adam-eps - real 1e-8 1e-30 1 | grad-clip - real 1.0 0 1e9 | skip-loss-z sl real 0 0 1e9 | skip-grad-z sg real 0 0 1e9
+attention - text paper | window - text 1024 | levels - int 3 2 8 | pool - int 4 2 64 | topk - int 0 0 1e9 | tile - int 0 0 4096
+switch-step - text 0.625 | val-every v int 250 0 1e12 | copy-every - int 0 0 1e12 | val-batches m int 20 1 1e9
+sample-every s int 0 0 1e12 | sample-tokens g int 64 1 65536 | sample-top-k - int 50 0 16777216 | prompt - text | tokenizer - text
+temperature - real 1.0 0.01 100 | recompute r int -1 -1 4 | deterministic - int 0 0 1 | dry-run - flag 0 0 1
+plan-ranks - int 0 0 1048576 | plan-memory - real 0 0 1e6 | cp - int 1 1 1024 | hang-timeout - int 600 0 1e6 | rank-logs - int 0 0 1
+"""
+
+
 @pytest.fixture(scope="session")
-def table(programs):
-    """The table of options as the program holds it."""
-    rows = execute([programs["units"], "options"]).out.splitlines()
-    keys = ["name", "letter", "type", "min", "max", "fallback"]
-    rows = [dict(zip(keys, row.split("\t"))) for row in rows]
-    for row in rows:
-        row["min"], row["max"] = float(row["min"]), float(row["max"])
-    assert len(rows) > 40
+def table():
+    rows = []
+    for words in (row.split() for row in OPTIONS.replace("\n", " | ").split(" | ") if row):
+        name, letter, kind, fallback, low, high = words + [""] * (4 - len(words)) + ["0"] * (6 - max(len(words), 4))
+        rows.append(dict(name=name, letter=letter.strip("-"), type=kind, min=float(low), max=float(high), fallback=fallback))
     return rows
+
+
+def test_defaults_and_bounds(lab, table):
+    """The program's options are those above, with those defaults and bounds; a bound itself is taken."""
+    keys = ["name", "letter", "type", "min", "max", "fallback"]
+    own = [dict(zip(keys, row.split("\t"))) for row in execute([lab.programs["units"], "options"]).out.splitlines()]
+    assert [dict(row, min=float(row["min"]), max=float(row["max"])) for row in own] == table
+    for option in table:
+        for bound in ("min", "max") if option["type"] in ("int", "real") else ():
+            result = execute([lab.programs["lighthouse"], f"--{option['name']}={option[bound]:.17g}", "--help"])
+            assert result.code == 0, result.err
 
 
 @pytest.mark.parametrize("program", ["lighthouse", "dense"])

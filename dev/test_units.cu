@@ -252,6 +252,18 @@ static void test_checkpoints_to_come() {
     check(wrong == 0, "room for the checkpoints to come (%d wrong)", wrong);
 }
 
+// ---- options: each has a field of its own, and no field is without
+
+static void test_options() {
+    std::vector<bool> taken(sizeof(Config) / 8);  // every field has 8 bytes
+    bool apart = sizeof(Config) == option_count * 8;
+    for (const Option& o : options) {
+        apart &= o.offset % 8 == 0 && !taken[o.offset / 8];
+        taken[o.offset / 8] = true;
+    }
+    check(apart, "%d options have as many fields, one each", option_count);
+}
+
 // ---- the tokenizer
 
 static void test_words() {
@@ -513,6 +525,7 @@ int main(int argc, char** argv) {
     test_detector();
     test_schedules();
     test_checkpoints_to_come();
+    test_options();
     test_words();
     test_draws();
     test_json();
