@@ -1181,13 +1181,17 @@ plan-ranks - int 0 0 1048576 | plan-memory - real 0 0 1e6 | cp - int 1 1 1024 | 
 """
 
 
-@pytest.fixture(scope="session")
-def table():
+def option_rows():
     rows = []
     for words in (row.split() for row in OPTIONS.replace("\n", " | ").split(" | ") if row):
         name, letter, kind, fallback, low, high = words + [""] * (4 - len(words)) + ["0"] * (6 - max(len(words), 4))
         rows.append(dict(name=name, letter=letter.strip("-"), type=kind, min=float(low), max=float(high), fallback=fallback))
     return rows
+
+
+@pytest.fixture(scope="session")
+def table():
+    return option_rows()
 
 
 def test_defaults_and_bounds(lab, table):
