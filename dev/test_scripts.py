@@ -1764,6 +1764,33 @@ def test_make_says_why_there_is_no_gpu_program(tmp_path):
     assert done.returncode and re.search('CUDA not built: none is of CUDA "".*Stop', done.stderr), done.stderr
 
 
+@pytest.mark.parametrize("target", ["test", "test-mpi", "test-gpu"])
+def test_make_installs_what_its_tests_need(tmp_path, target):
+    """On a clean clone, before it looks at what the machine has; for the GPU's tests, whose references may have been brought
+    along, only where they and PyTorch are missing, and they go on without."""
+    shutil.copy(os.path.join(ROOT, "Makefile"), tmp_path)
+    for name, status in (("scripts/setup", int(target == "test-gpu")), ("scripts/probe", 0), ("dev/run_tests", 0), ("dev/run_gpu_tests", 0),
+                         ("nvidia-smi", 1)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/calls\nexit {status}\n')
+        (tmp_path / name).chmod(0o755)
+
+    def calls():
+        (tmp_path / "calls").write_text("")
+        env = {k: v for k, v in os.environ.items() if "MAKE" not in k}
+        done = subprocess.run(["make", target, "CPU_TRAINERS=", "CPU_TESTS=", "GPU_TRAINERS=", "GPU_TESTS="], cwd=tmp_path, text=True,
+                              capture_output=True, env=dict(env, PATH=f"{tmp_path}:{env['PATH']}"))
+        assert done.returncode == 0, done.stderr
+        return [line.rstrip() for line in (tmp_path / "calls").read_text().splitlines() if not line.startswith("nvidia-smi")]
+
+    end = {"test": "dev/run_tests", "test-mpi": "dev/run_tests mpi", "test-gpu": "dev/run_gpu_tests"}[target]
+    assert calls() == ["scripts/setup test", "scripts/probe", end]
+    if target == "test-gpu":
+        (tmp_path / "build" / "oracle").mkdir()
+        (tmp_path / "build" / "oracle" / "deep.bin").touch()
+        assert calls() == ["scripts/probe", end]
+
+
 def test_probe_finds_pips_wheels(tmp_path):
     """They have only .so.9 and the like, and lie in the site-packages of the Python that is found first."""
     site = tmp_path / "site" / "nvidia"
