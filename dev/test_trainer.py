@@ -1114,7 +1114,7 @@ def test_brackets_in_paths(lab):
     rest is a pattern."""
     for folder in ("corpus [v1]", "c*", "corpus v", "back\\slash"):
         (lab.folder / folder).mkdir()
-        for name in ("train_0.bin", "train_[1].bin", "train_1.bin"):
+        for name in ("train_0.bin", "train_[1].bin", "train_1.bin")[:2 if folder == "corpus v" else 3]:
             write_shard(lab.folder / folder / name, lab.data.tokens)
     def shards(pattern):
         result = execute(lab.command("out", train_data=lab.folder / pattern, val_data="") + ["--dry-run"])

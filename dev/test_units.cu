@@ -140,6 +140,19 @@ static void test_loader() {
         seeds_differ += a[0] != inputs[0];
     }
     check(seeds_differ > 0, "loader: another seed, another order");
+    // Ids up to the largest of each width.
+    for (int wide : {0, 1}) {
+        const uint32_t largest = wide ? (1u << 24) - 1 : 65535;
+        write_shard(path[0], T + 1, 0, wide ? 4 : 2);
+        int fd = open(path[0], O_WRONLY);
+        if (pwrite(fd, &largest, wide ? 4 : 2, 1024) < 0) fatal("cannot write %s", path[0]);
+        close(fd);
+        loader_open(&d, path[0], T, false, 1);
+        loader_limit(&d, largest + 1);
+        loader_sequence(&d, 0, inputs, targets);
+        check(d.largest_id == largest && inputs[0] == (int)largest && inputs[1] == 1, "loader: id %u is read from a shard of %d bits", largest,
+              wide ? 32 : 16);
+    }
     for (int i = 0; i < 4; i++) { unlink(path[i]); free(path[i]); }
     rmdir(dir);
     free(pattern);
