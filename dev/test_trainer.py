@@ -1427,6 +1427,16 @@ def test_attention(lab):
                     attention=value)
 
 
+def test_a_growing_window_is_taken_at_its_step(lab):
+    """Of weights that stay, each step's loss is that of a run of its window alone; a validation is under the last step's window."""
+    options = dict(attention="W", steps=6, switch_step="1.0", learning_rate=0, val_data=lab.data.val, val_every=1)
+    runs = [lab.train(f"run_{i}", **options, window=w) for i, w in enumerate(("4", "64", "4,64:3"))]
+    small, large, grown = ([e["loss"] for e in step_events(run)] for run in runs)
+    assert grown == small[:3] + large[3:] and all(a != b for a, b in zip(small, large))
+    small, large, grown = ([e["loss_first"] for e in events(run, "eval")] for run in runs)
+    assert grown == small[:4] + large[4:] and small[0] != large[0] and len(grown) == 7
+
+
 def test_windows(lab):
     """Windows that grow, by step and by share, and what --window may not be."""
     def windows(value, steps=8, switch=6):
@@ -1662,6 +1672,18 @@ def test_an_unusually_low_loss_is_no_outlier(lab):
     assert (losses[140] - mean) / deviation < -6 and not any(e["skipped"] for e in step_events(folder)), losses[140]
 
 
+def test_an_unusually_low_norm_is_no_outlier(lab):
+    """Of windows of one token, at rates of 0, the norm stays; one of many tokens has a lower one, and is no outlier. Nor is the
+    first one behind the switch, which attention alone makes another."""
+    tokens = np.zeros(150 * T + 1, int)
+    tokens[140 * T + 1:141 * T + 1] = np.arange(T)
+    options = dict(OUTLIER, steps=150, train_data=write_shard(lab.folder / "same.bin", tokens), program="dense", attention=None)
+    steps = step_events(lab.train("run", **dict(options, learning_rate=0), skip_grad_z=6))
+    assert steps[140]["norm"] < 0.9 * steps[139]["norm"] and not any(e["skipped"] for e in steps)
+    steps = step_events(lab.train("switched", **dict(options, program="lighthouse", attention="L", learning_rate=0), switch_step=135, skip_grad_z=6))
+    assert abs(steps[135]["norm"] / steps[134]["norm"] - 1) > 1e-4 and not any(e["skipped"] for e in steps)
+
+
 def test_the_detector_starts_anew_at_the_switch(lab):
     """The jump of the loss at the switch is no outlier: for 128 steps after it none is called one, also after a resume."""
     options = dict(OUTLIER, train_data=lab.data.outlier, skip_loss_z=6)
@@ -1834,7 +1856,11 @@ def figures_agree(folder, out, processes=1):
             squares["W"] = T_ // w * w * w + (T_ % w) ** 2
         flops = 6 * tokens * (model["padded_vocab"] * C + 12 * L * C * C) + 6 * C * tokens / T_ * sum(squares[x] for x in letters)
         assert e["mfu"] == pytest.approx(flops / (e["ms"] / 1e3) / config["measured_flops"] / processes, rel=0.01, abs=1e-4)
-        assert e["train_s"] - before["train_s"] == pytest.approx(e["ms"] / 1e3, abs=1e-5)
+        assert e["train_s"] - before["train_s"] == pytest.approx(e["ms"] / 1e3, abs=1e-5) and 0 <= e["host_ahead_ms"] <= e["ms"]
+        for x in events(folder, "eval"):  # what comes between two steps is not in their time
+            assert x["step"] != before["step"] or e["ms"] / 1e3 < e["wall_s"] - x["wall_s"] + 1e-3
+        for x in events(folder, "checkpoint"):
+            assert x["step"] != before["step"] or e["ms"] / 1e3 < e["wall_s"] - before["wall_s"] - x["seconds"] + 2e-3
         if not any(x["step"] == before["step"] for x in events(folder, "eval") + events(folder, "sample") + events(folder, "checkpoint")):
             walls.append((e["wall_s"] - before["wall_s"]) / (e["ms"] / 1e3))
     assert np.median(walls) == pytest.approx(1, abs=0.3), "a step's ms are its wall-clock"
