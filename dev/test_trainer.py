@@ -1045,6 +1045,9 @@ def test_token_ids_out_of_range_are_refused(lab):
     lab.refused("wide.bin", "token 7", str(2 ** 31 + 5), val_data=wide)
     lab.refused(str(2 ** 31 + 5), "--vocab-size", train_data=wide)
     lab.refused("wide.bin", "token 7", str(2 ** 31 + 5), train_data=wide, vocab_size=300)
+    lab.refused("small.bin", "is id 256, but the vocabulary has 256 ids (0 to 255)", vocab_size=256)  # just beyond
+    write_shard(lab.folder / "ranga.bin", lab.data.tokens)
+    lab.refused(*words, train_data=lab.folder / "rang?.bin", vocab_size=257)  # in the second of two shards
 
 
 def test_vocabulary_follows_the_data(lab):
@@ -1060,6 +1063,8 @@ def test_vocabulary_follows_the_data(lab):
     tokens[3] = 50256
     (lab.folder / "alone").mkdir()
     assert padded(train_data=write_shard(lab.folder / "alone" / "gpt2.bin", tokens), val_data="") == (50257, 50304)
+    write_shard(lab.folder / "alone" / "gpt1.bin", lab.data.tokens)
+    assert padded(train_data=lab.folder / "alone" / "gpt?.bin", val_data="") == (50257, 50304)
     tokens[3] = 256
     bare = write_shard(lab.folder / "alone" / "bytes.bin", tokens)
     assert padded(train_data=bare, val_data="") == (257, 384)
@@ -1086,6 +1091,8 @@ def test_data_of_another_tokenizer(lab):
                 sample_every=1, **start)
     write_tokenizer(lab.folder / "a" / "tokenizer.bin", [b"%d" % i for i in range(1990)], 0)
     lab.train("padded", train_data=folders["a"], steps=1, **start)
+    write_tokenizer(lab.folder / "a" / "tokenizer.bin", [b"%d" % i for i in range(2001)], 0)
+    lab.refused("vocabulary of 2000 ids", "a/tokenizer.bin has 2001 tokens", train_data=folders["a"], **start)
 
 
 def test_an_unfinished_data_set_is_refused(lab):
