@@ -1917,7 +1917,8 @@ def test_figures(lab):
 @pytest.mark.parametrize("switch", ["0", "0.5"])
 def test_time_left(lab, switch):
     """Steps left at the pace so far; a phase not yet seen at the same rate of operations."""
-    code, out = kill_at(lab.command("run", steps=2 * 10 ** 5, switch_step=switch, **SLOW), 12, signal.SIGTERM, 0)
+    half = 5 * 10 ** 4  # of the steps: so many that the time is long, and less than a day on a slow machine
+    code, out = kill_at(lab.command("run", steps=2 * half, switch_step=switch, **SLOW), 12, signal.SIGTERM, 0)
     folder = lab.folder / "run"
     lines, steps, config = figures_agree(folder, out), events(folder, "step"), events(folder, "config")[0]
     model, slots = config["model"], 48
@@ -1926,7 +1927,7 @@ def test_time_left(lab, switch):
     lighthouse = matrices + C * (2 * T + 2 * slots * slots / T)  # of four layers the first and the last are dense
     for line, e in list(zip(lines, steps))[2:]:
         pace = e["train_s"] / e["step"]
-        left = pace * (2 * 10 ** 5 - e["step"]) if switch == "0" else pace * (10 ** 5 - e["step"]) + pace * dense / lighthouse * 10 ** 5
+        left = pace * (2 * half - e["step"]) if switch == "0" else pace * (half - e["step"]) + pace * dense / lighthouse * half
         assert clock(line[8]) == pytest.approx(left, rel=0.01, abs=2)
 
 
