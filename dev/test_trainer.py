@@ -1796,7 +1796,10 @@ def test_logs(lab, table):
     assert (model["layers"], model["channels"], model["heads"], model["vocab"], model["padded_vocab"]) == (3, 16, 2, 257, 384)
     assert model["positions"] == "rope" and model["rope_theta"] == 500000
     assert model["parameters"] == (len(model_bytes(folder)) - 1024) // 4
-    assert memory["total_bytes"] == sum(memory["parts"].values())
+    parts, weights = memory["parts"], 4 * model["parameters"]
+    assert memory["total_bytes"] == sum(parts.values()) and weights <= parts["parameters"] < 2 * weights  # tensors are aligned
+    assert parts["gradients"] == parts["parameters"] and parts["AdamW moments"] == 2 * parts["parameters"]
+    assert parts["rotary table"] == 1025 * 8 * 4 and parts["tokens"] == 2 * 2 * T * 4 + 16  # heads of 8; batches of 2
 
     steps = events(folder, "step")
     assert [e["step"] for e in steps] == list(range(1, 11)) and [e["tokens"] for e in steps] == [4 * T * i for i in range(1, 11)]
