@@ -533,6 +533,7 @@ def test_a_resume_with_other_options_says_so(lab):
     folder = lab.train("run", **options)
     assert notes(folder, **options) == notes(folder, **options, recompute=2, val_every=1, keep_last=5) == []
     assert notes(folder, **dict(options, steps=6)) == ["--steps was 4 up to here and is 6 from now on"]
+    assert notes(folder, **options, fp8=1) == ["--fp8 was 0 up to here and is 1 from now on"]
     assert notes(folder, steps=4, switch_step=2, lr_schedule="wsd", tile=2 * GEOMETRY["tile"]) == [
         "--learning-rate was 0.0006 up to here and is 0.0003 from now on", "--beta2 was 0.99 up to here and is 0.95 from now on",
         f"--tile was {GEOMETRY['tile']} up to here and is {2 * GEOMETRY['tile']} from now on"]
@@ -2073,6 +2074,8 @@ def test_options_with_a_model_file(lab):
     longer = lab.train("longer", **from_file(rope, seq_len=2 * T, rope_theta=1e6))
     assert ModelFile(model_bytes(longer)).max_T == 2 * T and ModelFile(model_bytes(longer)).theta == 1e6
     assert model_bytes(longer)[1024:] == rope.read_bytes()[1024:]
+    kept = lab.train("kept", **from_file(longer / "model.bin", seq_len=2 * T))
+    assert ModelFile(model_bytes(kept)).theta == 1e6, "a base that is not given is the file's"
 
 
 def test_a_long_table_of_positions_at_a_short_length(lab):

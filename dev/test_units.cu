@@ -361,6 +361,33 @@ static void test_flops() {
     check(fabs(got / first - 1) < 1e-12, "operations of a step of two dense, two Lighthouse and a window layer: %.6g (%.6g)", first, got);
 }
 
+// Of 100 steps the first 60 have one dense layer and one of Lighthouse.
+static void test_seconds_left() {
+    static Trainer t;
+    const int T = 256;
+    Model* m = &t.model;
+    model_layout(m, {T, 300, 384, 2, 4, 32, true, 10000});
+    m->shape.S = 96;
+    choose_attention(m, "DL");
+    m->windows = 1; m->window[0] = T;
+    t.config.seq_len = T; t.config.total_batch_size = 3 * T;
+    t.steps = 100; t.switch_step = 60;
+    double ratio = step_flops(m, DENSE_PHASE, 0, T, 3 * T) / step_flops(m, FIRST_PHASE, T, T, 3 * T);
+    auto left = [&](int64_t first, double first_s, int64_t dense, double dense_s) {
+        t.state.step = first + dense;
+        t.state.phase_steps[FIRST_PHASE] = first; t.state.phase_steps[DENSE_PHASE] = dense;
+        t.state.phase_s[FIRST_PHASE] = first_s; t.state.phase_s[DENSE_PHASE] = dense_s;
+        return seconds_left(&t);
+    };
+    auto is = [](double x, double expected) { return fabs(x - expected) < 1e-9 * (1 + expected); };
+    check(is(left(10, 5, 0, 0), 50 * 0.5 + 40 * 0.5 * ratio), "time left: a phase not yet seen is taken at the other's rate of operations");
+    check(is(left(60, 30, 20, 24), 20 * 1.2) && is(left(60, 30, 40, 48), 0), "time left: behind the switch, and at the end");
+    t.switch_step = 0;
+    check(is(left(0, 0, 5, 10), 95 * 2), "time left: of a dense run");
+    t.switch_step = 100;
+    check(is(left(25, 50, 0, 0), 75 * 2), "time left: of a run without a dense phase");
+}
+
 // ---- checksum, random numbers
 
 static void test_checksum() {
@@ -543,6 +570,7 @@ int main(int argc, char** argv) {
     test_draws();
     test_json();
     test_flops();
+    test_seconds_left();
     test_checksum();
     test_sums();
     test_layout();
