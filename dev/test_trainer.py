@@ -708,9 +708,10 @@ def test_a_crafted_checkpoint_is_refused(lab, saved):
                         ("total_batch", 2 ** 62), ("not_finite", -1), ("not_finite", 10)]:
         changed = crafted(data, state=[(STATE[name], value)])
         falls_back(lab, saved, f"{name}_{value}", lambda path: path.write_bytes(changed))
-    folder, result = resumed_from(lab, saved, "name", lambda path: path.rename(checkpoint(path.parent, 9)))
-    assert result.code == 0 and "ckpt_00000009.bin holds step 4; trying the one before" in result.out
-    assert [e["step"] for e in events(folder, "resume")] == [2]
+    for name in (3, 9):
+        folder, result = resumed_from(lab, saved, f"name_{name}", lambda path: path.rename(checkpoint(path.parent, name)))
+        assert result.code == 0 and f"ckpt_{name:08d}.bin holds step 4; trying the one before" in result.out
+        assert [e["step"] for e in events(folder, "resume")] == [2]
 
 
 UNLISTABLE = r'''
