@@ -539,7 +539,7 @@ def test_a_resume_with_other_options_says_so(lab):
         f"--tile was {GEOMETRY['tile']} up to here and is {2 * GEOMETRY['tile']} from now on"]
     folder = lab.train("long", **options, attention="W", window="0" * 1200 + "64")
     assert notes(folder, **options, attention="W", window="64") == []
-    assert notes(folder, **dict(options, beta2=0.9), window="64") == ["--beta2 was 0.99 up to here and is 0.9 from now on"]
+    assert notes(folder, **dict(options, beta2=0.9), attention="W", window="64") == ["--beta2 was 0.99 up to here and is 0.9 from now on"]
 
 
 def test_a_resume_that_moves_the_switch_says_so(lab):
@@ -1182,8 +1182,8 @@ batch-size b int 1 1 65536 | seq-len t int 32768 1 1073741824 | total-batch-size
 learning-rate l real 3e-4 0 10 | lr-schedule k text cosine | warmup-steps u int -1 -1 1e12 | final-lr-frac q real 0.1 0 1
 decay-frac - real 0.2 0 1 | weight-decay c real 0.1 0 10 | beta1 - real 0.9 0 0.999999 | beta2 - real 0.95 0 0.999999
 adam-eps - real 1e-8 1e-30 1 | grad-clip - real 1.0 0 1e9 | skip-loss-z sl real 0 0 1e9 | skip-grad-z sg real 0 0 1e9
-attention - text paper | window - text 1024 | levels - int 3 2 8 | pool - int 4 2 64 | topk - int 0 0 1e9 | tile - int 0 0 4096
-switch-step - text 0.625 | val-every v int 250 0 1e12 | copy-every - int 0 0 1e12 | val-batches m int 20 1 1e9
+attention - text windows | window - text 1024 | levels - int 3 2 8 | pool - int 4 2 64 | topk - int 0 0 1e9 | tile - int 0 0 4096
+switch-step - text 0.75 | val-every v int 250 0 1e12 | copy-every - int 0 0 1e12 | val-batches m int 20 1 1e9
 sample-every s int 0 0 1e12 | sample-tokens g int 64 1 65536 | sample-top-k - int 50 0 16777216 | prompt - text | tokenizer - text
 temperature - real 1.0 0.01 100 | recompute r int -1 -1 4 | deterministic - int 0 0 1 | dry-run - flag 0 0 1
 plan-ranks - int 0 0 1048576 | plan-memory - real 0 0 1e6 | cp - int 1 1 1024 | hang-timeout - int 600 0 1e6 | rank-logs - int 0 0 1
