@@ -1604,6 +1604,10 @@ def test_closed_standard_streams(lab):
     command = shlex.join(str(c) for c in lab.command("run", steps=3))
     assert subprocess.run(["sh", "-c", command + " <&- >&- 2>&-"], env=ENV).returncode == 0
     assert len(step_events(lab.folder / "run")) == 3 and len(main_log(lab.folder / "run")) == 3
+    command = shlex.join(str(c) for c in lab.command("broken", **broken_model(lab)))
+    assert subprocess.run(["sh", "-c", command + " <&- >&- 2>&-"], env=ENV).returncode == 1
+    for name in ("main.log", "log.jsonl"):
+        assert "error" not in (lab.folder / "broken" / name).read_text()
 
 
 def sections(path):
