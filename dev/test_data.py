@@ -236,6 +236,19 @@ def test_pieces_do_not_change_tokens(monkeypatch, ranks):
     assert list(prepare.cut_pieces([b"x" * 5000], "line")) == [b"x" * 5000]
 
 
+def test_gpt2_words(ranks):
+    """Text is cut into words as Hugging Face's own byte-level pre-tokenizer cuts it, contractions in capitals too."""
+    from tokenizers import pre_tokenizers
+    cut, tok = pre_tokenizers.ByteLevel(add_prefix_space=False), prepare.Gpt2Tokenizer(ranks)
+    rng = random.Random(6)
+    texts = ["".join(rng.choice("aZ7\u00e9\u4e2d'sStTdDmM rRlLveVE.\n\t\u00b2\u0663\u00a0") for _ in range(2000)) for _ in range(20)]
+    for text in texts + ["it'S it's 'LL 'll 'Ve\u00e9'd 12'3"]:
+        words = [text[a:b].encode() for _, (a, b) in cut.pre_tokenize_str(text)]
+        assert b"".join(words) == text.encode() and len(words) > 8
+        ids = [i for word in words for i in tok.encoding._encode_single_piece(word)]
+        assert tok.encode(text.encode())[0] == prepare.little_endian(ids, False)
+
+
 def test_tokenizer_json(tmp_path):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     tok = Tokenizer(models.BPE())
@@ -656,8 +669,10 @@ def test_keep(tmp_path, capsys):
     assert texts(split, "train") == [b"fr", b"en"]
 
 
-def test_weights(tmp_path, capsys):
-    """Documents of an input are taken that often; of what is repeated nothing is in both splits."""
+@pytest.mark.parametrize("ahead", [1000, 10])
+def test_weights(tmp_path, capsys, monkeypatch, ahead):
+    """Documents of an input are taken that often; of what is repeated nothing is in both splits. Of a small source and a large."""
+    monkeypatch.setattr(prepare, "LOOK_AHEAD_DOCUMENTS", ahead)
     for name, n in (("a", 300), ("b", 200)):
         lines = ['{"text": "%s%03d"}\n' % (name, i) for i in range(n)]
         write(tmp_path / (name + ".jsonl"), "".join(lines) + '{"text": ""}')
@@ -865,11 +880,14 @@ def test_split_by_document():
     for order in (few, sorted(few), sorted(few, reverse=True)):
         got = splits_of(order, 0.05)
         assert 0.045 < sum(n for n, s in zip(order, got) if s == "val") / sum(few) < 0.055
+    assert len({tuple(splits_of([10] * 40, 0.2, seed)) for seed in range(5)}) == 5, "another seed, another split"
     assert splits_of([10], 0.05) == ["train"]
     assert splits_of([10, 10], 0.05) == ["train", "val"]
     assert splits_of([10, 10, 10], 0.01).count("val") == 1
     assert "val" not in splits_of([10] * 100, 0)
     assert splits_of([10] * 50 + [10**6] + [10] * 50, 0.05)[50] == "train"    # the giant
+    for seed in range(9):    # also where val is just short of its share
+        assert splits_of([10] * 1501 + [10**5] + [10], 0.05, seed)[1501] == "train"
     assert 0.45 < splits_of([10] * 1000, 0.5).count("val") / 1000 < 0.55
 
 
@@ -1033,6 +1051,38 @@ def test_killed_between_commits(tmp_path, monkeypatch):
         if not die_at(n, args + ["--out", str(out)]):
             assert prepare.main(args + ["--out", str(out)]) == 0
         assert contents(out) == contents(tmp_path / "want")
+
+
+def test_the_order_of_calls(tmp_path, monkeypatch):
+    """What keeps a preparation through a cut of the power: a file's bytes are on the disk before it gets its name, those of the
+    shards before the commit that counts them, and the name before anything else is done."""
+    monkeypatch.setattr(prepare, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(prepare, "PIECE", 1000)
+    synced, named, commits, (fsync, replace) = {}, [], [], (os.fsync, os.replace)
+
+    def watched_fsync(fd):
+        path = os.readlink("/proc/self/fd/%d" % fd)
+        if os.path.isdir(path):
+            assert named and os.path.dirname(named.pop()) == path
+        else:
+            synced[path] = read(path)
+        fsync(fd)
+
+    def watched_replace(a, b):
+        assert not named, "%s is not on the disk" % named
+        assert synced[a] == read(a), a
+        if b.endswith("progress.json"):
+            for split, state in json.loads(read(a))["splits"].items():
+                open_shard, size = str(tmp_path / "out" / ("%s_%06d.bin.tmp" % (split, len(state["shards"])))), 1024 + 2 * state["open_tokens"]
+                assert not state["open_tokens"] or len(synced[open_shard]) == size and synced[open_shard] == read(open_shard)[:size]
+                commits.append(state["open_tokens"])
+        named.append(b)
+        replace(a, b)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    prepared(tmp_path / "out", *small_set(tmp_path, 20), "--shard-tokens", "600", "--workers", "1")
+    assert len(set(commits)) > 4 and not named
 
 
 def alive(text):

@@ -135,3 +135,51 @@ def test_a_model_of_frequencies_scores_chance(lab):
         error = 4 / math.sqrt(len(copied))
         assert abs(c["random_loss"] - loss[ids].mean()) < error * loss[ids].std()
         assert abs(c["random_right"] - 1 / len(ids)) < error * math.sqrt(1 / len(ids))
+
+
+# ---- samples
+
+def plain_weights(V, C):
+    """One layer that adds nothing to the tokens' embeddings, which are zeros here."""
+    w = {name: np.zeros(shape) for name, shape in dict(wte=(math.ceil(V / 128) * 128, C), wpe=(64, C), ln1b=(1, C), qkvw=(1, 3 * C, C),
+         qkvb=(1, 3 * C), attprojw=(1, C, C), attprojb=(1, C), ln2b=(1, C), fcw=(1, 4 * C, C), fcb=(1, 4 * C), fcprojw=(1, C, 4 * C),
+         fcprojb=(1, C), lnfb=(C,)).items()}
+    return dict(w, ln1w=np.ones((1, C)), ln2w=np.ones((1, C)), lnfw=np.ones(C))
+
+
+def samples(lab, name, weights, seq_len=64, **options):
+    model = write_model(lab.folder / "m.bin", weights, 257, len(weights["wpe"]), 2)
+    options = dict(FROM_FILE, model=model, seq_len=seq_len, tokenizer=lab.data.tokenizer, sample_every=1, switch_step=0, **options)
+    return [e["text"] for e in events(lab.train(name, **options), "sample")]
+
+
+def test_a_model_that_echoes(lab):
+    """The likeliest token is the one before: of a prompt its last letter, so many as are asked for; of none the end of text, which
+    ends the sample."""
+    w = plain_weights(257, 64)
+    w["wte"][:257] = np.stack([np.random.RandomState(i).permutation([-1, 1] * 32) for i in range(257)])
+    for number, (prompt, expected) in enumerate([("ab", "ab" + 11 * "b"), ("ba", "ba" + 11 * "a"), ("", "")]):
+        assert samples(lab, f"run{number}", w, prompt=prompt, sample_tokens=11, sample_top_k=1, steps=0, val_data="") == [expected]
+
+
+def test_draws_are_independent(lab):
+    """Of a model of frequencies each token is drawn by them, apart from those before it, from the step and from other seeds."""
+    V, letters = 257, np.arange(97, 103)
+    w = plain_weights(V, 8)
+    w["wpe"], w["lnfw"] = np.zeros((1024, 8)), np.zeros(8)  # of the state nothing but lnfb is left
+    w["wte"][:V, 0], w["wte"][letters, 0], w["lnfb"][0] = -30, np.log([0.3, 0.25, 0.2, 0.12, 0.08, 0.05]), 1
+    options = dict(seq_len=448, steps=0, val_data="", sample_tokens=400)
+    for number, (k, temperature) in enumerate([(0, 1), (3, 1), (0, 2)]):
+        text, = samples(lab, f"run{number}", w, sample_top_k=k, temperature=temperature, **options)
+        p = np.exp(w["wte"][letters, 0] / temperature)
+        p[k if k else len(p):] = 0
+        p /= p.sum()
+        count = np.array([text.count(chr(x)) for x in letters])
+        assert len(text) == count.sum() == 400
+        assert (np.abs(count - 400 * p) <= 4 * np.sqrt(400 * p * (1 - p))).all(), count
+        same = sum(a == b for a, b in zip(text, text[1:]))
+        q = (p ** 2).sum()
+        assert abs(same - 399 * q) < 5 * math.sqrt(399 * q * (1 - q)), "neighbours are drawn apart"
+    texts = [samples(lab, f"seed{seed}", w, seed=seed, **dict(options, seq_len=64, sample_tokens=40)) for seed in (5, 6)]
+    texts.append(samples(lab, "steps", w, seq_len=64, sample_tokens=40, seed=5, steps=3, learning_rate=0, val_data=""))
+    assert len({x for text in texts for x in text}) == 5, texts

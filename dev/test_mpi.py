@@ -317,6 +317,7 @@ def test_the_order_of_calls_of_several_ranks(lab, monkeypatch):
     calls_in_order(lab, calls, "model.bin", 3, [])
 
 
+# What a rank has in its own cache is what it wrote: only another one sees what lies on the disk.
 LYING_DISK = r'''
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -324,19 +325,29 @@ LYING_DISK = r'''
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-ssize_t pwrite(int fd, const void* data, size_t bytes, off_t at) {  // of rank 1, what lies at a byte of a file goes elsewhere
-    ssize_t (*real)(int, const void*, size_t, off_t) = dlsym(RTLD_NEXT, "pwrite");
+static int lies(int fd) {  // of rank 1, in that file
     char link[64], path[4096] = "";
     const char* rank = getenv("OMPI_COMM_WORLD_RANK");
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     int n = readlink(link, path, sizeof path - 1);
-    if (n < 0 || !strstr(path, getenv("LYING_FILE")) || !rank || strcmp(rank, "1")) return real(fd, data, bytes, at);
+    return n >= 0 && strstr(path, getenv("LYING_FILE")) && rank && !strcmp(rank, "1");
+}
+static off_t lie = -1;  // one byte of the first write
+ssize_t pwrite(int fd, const void* data, size_t bytes, off_t at) {
+    ssize_t (*real)(int, const void*, size_t, off_t) = dlsym(RTLD_NEXT, "pwrite");
+    if (!lies(fd) || lie >= 0) return real(fd, data, bytes, at);
     char* changed = malloc(bytes);
     memcpy(changed, data, bytes);
     changed[bytes / 2] ^= 1;
+    lie = at + bytes / 2;
     ssize_t done = real(fd, changed, bytes, at);
     free(changed);
     return done;
+}
+ssize_t pread(int fd, void* data, size_t bytes, off_t at) {
+    ssize_t n = ((ssize_t (*)(int, void*, size_t, off_t))dlsym(RTLD_NEXT, "pread"))(fd, data, bytes, at);
+    if (lies(fd) && at <= lie && lie < at + n) ((char*)data)[lie - at] ^= 1;
+    return n;
 }
 '''
 
@@ -531,6 +542,25 @@ def test_a_signal_to_one_rank_breaks_off_a_validation(lab):
     code, output = job.end(20)
     assert code != 0 and "stopped by signal at step 0;" in output, output
     assert checkpoints(lab.folder / "run") == [0] and not events(lab.folder / "run", "eval")
+
+
+def test_a_stop_inside_a_step(lab):
+    """A signal to one rank amid the micro-steps of a step: all leave it at the same one, save the step before, and a resume
+    ends in the bits of a run that was left alone."""
+    options = dict(ranks=2, cp=2, batch_size=2, total_batch_size=200 * T, steps=2, switch_step=1, val_data="", sample_every=0)
+    whole = lab.train("whole", **options)
+    step_s = min(e["ms"] for e in step_events(whole)) / 1e3
+    for rank, done in ((1, 0), (0, 1)):
+        job = Job(lab.command("run", **options, resume=1))
+        job.wait_for(done or "speed ")
+        time.sleep(0.3 * step_s)
+        signal_rank(job, rank, signal.SIGUSR1)
+        code, output = job.end(20)
+        assert code != 0 and f"stopped by signal at step {done};" in output, output
+        assert checkpoints(lab.folder / "run")[-1] == done
+    lab.train("run", **options, resume=1)
+    assert model_bytes(lab.folder / "run") == model_bytes(whole)
+    assert checkpoint_body(checkpoint(lab.folder / "run", 2)) == checkpoint_body(checkpoint(whole, 2))
 
 
 # ---- 4. ranks that do not belong together

@@ -304,9 +304,35 @@ static void test_fp8_numbers(bool gradient) {
     test.that(values, "every value");
     test.that(cpu::fp8_value(largest, gradient) == (gradient ? 57344 : 448), "the largest");
     test.that(rounds, "to nearest, ties to even");
-    test.that(cpu::fp8_round(1e30f, gradient) == largest && cpu::fp8_round(-INFINITY, gradient) == (largest | 0x80),
-              "past the largest the largest");
+    bool held = cpu::fp8_round(1e30f, gradient) == largest && cpu::fp8_round(-INFINITY, gradient) == (largest | 0x80);
+    for (float times : {1.01f, 1.1f, 1.9f, 2.1f}) held = held && cpu::fp8_round(times * (gradient ? 57344 : 448), gradient) == largest;
+    test.that(held, "past the largest the largest");
     test.that(cpu::fp8_round((float)NAN, gradient) == 0x7f && std::isnan(cpu::fp8_value(0x7f, gradient)), "NaN stays");
+}
+
+// What the scale is made of is no smaller than any number that is quantized, through GELU and its slope too, and close to it.
+static void test_fp8_amax() {
+    Test test("fp8 amax");
+    const int n = 1601;
+    std::vector<float> pre(n), one(n, -1.0f), out(n), slope(n);
+    for (int i = 0; i < n; i++) pre[i] = (i - 800) * 0.01f;
+    cpu::gelu_forward(out.data(), pre.data(), n);
+    cpu::gelu_backward(slope.data(), one.data(), pre.data(), n);
+    auto largest = [](const std::vector<float>& x) {
+        float most = 0;
+        for (float value : x) most = std::max(most, fabsf(value));
+        return most;
+    };
+    Fp8Scale plain = {}, gelu = {}, gradient = {}, lost = {};
+    cpu::fp8_amax(&plain, slope.data(), NULL, n);
+    cpu::fp8_amax(&gelu, NULL, pre.data(), n);
+    cpu::fp8_amax(&gradient, one.data(), pre.data(), n);
+    test.that(plain.amax == largest(slope), "of numbers");
+    test.that(gelu.amax >= largest(out) && gelu.amax < 1.01f * largest(out), "of GELU");
+    test.that(gradient.amax >= largest(slope) && gradient.amax < 1.01f * largest(slope), "of a gradient through GELU");
+    slope[700] = NAN;
+    cpu::fp8_amax(&lost, slope.data(), NULL, n);
+    test.that(std::isnan(lost.amax), "NaN stays");
 }
 
 // A product with FP8 operands against the wide one: each operand is off by half a unit of its last bit at most.
@@ -892,6 +918,9 @@ static void test_selection(int B, const LighthouseShape& s) {
     Ints index(B * s.H * s.S, -77);
     lighthouse_select(index.data(), broken.data(), B, &s);
     check_selection(&test, index, B, s);
+    Doubles highest = wide(broken);
+    for (double& x : highest) x = std::isnan(x) ? 2 : x;  // above every other
+    test.that(index == select_plainly(highest, B, s), "NaN counts as the highest");
 
     std::vector<float> qkv(B * s.T * 3 * s.H * s.D, 1), norms(count);
     int64_t token = 3 * s.H * s.D;
@@ -1026,6 +1055,7 @@ int main() {
     test_matmul(300, 20, 9, false, false);
     test_matmul(5, 300, 33, true, false);
     for (bool gradient : {false, true}) test_fp8_numbers(gradient);
+    test_fp8_amax();
     test_fp8_matmul(48, 32, 80, false);
     test_fp8_matmul(64, 100, 32, true);
     test_gelu(1);

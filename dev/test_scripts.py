@@ -29,6 +29,7 @@ sys.path.insert(0, SCRIPTS)
 sys.dont_write_bytecode = True
 
 import model_file  # noqa: E402
+import test_trainer  # noqa: E402
 import tokenizer_files  # noqa: E402
 
 
@@ -1069,7 +1070,8 @@ def first_events(losses=(5.0, 4.6, 4.2, 4.0, 5.5, 4.5, 4.2, 3.9), **changes):
     out, t = [config_event("lighthouse", **changes), eval_event(0, 6.0, 6.1, 0.0)], 0.0
     for i, loss in enumerate(losses, 1):
         t += 0.1 if i <= 4 else 0.4
-        out.append(step_event(i, loss, t, 100.0 if i <= 4 else 400.0, "first" if i <= 4 else "dense"))
+        ms = 900.0 if i in (1, 5) else 100.0 if i <= 4 else 400.0  # a phase's first step warms up
+        out.append(step_event(i, loss, t, ms, "first" if i <= 4 else "dense"))
         if i == 4:
             out.append(eval_event(4, 5.2, 4.3, t))
             out.append({"event": "switch", "step": 4, "train_s": t})
@@ -1081,7 +1083,7 @@ def dense_events(steps=8, evals=(0, 4, 5, 6, 8), **changes):
     out = [config_event("dense", **changes)]
     for i in range(steps + 1):
         if i:
-            out.append(step_event(i, 5.0 - 0.1 * i, 0.4 * i, 400.0, "dense"))
+            out.append(step_event(i, 5.0 - 0.1 * i, 0.4 * i, 500.0 if i > 1 else 900.0, "dense"))
         if i in evals:
             out.append(eval_event(i, found[i][0], None, found[i][1]))
     return out
@@ -1126,7 +1128,7 @@ def test_compare_figures(tmp_path, capsys):
     assert lh["switch"]["last_eval_before"]["loss_first"] == 4.3
     pair, = out["pairs"]
     assert pair["whole_run"] == pytest.approx({"tokens": 800, "run_s": 2.0, "reference_s": 3.2, "speedup": 1.6})
-    assert pair["step_speedup"] == pytest.approx(4.0)
+    assert pair["step_speedup"] == pytest.approx(5.0)  # of the baseline's steps; its own dense ones are faster
     equal = pair["val_at_equal_tokens"]
     assert (equal["at"], equal["run"], equal["reference"], equal["note"]) == (800, 4.0, 3.8, None)
     equal = pair["val_at_equal_time"]  # half way from 4.3 to 4.2
@@ -1136,7 +1138,10 @@ def test_compare_figures(tmp_path, capsys):
     assert row_of(text, "dense phase: tokens/s") == ["250", "250"]
     assert row_of(text, "training time") == ["2.0", "s", "3.2", "s"]
     assert row_of(text, "speed-up of the whole run over dense") == ["1.60", "x", "-"]
-    assert row_of(text, "speed-up of a step of the first phase over dense") == ["4.00", "x", "-"]
+    assert row_of(text, "speed-up of a step of the first phase over dense") == ["5.00", "x", "-"]
+    assert row_of(text, "speed-up of a step of the first phase over its dense phase") == ["4.00", "x", "-"]
+    assert row_of(text, "first phase: ms/step (median)") == ["100.0", "-"]
+    assert row_of(text, "dense phase: ms/step (median)") == ["400.0", "500.0"]
     assert row_of(text, "validation loss, final") == ["4.0000", "(+0.2000)", "3.8000"]
     assert row_of(text, "validation loss at equal tokens") == ["4.0000", "at", "800", "(+0.2000)", "-"]
     assert row_of(text, "validation loss at equal training time") == ["4.0000", "at", "2.0", "s", "(-0.2500)", "-"]
@@ -1229,6 +1234,8 @@ def test_compare_resumed_log(tmp_path, capsys):
     # The same without the resume line: what stands later counts.
     write_log(a, [e for e in events if e["event"] != "resume"])
     assert compared(tmp_path, capsys, a)[0]["runs"] == out["runs"]
+    write_log(a, [e for e in events[:-1] if e["event"] != "resume"])
+    assert compared(tmp_path, capsys, a)[0]["runs"][0]["steps"] == 5
     # A run that began anew in the same directory.
     write_log(a, events + dense_events(steps=2, evals=(0,)))
     lh = compared(tmp_path, capsys, a)[0]["runs"][0]
@@ -1295,6 +1302,20 @@ def test_compare_warns_of_different_runs(tmp_path, capsys):
             (dict(options={"checkpoint-every": "5"}), None)):
         out, text = compared(tmp_path, capsys, a, write_log(tmp_path / "dense", dense_events(**change)))
         assert len(out["warnings"]) == (message is not None) and (message or "") in text, change
+    # Every option of the trainer warns but those of the first phase and those that touch neither the training nor its speed.
+    free = {"attention", "window", "levels", "pool", "topk", "tile", "switch-step", "out-dir", "checkpoint-every", "keep-last",
+            "keep-every", "resume", "dry-run", "val-every", "copy-every", "sample-every", "sample-tokens", "sample-top-k", "prompt",
+            "tokenizer", "temperature"}
+    names = {row["name"] for row in test_trainer.option_rows()}
+    assert len(names) > 50 and free < names
+    for name in sorted(names):
+        for ours, theirs in ({name: "5"}, {name: "6"}), ({name: "5"}, {}), ({}, {name: "6"}):
+            runs = [write_log(tmp_path / "lh", first_events(options=ours)), write_log(tmp_path / "dense", dense_events(options=theirs))]
+            warnings = compared(tmp_path, capsys, *runs)[0]["warnings"]
+            assert (f"--{name} differs" in " ".join(warnings)) == (name not in free), (name, warnings)
+    for what, value in (("processes", 2), ("backend", "cuda"), ("steps", 9)):
+        write_log(tmp_path / "lh", first_events(**{what: value}))
+        assert f"{what} differs" in compared(tmp_path, capsys, tmp_path / "lh", write_log(tmp_path / "dense", dense_events()))[1]
     write_log(tmp_path / "dense", dense_events()[1:])
     assert "has no config line" in compared(tmp_path, capsys, a, tmp_path / "dense")[1]
 
@@ -1741,6 +1762,33 @@ def test_make_says_why_there_is_no_gpu_program(tmp_path):
     done = subprocess.run(["make", "train_gpt_dense"], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "NVCC": "none", "MPICC": "none"})
     assert done.returncode and re.search('CUDA not built: none is of CUDA "".*Stop', done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("target", ["test", "test-mpi", "test-gpu"])
+def test_make_installs_what_its_tests_need(tmp_path, target):
+    """On a clean clone, before it looks at what the machine has; for the GPU's tests, whose references may have been brought
+    along, only where they and PyTorch are missing, and they go on without."""
+    shutil.copy(os.path.join(ROOT, "Makefile"), tmp_path)
+    for name, status in (("scripts/setup", int(target == "test-gpu")), ("scripts/probe", 0), ("dev/run_tests", 0), ("dev/run_gpu_tests", 0),
+                         ("nvidia-smi", 1)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/calls\nexit {status}\n')
+        (tmp_path / name).chmod(0o755)
+
+    def calls():
+        (tmp_path / "calls").write_text("")
+        env = {k: v for k, v in os.environ.items() if "MAKE" not in k}
+        done = subprocess.run(["make", target, "CPU_TRAINERS=", "CPU_TESTS=", "GPU_TRAINERS=", "GPU_TESTS="], cwd=tmp_path, text=True,
+                              capture_output=True, env=dict(env, PATH=f"{tmp_path}:{env['PATH']}"))
+        assert done.returncode == 0, done.stderr
+        return [line.rstrip() for line in (tmp_path / "calls").read_text().splitlines() if not line.startswith("nvidia-smi")]
+
+    end = {"test": "dev/run_tests", "test-mpi": "dev/run_tests mpi", "test-gpu": "dev/run_gpu_tests"}[target]
+    assert calls() == ["scripts/setup test", "scripts/probe", end]
+    if target == "test-gpu":
+        (tmp_path / "build" / "oracle").mkdir()
+        (tmp_path / "build" / "oracle" / "deep.bin").touch()
+        assert calls() == ["scripts/probe", end]
 
 
 def test_probe_finds_pips_wheels(tmp_path):

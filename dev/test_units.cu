@@ -141,6 +141,18 @@ static void test_loader() {
         seeds_differ += a[0] != inputs[0];
     }
     check(seeds_differ > 0, "loader: another seed, another order");
+    // Ids up to the largest of each width.
+    for (int wide : {0, 1}) {
+        const uint32_t largest = wide ? (1u << 24) - 1 : 65535;
+        write_shard(path[0].c_str(), T + 1, 0, wide ? 4 : 2);
+        int fd = open(path[0].c_str(), O_WRONLY);
+        if (pwrite(fd, &largest, wide ? 4 : 2, 1024) < 0) fatal("cannot write %s", path[0].c_str());
+        close(fd);
+        loader_init(&d, path[0].c_str(), T, false, 1);
+        d.vocab = largest + 1;
+        loader_sequence(&d, 0, inputs, targets);
+        check(inputs[0] == (int)largest && inputs[1] == 1, "loader: id %u is read from a shard of %d bits", largest, wide ? 32 : 16);
+    }
     for (int i = 0; i < 4; i++) unlink(path[i].c_str());
     rmdir(dir);
 }
@@ -222,6 +234,18 @@ static void test_schedules() {
     }
 }
 
+// ---- options: each has a field of its own, and no field is without
+
+static void test_options() {
+    std::vector<bool> taken(sizeof(Config) / 8);  // every field has 8 bytes
+    bool apart = sizeof(Config) == option_count * 8;
+    for (const Option& o : options) {
+        apart &= o.offset % 8 == 0 && !taken[o.offset / 8];
+        taken[o.offset / 8] = true;
+    }
+    check(apart, "%d options have as many fields, one each", option_count);
+}
+
 // ---- the tokenizer
 
 static void test_words() {
@@ -301,6 +325,33 @@ static void test_flops() {
     check(fabs(got / dense - 1) < 1e-12, "operations of a dense step: %.6g (%.6g)", dense, got);
     got = step_flops(&m, FIRST_PHASE, 100, T, tokens);
     check(fabs(got / first - 1) < 1e-12, "operations of a step of two dense, two Lighthouse and a window layer: %.6g (%.6g)", first, got);
+}
+
+// Of 100 steps the first 60 have one dense layer and one of Lighthouse.
+static void test_seconds_left() {
+    static Trainer t;
+    const int T = 256;
+    Model* m = &t.model;
+    model_layout(m, {T, 300, 384, 2, 4, 32, true, 10000});
+    m->shape.S = 96;
+    choose_attention(m, "DL");
+    m->windows = 1; m->window[0] = T;
+    t.config.seq_len = T; t.config.total_batch_size = 3 * T;
+    t.steps = 100; t.switch_step = 60;
+    double ratio = step_flops(m, DENSE_PHASE, 0, T, 3 * T) / step_flops(m, FIRST_PHASE, T, T, 3 * T);
+    auto left = [&](int64_t first, double first_s, int64_t dense, double dense_s) {
+        t.state.step = first + dense;
+        t.state.phase_steps[FIRST_PHASE] = first; t.state.phase_steps[DENSE_PHASE] = dense;
+        t.state.phase_s[FIRST_PHASE] = first_s; t.state.phase_s[DENSE_PHASE] = dense_s;
+        return seconds_left(&t, dense ? DENSE_PHASE : FIRST_PHASE, T);
+    };
+    auto is = [](double x, double expected) { return fabs(x - expected) < 1e-9 * (1 + expected); };
+    check(is(left(10, 5, 0, 0), 50 * 0.5 + 40 * 0.5 * ratio), "time left: a phase not yet seen is taken at the other's rate of operations");
+    check(is(left(60, 30, 20, 24), 20 * 1.2) && is(left(60, 30, 40, 48), 0), "time left: behind the switch, and at the end");
+    t.switch_step = 0;
+    check(is(left(0, 0, 5, 10), 95 * 2), "time left: of a dense run");
+    t.switch_step = 100;
+    check(is(left(25, 50, 0, 0), 75 * 2), "time left: of a run without a dense phase");
 }
 
 // ---- checksum, random numbers
@@ -478,10 +529,12 @@ int main(int argc, char** argv) {
     test_fingerprint();
     test_detector();
     test_schedules();
+    test_options();
     test_words();
     test_draws();
     test_json();
     test_flops();
+    test_seconds_left();
     test_checksum();
     test_sums();
     test_layout();
