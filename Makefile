@@ -75,7 +75,7 @@ deps-test:
 
 quickstart:
 	scripts/setup
-	$(MAKE) $(if $(shell nvidia-smi -L 2> /dev/null),all,cpu)
+	$(MAKE) $(if $(filter 0,$(shell scripts/gpus)),cpu,all)
 	scripts/quickstart
 
 # Every test; closes with "N passed, N failed".
@@ -83,7 +83,7 @@ test:
 	scripts/setup test
 	$(MAKE) all $(CPU_TESTS)
 	dev/run_tests
-	@if nvidia-smi -L > /dev/null 2>&1; then $(MAKE) test-gpu; fi
+	@if [ "$$(scripts/gpus)" != 0 ]; then $(MAKE) test-gpu; fi
 
 # Several ranks against one, on the CPU backend with mpirun; part of make test.
 test-mpi:

@@ -1674,6 +1674,47 @@ def test_setup_installs_what_is_missing_as_root(tmp_path):
     assert "-m pip" in machine.setup()[1]
 
 
+# ---- which GPUs a program sees -------------------------------------------------------------------------------------
+
+def with_gpus(folder, count):
+    """The environment of a machine whose nvidia-smi lists so many."""
+    (folder / "path").mkdir(exist_ok=True)
+    lines = "".join(f"GPU {i}: NVIDIA H100 (UUID: GPU-{i}a)\\n  MIG 1g.10gb Device 0: (UUID: MIG-{i}b)\\n" for i in range(count))
+    (folder / "path" / "nvidia-smi").write_text(f'#!/bin/sh\nprintf "{lines}"\n')
+    (folder / "path" / "nvidia-smi").chmod(0o755)
+    kept = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    return dict(kept, PATH=f"{folder / 'path'}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize("visible,count", [
+    (None, 3), ("", 0), ("-1", 0), ("0", 1), ("2,0", 2), ("0, 1", 2), ("3", 0), ("0,3,1", 1), ("0,-1,1", 1),
+    ("GPU-0a,GPU-2a", 2), ("MIG-1b", 1), ("NoDevFiles", 0)])
+def test_gpus(tmp_path, visible, count):
+    for there in (3, 0):
+        env = with_gpus(tmp_path, there)
+        if visible is not None:
+            env["CUDA_VISIBLE_DEVICES"] = visible
+        assert subprocess.check_output([os.path.join(SCRIPTS, "gpus")], env=env, text=True) == f"{count * there // 3}\n"
+
+
+@pytest.mark.parametrize("visible,backend", [("", "cpu"), ("-1", "cpu"), ("0", "cuda"), (None, "cuda")])
+def test_quickstart_on_a_machine_with_a_gpu(tmp_path, visible, backend):
+    """Where CUDA_VISIBLE_DEVICES hides the GPU, both make and scripts/quickstart take the CPU."""
+    for name in ("Makefile", "scripts/gpus", "scripts/quickstart"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(os.path.join(ROOT, name), tmp_path / name)
+    env = dict(with_gpus(tmp_path, 1), **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))
+    for name in ("train_gpt_lighthouse", ".venv/bin/python"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("#!/bin/sh\necho called: $*\n")
+        (tmp_path / name).chmod(0o755)
+    made = subprocess.check_output(["make", "-n", "quickstart", "MAKE=echo making"], cwd=tmp_path, env=env, text=True)
+    assert ("making all" if backend == "cuda" else "making cpu") in made.splitlines()
+    done = subprocess.check_output([tmp_path / "scripts" / "quickstart"], env=env, text=True)
+    assert f"called: scripts/compare --run --brief --backend {backend} " in done
+    assert f"./train_gpt_lighthouse{'_cpu' * (backend == 'cpu')} --model runs/quickstart" in done
+
+
 # ---- probe: a CUDA of version 99, which no machine has, made of a few lines -----------------------------------------
 
 def shared_library(path, source):
