@@ -12,6 +12,12 @@ PYTHON = .venv/bin/python
 GPU_TESTS = build/test_gpu_ops build/test_gpu_ops_fp32 build/test_gpu_attention build/test_gpu_attention_fp32 \
             build/test_gpu_model build/test_gpu_model_fp32
 
+ifneq ($(MAKECMDGOALS),help)
+ifneq ($(shell test -w . && echo yes),yes)
+$(error this user may not write to $(CURDIR), where make builds and .venv, data and runs go: take a copy of your own)
+endif
+endif
+
 # What the machine has. It is looked at on every make, and what depends on it is rebuilt only when it has changed.
 ifneq ($(filter-out help clean deps deps-test quickstart test test-mpi test-gpu,$(or $(MAKECMDGOALS),all)),)
 ifneq ($(shell mkdir -p build && CXX="$(CXX)" GPU_COMPUTE_CAPABILITY="$(GPU_COMPUTE_CAPABILITY)" scripts/probe > build/config.new && \

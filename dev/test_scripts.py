@@ -17,6 +17,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 
@@ -1809,7 +1810,9 @@ def test_make_says_why_there_is_no_gpu_program(tmp_path):
 def test_make_installs_what_its_tests_need(tmp_path, target):
     """On a clean clone, before it looks at what the machine has; for the GPU's tests, whose references may have been brought
     along, only where they and PyTorch are missing, and they go on without."""
-    shutil.copy(os.path.join(ROOT, "Makefile"), tmp_path)
+    (tmp_path / "scripts").mkdir()
+    for name in ("Makefile", "scripts/gpus"):
+        shutil.copy(os.path.join(ROOT, name), tmp_path / name)
     for name, status in (("scripts/setup", int(target == "test-gpu")), ("scripts/probe", 0), ("dev/run_tests", 0), ("dev/run_gpu_tests", 0),
                          ("nvidia-smi", 1)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -1830,6 +1833,19 @@ def test_make_installs_what_its_tests_need(tmp_path, target):
         (tmp_path / "build" / "oracle").mkdir()
         (tmp_path / "build" / "oracle" / "deep.bin").touch()
         assert calls() == ["scripts/probe", end]
+
+
+def test_make_in_a_folder_of_somebody_else():
+    """One line says what to do, whatever the target; make help needs no more than to be read."""
+    with tempfile.TemporaryDirectory() as folder:  # tmp_path is nobody else's to enter
+        shutil.copy(os.path.join(ROOT, "Makefile"), folder)
+        os.chmod(folder, 0o555)
+        other = dict(user=65534) if os.getuid() == 0 else {}
+        for target in ("all", "quickstart", "test"):
+            done = subprocess.run(["make", target], cwd=folder, capture_output=True, text=True, **other)
+            assert done.returncode and re.fullmatch(
+                f"Makefile:.*this user may not write to {folder}, .* take a copy of your own.  Stop.\n", done.stderr)
+        assert subprocess.run(["make", "help"], cwd=folder, stdout=subprocess.DEVNULL, **other).returncode == 0
 
 
 def test_probe_finds_pips_wheels(tmp_path):
@@ -1870,6 +1886,21 @@ def test_probe_says_why_a_library_will_not_do(tmp_path):
         assert "is not for CUDA 99" in found["PROBE_CUDA"] and "NVCC" not in found
     fake_cuda(tmp_path / "old", "12.3")
     assert 'old/bin/nvcc is of CUDA "12.3"; 12.4 or newer' in probed(CUDA_HOME=tmp_path / "old")["PROBE_CUDA"]
+
+
+def test_probe_names_a_path_with_a_space(tmp_path):
+    """Of pip's wheels in a folder such as "my work", be it the compiler or a library."""
+    site = tmp_path / "my work" / "nvidia"
+    fake_cuda(site / "cu99")
+    fake_cudnn(site / "cudnn", "libcudnn.so.9")
+    end = " is a path with a space, which the options of compilers cannot name"
+    wheels = dict(PYTHONPATH=site.parent, cwd=tmp_path, NVCC="", PATH="/usr/bin:/bin")
+    if not shutil.which("nvcc", path="/usr/bin:/bin:/usr/local/cuda/bin"):
+        assert probed(**wheels)["PROBE_CUDA"] == f" not built: {site}/cu99/bin/nvcc{end}"
+    assert probed(**dict(wheels, CUDA_HOME=site / "cu99"))["PROBE_CUDA"] == f" not built: {site}/cu99/bin/nvcc{end}"
+    fake_cuda(tmp_path / "cuda")
+    fake_cublas(tmp_path / "cuda", "libcublasLt.so")
+    assert f"{site}/cudnn{end} (install" in probed(**dict(wheels, CUDA_HOME=tmp_path / "cuda"))["PROBE_CUDA"]
 
 
 @pytest.mark.parametrize("name", ["compare", "export_hf", "import_hf", "export_llmc", "export_gguf"])
