@@ -1675,6 +1675,17 @@ def test_setup_installs_what_is_missing_as_root(tmp_path):
     assert "-m pip" in machine.setup()[1]
 
 
+def test_what_is_missing_is_a_line_to_paste(tmp_path, monkeypatch):
+    """In a folder with a space too."""
+    model(tmp_path / "model.bin", positions="rope")
+    write_log(tmp_path / "run", first_events())
+    monkeypatch.setattr(sys, "executable", "/my work/.venv/bin/python")
+    for module, script, args in (("gguf", export_gguf, (tmp_path / "model.bin", tmp_path / "model.gguf")),
+                                 ("tensorboard", load("export_log"), (tmp_path / "run", "--tensorboard", tmp_path))):
+        monkeypatch.setitem(sys.modules, module, None)
+        assert refused(script, *args).endswith(f": '/my work/.venv/bin/python' -m pip install {module}")
+
+
 # ---- which GPUs a program sees -------------------------------------------------------------------------------------
 
 def with_gpus(folder, count):
