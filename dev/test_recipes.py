@@ -140,8 +140,10 @@ def test_what_is_prepared(recipes, tmp_path, holds, prepares):
     (copy / "data" / "prepare.py").write_text("raise SystemExit(9)")
     for name in holds:
         (default / name).touch()
-    done = recipes.run(copy / "scripts" / "run_lh30_98k", LAUNCH="true", DATA="")
+    done = recipes.run(copy / "scripts" / "run_lh30_98k", LAUNCH="true", DATA="", TRAINER="true")
     assert done.returncode == (9 if prepares else 0), done.stderr
+    done = recipes.run(copy / "scripts" / "run_lh30_98k", DATA="")  # without the program nothing is downloaded either
+    assert done.returncode == (1 if prepares else 127) and f"{copy}/train_gpt_lighthouse" in done.stderr
     for name in holds:  # the same in a folder that is named: nothing is prepared there
         (recipes.data / name).touch()
     (recipes.data / "train_000000.bin").unlink()
