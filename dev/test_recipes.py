@@ -243,8 +243,7 @@ class Slurm:
                         PATH=f"{root}/usr/bin:{root}/usr/sbin:{os.environ['PATH']}", MPI="none",
                         OMP_NUM_THREADS="1", TRAINER="./train_gpt_lighthouse_cpu", DATA=f"{folder}/data")
         self.daemons, self.log = [], open(folder / "daemons.log", "wb")
-        for command in (["slurmctld-wlm", "-D", "-c"],
-                        ["slurmd-wlm", "-D", "-N", host, "-d", root / "usr/sbin/slurmstepd-wlm"]):
+        for command in (["slurmctld", "-D", "-c"], ["slurmd", "-D", "-N", host, "-d", root / "usr/sbin/slurmstepd"]):
             self.daemons.append(subprocess.Popen([shutil.which(command[0], path=self.env["PATH"]), *command[1:]],
                                                  env=self.env, stdout=self.log, stderr=self.log))
         self.until(lambda: "idle" in self.ask("sinfo", "-h", "-o", "%t"), "the node is idle")
@@ -255,7 +254,10 @@ class Slurm:
         return done.stdout.strip()
 
     def until(self, holds, what, seconds=60):
-        for _ in range(seconds * 4):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if any(daemon.poll() is not None for daemon in self.daemons):  # its clients would wait for it
+                pytest.fail(f"Slurm has ended: {(self.folder / 'daemons.log').read_text()[-1000:]}")
             if holds():
                 return
             time.sleep(0.25)
@@ -298,6 +300,8 @@ def slurm_root(tmp_path_factory):
         pytest.skip("Debian's packages of Slurm cannot be had: " + got.stderr.strip()[-200:])
     for package in packages.iterdir():
         subprocess.run(["dpkg-deb", "-x", package, root], check=True)
+    for program in (root / "usr" / "sbin").glob("*-wlm"):  # Debian 13's daemons start under their own names only
+        program.with_name(program.name[:-len("-wlm")]).symlink_to(program.name)
     return root
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -1464,7 +1465,7 @@ def test_compare_waits_for_the_checkpoint_after_ctrl_c(tmp_path, status):
     shutil.copy(os.path.join(SCRIPTS, "compare"), tmp_path / "scripts")
     for name in ("lighthouse", "dense"):
         trainer = tmp_path / f"train_gpt_{name}_cpu"
-        trainer.write_text(f'''#!{sys.executable}
+        trainer.write_text(f'''#!/usr/bin/env python3
 import pathlib, signal, sys, time
 def stop(number, frame):
     time.sleep(1)
@@ -1475,7 +1476,7 @@ pathlib.Path(sys.argv[-1], "begun").touch()
 time.sleep(60)
 ''')
         trainer.chmod(0o755)
-    recipe = f"{sys.executable} scripts/compare --run --backend cpu --out pair -- --steps 8\ntrue\n"
+    recipe = f"{shlex.quote(sys.executable)} scripts/compare --run --backend cpu --out pair -- --steps 8\ntrue\n"
     process = subprocess.Popen(["sh", "-c", recipe], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
     for _ in range(1000):
