@@ -12,6 +12,12 @@ PYTHON = .venv/bin/python
 GPU_TESTS = build/test_gpu_ops build/test_gpu_ops_fp32 build/test_gpu_attention build/test_gpu_attention_fp32 \
             build/test_gpu_model build/test_gpu_model_fp32
 
+ifneq ($(MAKECMDGOALS),help)
+ifneq ($(shell test -w . && echo yes),yes)
+$(error this user may not write to $(CURDIR), where make builds and .venv, data and runs go: take a copy of your own)
+endif
+endif
+
 # What the machine has. It is looked at on every make, and what depends on it is rebuilt only when it has changed.
 ifneq ($(filter-out help clean deps deps-test quickstart test test-mpi test-gpu,$(or $(MAKECMDGOALS),all)),)
 ifneq ($(shell mkdir -p build && CXX="$(CXX)" GPU_COMPUTE_CAPABILITY="$(GPU_COMPUTE_CAPABILITY)" scripts/probe > build/config.new && \
@@ -75,7 +81,7 @@ deps-test:
 
 quickstart:
 	scripts/setup
-	$(MAKE) $(if $(shell nvidia-smi -L 2> /dev/null),all,cpu)
+	$(MAKE) $(if $(filter 0,$(shell scripts/gpus)),cpu,all)
 	scripts/quickstart
 
 # Every test; closes with "N passed, N failed".
@@ -83,7 +89,7 @@ test:
 	scripts/setup test
 	$(MAKE) all $(CPU_TESTS)
 	dev/run_tests
-	@if nvidia-smi -L > /dev/null 2>&1; then $(MAKE) test-gpu; fi
+	@if [ "$$(scripts/gpus)" != 0 ]; then $(MAKE) test-gpu; fi
 
 # Several ranks against one, on the CPU backend with mpirun; part of make test.
 test-mpi:

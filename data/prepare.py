@@ -129,8 +129,12 @@ def need(module, package, why):
     except ImportError as e:
         command = [sys.executable or "python3", "-m", "pip", "install", package]
         if not install_packages:
-            raise Failure("%s needs the Python package '%s' (%s); install it: %s, or give --install"
-                          % (why, package, e, shlex.join(command)))
+            python = os.path.join(os.path.dirname(DATA_DIR), ".venv", "bin", "python")  # scripts/setup's
+            there = os.access(python, os.X_OK) and not subprocess.run(
+                [python, "-c", "import " + module], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
+            raise Failure("%s needs the Python package '%s' (%s); %s, or give --install" % (
+                why, package, e, "call " + shlex.join(map(os.path.relpath, (python, __file__))) + ", which has it"
+                if there else "install it: " + shlex.join(command)))
     print("installing %s" % package, file=sys.stderr)
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:

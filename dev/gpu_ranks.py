@@ -18,7 +18,7 @@ import tempfile
 import time
 
 import gpu_parity
-from gpu_parity import STEPS, SWITCH, T, check, command_of, events, losses, model_bytes, worst_difference
+from gpu_parity import ROOT, STEPS, SWITCH, T, check, command_of, events, losses, model_bytes, worst_difference
 
 PROGRAM = "train_gpt_lighthouse"
 GEOMETRY = ["--attention", "DLLL", "--switch-step", str(SWITCH), "--channels", "256", "--heads", "4", "--total-batch-size", str(4 * T)]
@@ -31,7 +31,7 @@ DEEP = ["--depth", "23", "--switch-step", "0"]
 def gpus():
     if not shutil.which("nvidia-smi"):
         raise SystemExit("error: nvidia-smi is not there: dev/gpu_ranks.py wants a machine with several NVIDIA GPUs")
-    return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.count("GPU ")
+    return int(subprocess.check_output([os.path.join(ROOT, "scripts", "gpus")]))
 
 
 def mpirun(ranks):

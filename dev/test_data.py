@@ -851,7 +851,14 @@ def test_packages_are_installed_when_asked_for(tmp_path, capsys, monkeypatch):
         return subprocess.CompletedProcess(command, 1, stderr="one\nERROR: no such package\n")
 
     argv = ["--source", "hf", "--hf-name", "x", "--out", tmp_path / "out"]
-    fails(capsys, argv, 1, "needs the Python package 'datasets' .*pip install datasets, or give --install")
+    venv = tmp_path / "checkout" / ".venv" / "bin" / "python"
+    monkeypatch.setattr(prepare, "DATA_DIR", str(tmp_path / "checkout" / "data"))
+    fails(capsys, argv, 1, "needs the Python package 'datasets' .*install it: .*pip install datasets, or give --install")
+    venv.parent.mkdir(parents=True)
+    for has_it, hint in ((1, "install it: .*pip install datasets"), (0, r"call .*\.venv/bin/python data/prepare\.py")):
+        venv.write_text("#!/bin/sh\nexit %d\n" % has_it)
+        venv.chmod(0o755)
+        fails(capsys, argv, 1, "needs the Python package 'datasets' .*%s.*, or give --install" % hint)
     monkeypatch.setattr(prepare.subprocess, "run", pip)
     fails(capsys, argv + ["--install"], 1, "pip install datasets' failed: ERROR: no such package")
     assert calls == [["-m", "pip", "install", "datasets"]]
@@ -1373,7 +1380,7 @@ def test_bad_tokenizers(tmp_path, capsys, monkeypatch):
         fails(capsys, base + [tmp_path / (name + ".json"), "--eot-token", "a"], 1, "%s.json .*(%s)" % (name, pattern))
     # a package that is missing
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    fails(capsys, base + [path], 1, "needs the Python package 'tokenizers'.*pip install tokenizers")
+    fails(capsys, base + [path], 1, "needs the Python package 'tokenizers'.*(pip install tokenizers|which has it), or give")
 
 
 def test_ranks_not_to_be_had(tmp_path, monkeypatch):

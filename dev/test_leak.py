@@ -35,7 +35,7 @@ def test_every_kind(kind):
                                             ("DL", 1.39, 0)])
 def test_exit_status(tmp_path, kind, loss, code):
     trainer = tmp_path / "trainer"
-    trainer.write_text(f"""#!{sys.executable}
+    trainer.write_text(f"""#!/usr/bin/env python3
 import sys
 from pathlib import Path
 folder = Path([x.split("=")[1] for x in sys.argv if x.startswith("--out-dir")][0])

@@ -12,11 +12,13 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 
@@ -1463,7 +1465,7 @@ def test_compare_waits_for_the_checkpoint_after_ctrl_c(tmp_path, status):
     shutil.copy(os.path.join(SCRIPTS, "compare"), tmp_path / "scripts")
     for name in ("lighthouse", "dense"):
         trainer = tmp_path / f"train_gpt_{name}_cpu"
-        trainer.write_text(f'''#!{sys.executable}
+        trainer.write_text(f'''#!/usr/bin/env python3
 import pathlib, signal, sys, time
 def stop(number, frame):
     time.sleep(1)
@@ -1474,7 +1476,7 @@ pathlib.Path(sys.argv[-1], "begun").touch()
 time.sleep(60)
 ''')
         trainer.chmod(0o755)
-    recipe = f"{sys.executable} scripts/compare --run --backend cpu --out pair -- --steps 8\ntrue\n"
+    recipe = f"{shlex.quote(sys.executable)} scripts/compare --run --backend cpu --out pair -- --steps 8\ntrue\n"
     process = subprocess.Popen(["sh", "-c", recipe], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
     for _ in range(1000):
@@ -1674,6 +1676,58 @@ def test_setup_installs_what_is_missing_as_root(tmp_path):
     assert "-m pip" in machine.setup()[1]
 
 
+def test_what_is_missing_is_a_line_to_paste(tmp_path, monkeypatch):
+    """In a folder with a space too."""
+    model(tmp_path / "model.bin", positions="rope")
+    write_log(tmp_path / "run", first_events())
+    monkeypatch.setattr(sys, "executable", "/my work/.venv/bin/python")
+    for module, script, args in (("gguf", export_gguf, (tmp_path / "model.bin", tmp_path / "model.gguf")),
+                                 ("tensorboard", load("export_log"), (tmp_path / "run", "--tensorboard", tmp_path))):
+        monkeypatch.setitem(sys.modules, module, None)
+        assert refused(script, *args).endswith(f": '/my work/.venv/bin/python' -m pip install {module}")
+
+
+# ---- which GPUs a program sees -------------------------------------------------------------------------------------
+
+def with_gpus(folder, count):
+    """The environment of a machine whose nvidia-smi lists so many."""
+    (folder / "path").mkdir(exist_ok=True)
+    lines = "".join(f"GPU {i}: NVIDIA H100 (UUID: GPU-{i}a)\\n  MIG 1g.10gb Device 0: (UUID: MIG-{i}b)\\n" for i in range(count))
+    (folder / "path" / "nvidia-smi").write_text(f'#!/bin/sh\nprintf "{lines}"\n')
+    (folder / "path" / "nvidia-smi").chmod(0o755)
+    kept = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    return dict(kept, PATH=f"{folder / 'path'}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize("visible,count", [
+    (None, 3), ("", 0), ("-1", 0), ("0", 1), ("2,0", 2), ("0, 1", 2), ("3", 0), ("0,3,1", 1), ("0,-1,1", 1),
+    ("GPU-0a,GPU-2a", 2), ("MIG-1b", 1), ("NoDevFiles", 0)])
+def test_gpus(tmp_path, visible, count):
+    for there in (3, 0):
+        env = with_gpus(tmp_path, there)
+        if visible is not None:
+            env["CUDA_VISIBLE_DEVICES"] = visible
+        assert subprocess.check_output([os.path.join(SCRIPTS, "gpus")], env=env, text=True) == f"{count * there // 3}\n"
+
+
+@pytest.mark.parametrize("visible,backend", [("", "cpu"), ("-1", "cpu"), ("0", "cuda"), (None, "cuda")])
+def test_quickstart_on_a_machine_with_a_gpu(tmp_path, visible, backend):
+    """Where CUDA_VISIBLE_DEVICES hides the GPU, both make and scripts/quickstart take the CPU."""
+    for name in ("Makefile", "scripts/gpus", "scripts/quickstart"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(os.path.join(ROOT, name), tmp_path / name)
+    env = dict(with_gpus(tmp_path, 1), **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))
+    for name in ("train_gpt_lighthouse", ".venv/bin/python"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("#!/bin/sh\necho called: $*\n")
+        (tmp_path / name).chmod(0o755)
+    made = subprocess.check_output(["make", "-n", "quickstart", "MAKE=echo making"], cwd=tmp_path, env=env, text=True)
+    assert ("making all" if backend == "cuda" else "making cpu") in made.splitlines()
+    done = subprocess.check_output([tmp_path / "scripts" / "quickstart"], env=env, text=True)
+    assert f"called: scripts/compare --run --brief --backend {backend} " in done
+    assert f"./train_gpt_lighthouse{'_cpu' * (backend == 'cpu')} --model runs/quickstart" in done
+
+
 # ---- probe: a CUDA of version 99, which no machine has, made of a few lines -----------------------------------------
 
 def shared_library(path, source):
@@ -1768,7 +1822,9 @@ def test_make_says_why_there_is_no_gpu_program(tmp_path):
 def test_make_installs_what_its_tests_need(tmp_path, target):
     """On a clean clone, before it looks at what the machine has; for the GPU's tests, whose references may have been brought
     along, only where they and PyTorch are missing, and they go on without."""
-    shutil.copy(os.path.join(ROOT, "Makefile"), tmp_path)
+    (tmp_path / "scripts").mkdir()
+    for name in ("Makefile", "scripts/gpus"):
+        shutil.copy(os.path.join(ROOT, name), tmp_path / name)
     for name, status in (("scripts/setup", int(target == "test-gpu")), ("scripts/probe", 0), ("dev/run_tests", 0), ("dev/run_gpu_tests", 0),
                          ("nvidia-smi", 1)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -1789,6 +1845,19 @@ def test_make_installs_what_its_tests_need(tmp_path, target):
         (tmp_path / "build" / "oracle").mkdir()
         (tmp_path / "build" / "oracle" / "deep.bin").touch()
         assert calls() == ["scripts/probe", end]
+
+
+def test_make_in_a_folder_of_somebody_else():
+    """One line says what to do, whatever the target; make help needs no more than to be read."""
+    with tempfile.TemporaryDirectory() as folder:  # tmp_path is nobody else's to enter
+        shutil.copy(os.path.join(ROOT, "Makefile"), folder)
+        os.chmod(folder, 0o555)
+        other = dict(user=65534) if os.getuid() == 0 else {}
+        for target in ("all", "quickstart", "test"):
+            done = subprocess.run(["make", target], cwd=folder, capture_output=True, text=True, **other)
+            assert done.returncode and re.fullmatch(
+                f"Makefile:.*this user may not write to {folder}, .* take a copy of your own.  Stop.\n", done.stderr)
+        assert subprocess.run(["make", "help"], cwd=folder, stdout=subprocess.DEVNULL, **other).returncode == 0
 
 
 def test_probe_finds_pips_wheels(tmp_path):
@@ -1829,6 +1898,21 @@ def test_probe_says_why_a_library_will_not_do(tmp_path):
         assert "is not for CUDA 99" in found["PROBE_CUDA"] and "NVCC" not in found
     fake_cuda(tmp_path / "old", "12.3")
     assert 'old/bin/nvcc is of CUDA "12.3"; 12.4 or newer' in probed(CUDA_HOME=tmp_path / "old")["PROBE_CUDA"]
+
+
+def test_probe_names_a_path_with_a_space(tmp_path):
+    """Of pip's wheels in a folder such as "my work", be it the compiler or a library."""
+    site = tmp_path / "my work" / "nvidia"
+    fake_cuda(site / "cu99")
+    fake_cudnn(site / "cudnn", "libcudnn.so.9")
+    end = " is a path with a space, which the options of compilers cannot name"
+    wheels = dict(PYTHONPATH=site.parent, cwd=tmp_path, NVCC="", PATH="/usr/bin:/bin")
+    if not shutil.which("nvcc", path="/usr/bin:/bin:/usr/local/cuda/bin"):
+        assert probed(**wheels)["PROBE_CUDA"] == f" not built: {site}/cu99/bin/nvcc{end}"
+    assert probed(**dict(wheels, CUDA_HOME=site / "cu99"))["PROBE_CUDA"] == f" not built: {site}/cu99/bin/nvcc{end}"
+    fake_cuda(tmp_path / "cuda")
+    fake_cublas(tmp_path / "cuda", "libcublasLt.so")
+    assert f"{site}/cudnn{end} (install" in probed(**dict(wheels, CUDA_HOME=tmp_path / "cuda"))["PROBE_CUDA"]
 
 
 @pytest.mark.parametrize("name", ["compare", "export_hf", "import_hf", "export_llmc", "export_gguf"])
