@@ -242,6 +242,8 @@ class Slurm:
         self.env = dict(os.environ, SLURM_CONF=f"{folder}/slurm.conf", LD_LIBRARY_PATH=f"{library}:{library.parent}",
                         PATH=f"{root}/usr/bin:{root}/usr/sbin:{os.environ['PATH']}", MPI="none",
                         OMP_NUM_THREADS="1", TRAINER="./train_gpt_lighthouse_cpu", DATA=f"{folder}/data")
+        if int(re.search(r"(\d+)\.", self.ask("sinfo", "-V")).group(1)) >= 23:  # from there on it needs no cgroups,
+            (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")     # which a container may not have
         self.daemons, self.log = [], open(folder / "daemons.log", "wb")
         for command in (["slurmctld", "-D", "-c"], ["slurmd", "-D", "-N", host, "-d", root / "usr/sbin/slurmstepd"]):
             self.daemons.append(subprocess.Popen([shutil.which(command[0], path=self.env["PATH"]), *command[1:]],
