@@ -217,7 +217,8 @@ def unpack_checkpoint(head, path, size):
         raise FileError(f"{path} is damaged: wrong checksum of the header")
     file_bytes = int.from_bytes(head[2064:2072], "little")
     if size != file_bytes:
-        raise FileError(f"{path} is damaged: {size} bytes, its header says {file_bytes}")
+        raise FileError(f"{path}: {size} bytes, but one of its header's sizes has {file_bytes}: it is cut, or of another "
+                        "program")
     config = unpack_header(head[1024:2048], f"{path} (model header inside the checkpoint)")
     if config.dtype != "float32":
         raise FileError(f"{path}: the model header inside the checkpoint has version {config.version()}, wanted 3 "
