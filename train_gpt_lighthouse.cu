@@ -5561,6 +5561,10 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
     if (trains) say("%s: %zu shard(s), %ld sequences of %ld tokens, %ld of %ld tokens in none; ", c->train_data,
                     t->train.shards.size(), t->train.sequences, c->seq_len, t->train.unused, t->train.tokens);
     say("%s%s\n", t->has_val ? "validation on " : "no validation", c->val_data);
+    if (trains && t->train.unused > 0.05 * t->train.tokens)
+        say("note: %.0f%% of the training tokens are never seen: a sequence ends with its shard. Longer shards "
+            "(--shard-tokens of data/prepare.py) or a shorter --seq-len use more\n",
+            100.0 * t->train.unused / t->train.tokens);
     say("batch       %ld tokens a step: %ld micro-step(s) of %ld x %ld on %d %s\n", c->total_batch_size,
         t->accumulation, c->batch_size, c->seq_len, procs.dp, procs.cp > 1 ? "group(s)" : "process(es)");
     double tokens = (double)t->steps * c->total_batch_size;
