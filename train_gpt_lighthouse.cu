@@ -5953,9 +5953,9 @@ static void write_sample(Trainer* t) {
 static double seconds_left(const Trainer* t, Phase phase, int64_t window) {
     const RunState* s = &t->state;
     const Model* m = &t->model;
-    int64_t T = t->config.seq_len, at_switch = std::max(s->step, t->switch_step);
+    int64_t T = t->config.seq_len;
     double dense_step = step_flops(m, DENSE_PHASE, 0, T, 1) / step_flops(m, phase, window, T, 1);  // of this phase's
-    double left = (at_switch - s->step) + (t->steps - at_switch) * dense_step;
+    double left = (t->switch_step - s->step) + (t->steps - t->switch_step) * dense_step;
     return left * s->phase_s[phase] / s->phase_steps[phase];
 }
 

@@ -611,7 +611,7 @@ def test_ranks_with_other_files_are_named(lab, reference, different):
             (folder / "out").symlink_to(lab.folder)
         command = lab.command("run", batch_size=2, train_data="train-data", val_data="val-data", model="model", depth=None,
                               channels=None, heads=None, sample_every=0) + ["--out-dir", "out/run"]
-        commands.append(["--wdir", folder, *command])
+        commands.append(["env", "-C", folder, *command])
     lab.ends(together(lab, *commands), 20, "error: rank 1", different if different != "out-dir" else "folder that all hosts share")
     assert not list(lab.folder.glob("run/*.bin"))
 
