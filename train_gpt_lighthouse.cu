@@ -1171,7 +1171,6 @@ static void loader_init(Loader* d, const char* pattern, int64_t T, bool shuffle,
               "or prepare more data", pattern, d->shards.size(), d->tokens, T + 1);
 }
 
-
 // The vocabulary of a model may be padded, but not by as much as separates it from another tokenizer's.
 static void check_tokenizer(const char* model, int64_t vocab, const std::string& path, int ids) {
     if (ids <= vocab && vocab - ids < 1024) return;
@@ -4595,7 +4594,6 @@ static std::string model_file_open(ModelFile* f, const char* path) {
     return why;
 }
 
-
 // Whether a run can have come to this state. What must be as in this run's options is compared with them elsewhere.
 static bool state_possible(const RunState* s) {
     for (double t : {s->train_s, s->wall_s, s->phase_s[0], s->phase_s[1]}) if (!(t >= 0 && t < 1e12)) return false;
@@ -4692,7 +4690,6 @@ static std::string weights_read(const Model* m, const char* path, bool keep) {
     close(f.fd);
     return why;
 }
-
 
 // A file on its way to its final name, which all processes write to. A network file system's client may write whole
 // pages where only parts are its own, if it has read the page or believes that the file ends before it. So the file has
@@ -4969,7 +4966,6 @@ struct Copying {
     };
     std::vector<Distance> distances;
 };
-
 
 // Adds the loss and the right guesses of rows [row, row + n) of the last trunk's output.
 static void score_rows(Model* m, int64_t row, int64_t n, const int* targets /*(n)*/, double* loss, double* right) {
@@ -5607,7 +5603,6 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
     say("\n");
 }
 
-
 // Checks the batch, the steps and Lighthouse's settings, and chooses those that were left open.
 static void setup_run(Trainer* t) {
     Config* c = &t->config;
@@ -5664,7 +5659,6 @@ static void compare_lines(const std::string& lines) {
     }
     barrier();  // nobody goes on, perhaps into an error that hides this one
 }
-
 
 static void setup_processes(const Config* c) {
     hang_timeout = c->hang_timeout;
