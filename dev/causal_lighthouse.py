@@ -12,6 +12,8 @@ The first --share of the steps runs the pattern, the rest is dense in every laye
     --parents        an expanded slot stays beside its children (as published); without it only the leaves are
                      kept, which cover every earlier token exactly once
     --log-c          log(c) is added to the logit of a slot that stands for c tokens
+    --pool-rotated   a slot's key is the mean of the rotated keys that it covers, so that its logit is the mean of
+                     theirs; without it their mean, rotated at the last of them (as published)
     --score qk|k|spread|random   what is expanded: half by |q|, half by |k| (as published); all by |k|; all by the
                      distance of a key from the mean of its parent; at random
     --quota 0        no selection: every earlier tile is seen as its coarsest entries alone
@@ -260,6 +262,7 @@ class Pyramid:
     score: str = "qk"
     parents: bool = False
     log_c: bool = False
+    pool_rotated: bool = False
 
     def check(self, T):
         coarsest = self.tile / self.pool ** (self.levels - 1)
@@ -425,7 +428,8 @@ def causal_lighthouse(q, k, v, rope, backend, c):
         count = c.pool ** level
         keys, values = k_rotated, v
         if level > 0:
-            keys, values = pool_means_rotated(k, count, *rope), pool_means(v, count)
+            keys = pool_means(k_rotated, count) if c.pool_rotated else pool_means_rotated(k, count, *rope)
+            values = pool_means(v, count)
         first = torch.arange(tiles, device=q.device).view(1, tiles, 1, 1) * (c.tile // count)
         slots += [take_entries(x, first + entries) for x in (keys, values)]
         bias.append(math.log(count) if c.log_c else 0.0)
@@ -522,7 +526,8 @@ class GPT(torch.nn.Module):
         super().__init__()
         C, L = o.channels, o.layers
         self.o, self.dtype, self.device = o, dtype, device
-        self.pyramid = Pyramid(o.tile, o.levels, o.pool, o.quota, o.score, o.parents, o.log_c)
+        self.pyramid = Pyramid(o.tile, o.levels, o.pool, o.quota, o.score, o.parents, o.log_c,
+                               o.pool_rotated)
         self.rope = rope_table(o.seq_len, C // o.heads, o.rope_theta, device, torch.promote_types(dtype, torch.float32))
         shapes = [("wte", PADDED_VOCAB, C), ("lnfw", C), ("lnfb", C)]
         for l in range(L):
@@ -697,6 +702,8 @@ def variant_of(o):
         key.update({name: getattr(o, name) for name in ("tile", "levels", "pool", "quota", "score")})
     if "C" in o.pattern:
         key.update(parents=o.parents, log_c=o.log_c)
+        if o.pool_rotated:
+            key["pool_rotated"] = True
     return key
 
 
@@ -707,7 +714,8 @@ def name_of(o):
     if set(o.pattern) & set("LC"):
         name += f" tile {o.tile} L{o.levels} p{o.pool} m{o.quota}" + (f" {o.score}" if o.quota else "")
     if "C" in o.pattern:
-        name += (" parents" if o.parents else " leaves") + (" log c" if o.log_c else "")
+        name += (" parents" if o.parents else " leaves") + (" log c" if o.log_c else "") + \
+            (" pooled rotated" if o.pool_rotated else "")
     return f"{name} share {o.share} seed {o.seed}"
 
 
@@ -999,7 +1007,7 @@ def check(o):
     if o.channels % (2 * o.heads):
         raise ValueError(f"--channels {o.channels} must be divisible by 2 * heads = {2 * o.heads}")
     if set(o.pattern) & set("LC"):
-        Pyramid(o.tile, o.levels, o.pool, o.quota, o.score, o.parents, o.log_c).check(o.seq_len)
+        Pyramid(o.tile, o.levels, o.pool, o.quota, o.score, o.parents, o.log_c, o.pool_rotated).check(o.seq_len)
     if "L" in o.pattern and o.quota == 0:
         raise ValueError("--quota 0 is a variant of C; L selects")
     if not 0 <= o.share <= 1:
@@ -1031,6 +1039,7 @@ def main():
     p.add_argument("--score", choices=["qk", "k", "spread", "random"], default="qk", help="what C and L expand")
     p.add_argument("--parents", action="store_true", help="C keeps expanded slots")
     p.add_argument("--log-c", action="store_true", help="C adds log(c) to the logits of slots")
+    p.add_argument("--pool-rotated", action="store_true", help="C's keys are pooled after their rotation")
     p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--rope-theta", type=float, default=500000.0)
     p.add_argument("--backend", choices=["auto", *BACKENDS], default="auto",

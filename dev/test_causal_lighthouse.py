@@ -49,7 +49,8 @@ def stated(q, k, v, c):
             count = c.pool ** level
             covered = slice(i * count, (i + 1) * count)
             last = torch.tensor([(i + 1) * count - 1])
-            keys.append(oracle.rotate(k[covered].mean(0, keepdim=True), last, ROPE))
+            keys.append(keys[0][covered].mean(0, keepdim=True) if c.pool_rotated else
+                        oracle.rotate(k[covered].mean(0, keepdim=True), last, ROPE))
             values.append(v[covered].mean(0, keepdim=True))
             bias.append(torch.full((1,), math.log(count) if c.log_c else 0.0, dtype=q.dtype))
             seen.append((tokens // c.tile > tile)[:, None])
@@ -60,6 +61,7 @@ def stated(q, k, v, c):
 VARIANTS = [cl.Pyramid(tile=32, levels=levels, pool=pool, quota=quota, parents=parents, log_c=log_c)
             for (levels, pool, quota), parents, log_c in itertools.product(
                 [(2, 4, 4), (3, 2, 4), (3, 4, 2), (4, 2, 2)], (False, True), (False, True))]
+VARIANTS += [cl.Pyramid(tile=32, levels=3, pool=2, quota=4, log_c=log_c, pool_rotated=True) for log_c in (False, True)]
 
 
 def run(q, k, v, c, backend="plain"):
@@ -139,7 +141,7 @@ def test_window(shifted):
 
 def options(**changed):
     defaults = dict(pattern="C", seq_len=256, batch=1, layers=2, channels=32, heads=2, window=32, tile=32, levels=3,
-                    pool=2, quota=4, score="qk", parents=False, log_c=True, seed=1, rope_theta=ROPE, backend="plain")
+                    pool=2, quota=4, score="qk", parents=False, log_c=True, pool_rotated=False, seed=1, rope_theta=ROPE, backend="plain")
     return argparse.Namespace(**{**defaults, **changed})
 
 
