@@ -2449,6 +2449,16 @@ static size_t sdpa_workspace_bytes;
 // The deterministic backward keeps 2 B H T^2 bytes. Above this many it runs head by head and needs 2 T^2.
 [[maybe_unused]] static int64_t sdpa_deterministic_bytes = (int64_t)8 << 30;
 
+// What a call runs over: B sequences of T queries, each of which sees the keys up to its own place or, in a cross call,
+// all Tk keys of another tensor. q, and k with v C further, are parts of packed (..., 3, H, D) tensors.
+struct SdpaShape {
+    int B, H, D, cross;                // in a cross call dq is (B,T,H,D), not packed as q is
+    int64_t T, Tk;
+    int64_t q_step, k_step, out_step;  // rows from one sequence's first to the next one's
+    int64_t stats_step, stats_head;    // and elements from one sequence's, one head's statistics to the next one's
+};
+static SdpaShape causal_shape(int B, int64_t T, int H, int D) { return {B, H, D, false, T, T, T, T, T, H * T, T}; }
+
 #ifndef FLOATX_FP32  // cuDNN's; below, plain kernels of the tests
 static void cuda_check(cudnnStatus_t status, const char* call, const char* file, int line) {
     if (status == CUDNN_STATUS_SUCCESS) return;
@@ -2547,10 +2557,10 @@ static const struct {
     {{}, CUDNN_BACKEND_OPERATION_RESHAPE_DESCRIPTOR, {}, {}, {}, {}, CUDNN_ATTR_OPERATION_RESHAPE_YDESC,
      CUDNN_ATTR_OPERATION_RESHAPE_XDESC}};
 
-// A plan is for one shape. The tensors may be one head of a wider tensor: heads sets the strides, H the work.
+// A plan is for one shape; its B and H, the work, may be 1 where the strides are those of more.
 struct SdpaPlan {
-    int B, H, heads, D;
-    int64_t T;
+    SdpaShape s;
+    int B, H;
     bool backward, stats, deterministic;
     CudnnNode plan;
     int64_t workspace;              // bytes that cuDNN asks for
@@ -2586,25 +2596,29 @@ struct SdpaLayout {
 };
 static SdpaLayout sdpa_layout(const SdpaPlan* p, SdpaTensor id) {
     const cudnnDataType_t F32 = CUDNN_DATA_FLOAT, BF16 = CUDNN_DATA_BFLOAT16;
-    int64_t B = p->B, H = p->H, T = p->T, D = p->D, C = (int64_t)p->heads * D;
-    SdpaLayout packed = {BF16, {B, H, T, D}, {3 * C * T, D, 3 * C, 1}};
-    SdpaLayout packed_t = {BF16, {B, H, D, T}, {3 * C * T, D, 1, 3 * C}};
-    SdpaLayout TT = {F32, {B, H, T, T}, {H * T * T, T * T, T, 1}};
+    const SdpaShape* s = &p->s;
+    int64_t B = p->B, H = p->H, T = s->T, Tk = s->Tk, D = s->D, C = (int64_t)s->H * D;
+    SdpaLayout q = {BF16, {B, H, T, D}, {3 * C * s->q_step, D, 3 * C, 1}};
+    SdpaLayout k = {BF16, {B, H, Tk, D}, {3 * C * s->k_step, D, 3 * C, 1}};
+    SdpaLayout k_t = {BF16, {B, H, D, Tk}, {3 * C * s->k_step, D, 1, 3 * C}};
+    SdpaLayout scores = {F32, {B, H, T, Tk}, {H * T * Tk, T * Tk, Tk, 1}};
     switch (id) {
-        case SDPA_Q: case SDPA_DQ: case SDPA_DK: case SDPA_DV: case SDPA_K_ROWS: return packed;
-        case SDPA_K: return packed_t;
-        case SDPA_V: return p->backward ? packed_t : packed;
-        case SDPA_O: case SDPA_DO: return {BF16, {B, H, T, D}, {C * T, D, C, 1}};
+        case SDPA_Q: return q;
+        case SDPA_DQ: if (!s->cross) return q; return {BF16, {B, H, T, D}, {C * T, D, C, 1}};
+        case SDPA_DK: case SDPA_DV: case SDPA_K_ROWS: return k;
+        case SDPA_K: return k_t;
+        case SDPA_V: return p->backward ? k_t : k;
+        case SDPA_O: case SDPA_DO: return {BF16, {B, H, T, D}, {C * s->out_step, D, C, 1}};
         case SDPA_DO_O: case SDPA_DQ_SUM: return {F32, {B, H, T, D}, {H * T * D, T * D, D, 1}};
-        case SDPA_STATS: return {F32, {B, H, T, 1}, {p->heads * T, T, 1, 1}};
+        case SDPA_STATS: return {F32, {B, H, T, 1}, {s->stats_step, s->stats_head, 1, 1}};
         case SDPA_TOP: case SDPA_SUM: case SDPA_LOG_SUM: case SDPA_DO_O_SUM: case SDPA_DOT:
             return {F32, {B, H, T, 1}, {H * T, T, 1, 1}};
         case SDPA_SCALE: case SDPA_MASKED: case SDPA_ONE: return {F32, {1, 1, 1, 1}, {1, 1, 1, 1}};
-        case SDPA_WEIGHTS_T: case SDPA_DS_T: return {BF16, {B, H, T, T}, {H * T * T, T * T, 1, T}};
-        case SDPA_WEIGHTS: TT.type = BF16; return TT;
-        case SDPA_ROW: case SDPA_COLUMN: TT.type = CUDNN_DATA_INT32; return TT;
-        case SDPA_SEEN: TT.type = CUDNN_DATA_BOOLEAN; return TT;
-        default: return TT;
+        case SDPA_WEIGHTS_T: case SDPA_DS_T: return {BF16, {B, H, Tk, T}, {H * T * Tk, T * Tk, 1, Tk}};
+        case SDPA_WEIGHTS: scores.type = BF16; return scores;
+        case SDPA_ROW: case SDPA_COLUMN: scores.type = CUDNN_DATA_INT32; return scores;
+        case SDPA_SEEN: scores.type = CUDNN_DATA_BOOLEAN; return scores;
+        default: return scores;
     }
 }
 
@@ -2613,7 +2627,7 @@ static CudnnNode sdpa_tensor(SdpaGraph* g, SdpaTensor id) {
     SdpaPlan* p = g->plan;
     SdpaLayout layout = sdpa_layout(p, id);
     bool yes = true, passed = id < SDPA_PASSED && (id != SDPA_STATS || p->stats), scalar = passed && id >= SDPA_SCALE;
-    bool anywhere = id == SDPA_STATS && p->H < p->heads && p->T % 4;  // a head's statistics among others'
+    bool anywhere = id == SDPA_STATS && (p->s.stats_head % 4 || p->s.stats_step % 4);
     int64_t alignment = anywhere ? 4 : 16, unique = id;
     CudnnNode d = g->tensor[id] = cudnn_new(g, CUDNN_BACKEND_TENSOR_DESCRIPTOR);
     cudnn_set(d, CUDNN_ATTR_TENSOR_DATA_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &layout.type);
@@ -2659,12 +2673,15 @@ static void sdpa_build(SdpaPlan* p) {
         cudaCheck(cudnnSetStream(cudnn_handle, main_stream));
     }
     SdpaGraph graph = {p}, *g = &graph;
-    if (!p->backward) for (SdpaOp o : sdpa_forward_ops) sdpa_op(g, o);
-    else for (SdpaOp o : sdpa_backward_ops) {
-        if (p->deterministic && o.x == SDPA_DQ_SUM) continue;
+    auto add = [&](SdpaOp o) {
+        if (p->deterministic && o.x == SDPA_DQ_SUM) return;
         if (p->deterministic && o.y == SDPA_DQ_SUM) o.y = SDPA_DQ;
+        if (p->s.cross && o.y >= SDPA_ROW && o.y <= SDPA_CAUSAL) return;  // nothing is masked
+        if (p->s.cross && o.x == SDPA_CAUSAL) o.x = p->backward ? SDPA_SHIFTED : SDPA_SCALED;
         sdpa_op(g, o);
-    }
+    };
+    if (p->backward) for (SdpaOp o : sdpa_backward_ops) add(o);
+    else for (SdpaOp o : sdpa_forward_ops) add(o);
 
     CudnnNode operations = cudnn_new(g, CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR);
     cudnn_set(operations, CUDNN_ATTR_OPERATIONGRAPH_OPS, CUDNN_TYPE_BACKEND_DESCRIPTOR, g->ops_count, g->ops);
@@ -2701,10 +2718,10 @@ static void sdpa_build(SdpaPlan* p) {
     if (!p->plan) {
         char reason[1024] = "";
         cudnnGetLastErrorString(reason, sizeof(reason));
-        opRequire(false, "cuDNN %zu has no engine for the causal attention %s of B = %d, T = %ld, H = %d, D = %d in "
-                  "bf16 on this GPU (it needs compute capability 8.0 or newer, D a multiple of 8 up to 256, and the "
+        opRequire(false, "cuDNN %zu has no engine for the attention %s of B = %d, T = %ld on %ld keys, H = %d, D = %d "
+                  "in bf16 on this GPU (it needs compute capability 8.0 or newer, D a multiple of 8 up to 256, and the "
                   "graph, heuristic and engines libraries beside libcudnn); its last word: %s", cudnnGetVersion(),
-                  p->backward ? "backward" : "forward", p->B, p->T, p->H, p->D, reason);
+                  p->backward ? "backward" : "forward", p->B, p->s.T, p->s.Tk, p->H, p->s.D, reason);
     }
     cudaCheck(cudnnBackendGetAttribute(p->plan, CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, CUDNN_TYPE_INT64, 1, &count,
                                        &p->workspace));
@@ -2712,19 +2729,20 @@ static void sdpa_build(SdpaPlan* p) {
 }
 
 // The plan for the whole (B, H) or, for a deterministic backward that would take too much memory, for one head.
-static SdpaPlan* sdpa_plan(bool backward, bool stats, int B, int64_t T, int H, int D) {
-    static SdpaPlan plans[64];
+static SdpaPlan* sdpa_plan(bool backward, bool stats, const SdpaShape& s) {
+    static SdpaPlan plans[512];
     static int plans_count;
-    SdpaPlan want = {B, H, H, D, T, backward, stats, backward && sdpa_deterministic, NULL, 0, {}, 0};
-    if (want.deterministic && 2 * (double)B * H * T * T > (double)sdpa_deterministic_bytes) want.B = want.H = 1;
+    SdpaPlan want = {s, s.B, s.H, backward, stats, backward && sdpa_deterministic, NULL, 0, {}, 0};
+    if (want.deterministic && 2 * (double)s.B * s.H * s.T * s.Tk > (double)sdpa_deterministic_bytes) want.B = want.H = 1;
     for (int i = 0; i < plans_count; i++) {
         SdpaPlan* p = &plans[i];
-        if (p->B == want.B && p->H == want.H && p->heads == H && p->D == D && p->T == T && p->backward == backward &&
+        if (!memcmp(&p->s, &s, sizeof s) && p->B == want.B && p->H == want.H && p->backward == backward &&
             p->stats == stats && p->deterministic == want.deterministic) return p;
     }
-    opRequire(T > 0 && B > 0 && B < 65536 && H > 0 && D % 8 == 0, "attention over B = %d sequences or windows of T = "
-              "%ld, H = %d, D = %d: B must be 1 to 65535, D a multiple of 8, the others positive", B, T, H, D);
-    opRequire(plans_count < 64, "more than 64 attention shapes in one run: pad sequences to a few lengths");
+    opRequire(s.T > 0 && s.Tk > 0 && s.B > 0 && s.B < 65536 && s.H > 0 && s.D % 8 == 0, "attention over B = %d "
+              "sequences or windows of T = %ld, H = %d, D = %d: B must be 1 to 65535, D a multiple of 8, the others "
+              "positive", s.B, s.T, s.H, s.D);
+    opRequire(plans_count < 512, "more than 512 attention shapes in one run: pad sequences to a few lengths");
     sdpa_build(&want);
     plans[plans_count] = want;
     return &plans[plans_count++];
@@ -2732,10 +2750,10 @@ static SdpaPlan* sdpa_plan(bool backward, bool stats, int B, int64_t T, int H, i
 
 static int64_t round_up_256(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 static int64_t sdpa_dq_sum_bytes(const SdpaPlan* p) {
-    return p->backward && !p->deterministic ? round_up_256(4 * (int64_t)p->B * p->H * p->T * p->D) : 0;
+    return p->backward && !p->deterministic ? round_up_256(4 * (int64_t)p->B * p->H * p->s.T * p->s.D) : 0;
 }
 static int64_t sdpa_dot_bytes(const SdpaPlan* p) {
-    return p->backward ? round_up_256(4 * (int64_t)p->B * p->H * p->T) : 0;
+    return p->backward ? round_up_256(4 * (int64_t)p->B * p->H * p->s.T) : 0;
 }
 static int64_t sdpa_plan_bytes(const SdpaPlan* p) {
     return sdpa_dq_sum_bytes(p) + sdpa_dot_bytes(p) + round_up_256(p->workspace);
@@ -2743,18 +2761,17 @@ static int64_t sdpa_plan_bytes(const SdpaPlan* p) {
 
 // Builds what a shape needs, about a second each the first time on a machine, and returns the bytes of workspace for
 // it: called before training for every shape of the run, so that nothing is compiled or allocated later.
-static int64_t sdpa_prepare(int B, int64_t T, int H, int D, bool need_stats, bool backward) {
-    int64_t bytes = sdpa_plan_bytes(sdpa_plan(false, need_stats, B, T, H, D));
-    return backward ? std::max(bytes, sdpa_plan_bytes(sdpa_plan(true, true, B, T, H, D))) : bytes;
+static int64_t sdpa_prepare(bool backward, bool stats, const SdpaShape& s) {
+    return sdpa_plan_bytes(sdpa_plan(backward, stats, s));
 }
 
 // at[id] is where tensor id lies.
 static void sdpa_run(const SdpaPlan* p, void* (&at)[SDPA_PASSED]) {
     int64_t bytes = sdpa_plan_bytes(p);
     opRequire(bytes <= (int64_t)sdpa_workspace_bytes, "attention over B = %d, T = %ld, H = %d, D = %d needs %ld bytes "
-              "of workspace, the plan took %zu: sdpa_prepare() was not asked for this shape", p->B, p->T, p->H, p->D,
-              bytes, sdpa_workspace_bytes);
-    float scale = 1.0f / sqrtf((float)p->D), masked = -INFINITY, one = 1.0f;
+              "of workspace, the plan took %zu: sdpa_prepare() was not asked for this shape", p->B, p->s.T, p->H,
+              p->s.D, bytes, sdpa_workspace_bytes);
+    float scale = 1.0f / sqrtf((float)p->s.D), masked = -INFINITY, one = 1.0f;
     at[SDPA_SCALE] = &scale;
     at[SDPA_MASKED] = &masked;
     at[SDPA_ONE] = &one;
@@ -2780,33 +2797,35 @@ static void sdpa_run(const SdpaPlan* p, void* (&at)[SDPA_PASSED]) {
     cudaCheck(cudnnBackendDestroyDescriptor(pack));
 }
 
-static void sdpa_forward(floatX* out /*(B,T,H,D)*/, float* stats /*(B,H,T) or NULL*/, const floatX* qkv /*(B,T,3,H,D)*/,
-                         int B, int64_t T, int H, int D) {
-    SdpaPlan* p = sdpa_plan(false, stats != NULL, B, T, H, D);
-    floatX* x = (floatX*)qkv;  // cuDNN's interface knows no const
+static void sdpa_attend(floatX* out, float* stats /*or NULL*/, const floatX* q, const floatX* k, const SdpaShape& s) {
     void* at[SDPA_PASSED] = {};
-    at[SDPA_Q] = x;
-    at[SDPA_K] = x + (int64_t)H * D;
-    at[SDPA_V] = x + 2 * (int64_t)H * D;
+    at[SDPA_Q] = (floatX*)q;  // cuDNN's interface knows no const
+    at[SDPA_K] = (floatX*)k;
+    at[SDPA_V] = (floatX*)k + (int64_t)s.H * s.D;
     at[SDPA_O] = out;
     at[SDPA_STATS] = stats;
-    sdpa_run(p, at);
+    sdpa_run(sdpa_plan(false, stats != NULL, s), at);
 }
 
-static void sdpa_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dout /*(B,T,H,D)*/, const floatX* qkv,
-                          const floatX* out, const float* stats /*(B,H,T)*/, int B, int64_t T, int H, int D) {
-    SdpaPlan* p = sdpa_plan(true, true, B, T, H, D);
-    for (int b = 0; b < B; b += p->B) {
-        for (int h = 0; h < H; h += p->H) {
-            int64_t C = (int64_t)H * D, row = b * T * C + h * (int64_t)D, row3 = b * T * 3 * C + h * (int64_t)D;
+// out and stats may be those of a softmax over more than these keys: then the gradients are this part's share.
+static void sdpa_attend_backward(floatX* dq, floatX* dk, const floatX* dout, const floatX* q, const floatX* k,
+                                 const floatX* out, const float* stats, const SdpaShape& s) {
+    SdpaPlan* p = sdpa_plan(true, true, s);
+    int64_t C = (int64_t)s.H * s.D;
+    for (int b = 0; b < s.B; b += p->B) {
+        for (int h = 0; h < s.H; h += p->H) {
+            int64_t head = h * (int64_t)s.D, q_at = b * s.q_step * 3 * C + head, k_at = b * s.k_step * 3 * C + head;
+            int64_t out_at = b * s.out_step * C + head;
             void* at[SDPA_PASSED] = {};
-            for (int part = 0; part < 3; part++) {
-                at[SDPA_Q + part] = (floatX*)qkv + row3 + part * C;
-                at[SDPA_DQ + part] = dqkv + row3 + part * C;
-            }
-            at[SDPA_O] = (floatX*)out + row;
-            at[SDPA_DO] = (floatX*)dout + row;
-            at[SDPA_STATS] = (float*)stats + ((int64_t)b * H + h) * T;
+            at[SDPA_Q] = (floatX*)q + q_at;
+            at[SDPA_K] = (floatX*)k + k_at;
+            at[SDPA_V] = (floatX*)k + k_at + C;
+            at[SDPA_DQ] = dq + (s.cross ? b * s.T * C + head : q_at);
+            at[SDPA_DK] = dk + k_at;
+            at[SDPA_DV] = dk + k_at + C;
+            at[SDPA_O] = (floatX*)out + out_at;
+            at[SDPA_DO] = (floatX*)dout + out_at;
+            at[SDPA_STATS] = (float*)stats + b * s.stats_step + h * s.stats_head;
             sdpa_run(p, at);
         }
     }
@@ -2816,6 +2835,23 @@ static void sdpa_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dout /*(B,
 
 #include "dev/fp32_attention.cuh"
 #endif  // fp32, for tests
+
+static int64_t sdpa_prepare(int B, int64_t T, int H, int D, bool need_stats, bool backward) {
+    SdpaShape s = causal_shape(B, T, H, D);
+    int64_t bytes = sdpa_prepare(false, need_stats, s);
+    return backward ? std::max(bytes, sdpa_prepare(true, true, s)) : bytes;
+}
+
+static void sdpa_forward(floatX* out /*(B,T,H,D)*/, float* stats /*(B,H,T) or NULL*/, const floatX* qkv /*(B,T,3,H,D)*/,
+                         int B, int64_t T, int H, int D) {
+    sdpa_attend(out, stats, qkv, qkv + (int64_t)H * D, causal_shape(B, T, H, D));
+}
+
+static void sdpa_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dout /*(B,T,H,D)*/, const floatX* qkv,
+                          const floatX* out, const float* stats /*(B,H,T)*/, int B, int64_t T, int H, int D) {
+    int64_t C = (int64_t)H * D;
+    sdpa_attend_backward(dqkv, dqkv + C, dout, qkv, qkv + C, out, stats, causal_shape(B, T, H, D));
+}
 
 // ---- what the operations need of a run
 // Refuses what the kernels do not do.
