@@ -273,6 +273,21 @@ static std::string lighthouse_shape(LighthouseShape* s, int64_t T, int H, int D,
     return "";
 }
 
+// Leaves of a tile at level l: what is selected there and not expanded.
+static int64_t tile_leaves(const LighthouseShape* s, int l) {
+    if (l == s->levels - 1) return s->n[l] / s->tiles - s->tile;
+    return (int64_t)s->pool * s->tile - (l > 0 ? s->tile : 0);
+}
+
+// The shape whose slots are the leaves.
+static LighthouseShape leaf_shape(const LighthouseShape* s) {
+    LighthouseShape leaves = *s;
+    leaves.tile_slots = 0;
+    for (int l = 0; l < s->levels; l++) leaves.tile_slots += tile_leaves(s, l);
+    leaves.S = leaves.tile_slots * s->tiles;
+    return leaves;
+}
+
 // Settings the user left at 0 are chosen from T: a tile of 128 or, for short sequences, the largest power of two that
 // T/64 reaches; then the valid multiple of it that is nearest to T/64. The paper's T = 98304 gives its k = 1536.
 static std::string lighthouse_defaults(LighthouseShape* s, const Config* c, int H, int D) {
@@ -2449,6 +2464,8 @@ static size_t sdpa_workspace_bytes;
 // The deterministic backward keeps 2 B H T^2 bytes. Above this many it runs head by head and needs 2 T^2.
 [[maybe_unused]] static int64_t sdpa_deterministic_bytes = (int64_t)8 << 30;
 
+static int64_t round_up_256(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
 // What a call runs over: B sequences of T queries, each of which sees the keys up to its own place or, in a cross call,
 // all Tk keys of another tensor. q, and k with v C further, are parts of packed (..., 3, H, D) tensors.
 struct SdpaShape {
@@ -2748,7 +2765,6 @@ static SdpaPlan* sdpa_plan(bool backward, bool stats, const SdpaShape& s) {
     return &plans[plans_count++];
 }
 
-static int64_t round_up_256(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 static int64_t sdpa_dq_sum_bytes(const SdpaPlan* p) {
     return p->backward && !p->deterministic ? round_up_256(4 * (int64_t)p->B * p->H * p->s.T * p->s.D) : 0;
 }
@@ -3453,7 +3469,7 @@ __device__ __forceinline__ void slot_gradient(const floatX* x /*the slot*/, int6
 }
 
 // Every token adds, for each level whose entry over it is in the sequence, that slot's gradient / c_l.
-template <int D, int STRIP>
+template <int D, int STRIP, bool ADD>
 __global__ void __launch_bounds__(64, 10) lighthouse_gather_backward_kernel(
         floatX* dqkv, const floatX* __restrict__ dslots, const int32_t* __restrict__ slot,
         const float* __restrict__ rope, int B, LighthouseShape s, int64_t t0) {
@@ -3488,7 +3504,16 @@ __global__ void __launch_bounds__(64, 10) lighthouse_gather_backward_kernel(
         Pack8<floatX> pack[3] = {to_pack8<floatX>(sum[0]), to_pack8<floatX>(sum[1]), to_pack8<floatX>(sum[2])};
         for (int j = 0; j < STRIP; j++, out += row) {
 #pragma unroll
-            for (int which = 0; which < 3; which++) store8_stream(out + which * part, pack[which]);
+            for (int which = 0; which < 3; which++) {
+                if (ADD) {
+                    float total[8] = {};
+                    add_pack(total, load8(out + which * part));
+#pragma unroll
+                    for (int d = 0; d < 8; d++) total[d] += sum[which][d];
+                    pack[which] = to_pack8<floatX>(total);
+                }
+                store8_stream(out + which * part, pack[which]);
+            }
         }
         return;
     }
@@ -3498,6 +3523,7 @@ __global__ void __launch_bounds__(64, 10) lighthouse_gather_backward_kernel(
             float total[8];
 #pragma unroll
             for (int d = 0; d < 8; d++) total[d] = sum[which][d] + y[d];
+            if (ADD) add_pack(total, load8(out + which * part));
             store8_stream(out + which * part, to_pack8<floatX>(total));
         });
     }
@@ -3505,14 +3531,245 @@ __global__ void __launch_bounds__(64, 10) lighthouse_gather_backward_kernel(
 
 static void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dslots /*(B,S,3,H,D)*/,
                                        const int32_t* slot /*(B,H,E)*/, const float* rope /*table or NULL*/, int B,
-                                       const LighthouseShape* s, int64_t t0 /*position of token 0*/) {
+                                       const LighthouseShape* s, int64_t t0 /*position of token 0*/,
+                                       bool add = false /*to what dqkv holds*/) {
     WITH_STRIP(s->pool, {
         int64_t teams = s->T / STRIP * s->H * B;
         opRequire(teams <= UINT32_MAX, "%ld strips of tokens: more than 32 bits count", teams);
         unsigned blocks = grid_for(teams * (s->D / 8), 64);
-        WITH_HEAD_SIZE(s->D, LAUNCH((lighthouse_gather_backward_kernel<HEAD, STRIP>), blocks, 64, dqkv, dslots, slot,
-                                    rope, B, *s, t0));
+        WITH_HEAD_SIZE(s->D, auto* kernel = add ? lighthouse_gather_backward_kernel<HEAD, STRIP, true>
+                                                : lighthouse_gather_backward_kernel<HEAD, STRIP, false>;
+                       LAUNCH(kernel, blocks, 64, dqkv, dslots, slot, rope, B, *s, t0));
     });
+}
+
+// ---- Causal Lighthouse
+// A token sees the tokens of its own tile up to itself, and of every earlier tile the slots: the leaves of what this
+// tile's tokens selected, log(c_l) added to the logits of those that stand for c_l tokens. Own tiles are windows. Slots
+// are asked in rectangles of tokens and slots, so that library calls do it all: of a range of 2 `half` tiles the tokens
+// of the later half ask the slots of the earlier half, level by level, all ranges at once; every token meets every
+// earlier tile once as half doubles. The parts of the softmax are merged by their statistics. Backward, a part's call
+// takes the whole softmax's output and statistics less log(c_l), and yields its share of the gradients.
+
+// Calls ask(half, first tile, ranges, tiles of their later halves); the last range may be cut short.
+template <class Ask> static void each_rectangle(int tiles, Ask ask) {
+    for (int half = 1; half < tiles; half *= 2) {
+        int ranges = tiles / (2 * half), rest = tiles % (2 * half) - half;
+        if (ranges > 0) ask(half, 0, ranges, half);
+        if (rest > 0) ask(half, ranges * 2 * half, 1, rest);
+    }
+}
+
+// As tile_leaves.
+__device__ __forceinline__ int64_t leaves_of_tile(const LighthouseShape& s, int l) {
+    return (l == s.levels - 1 ? s.n[l] / s.tiles : s.pool * s.tile) - (l > 0 ? s.tile : 0);
+}
+
+// A block puts one tile's leaves in order.
+__global__ void lighthouse_leaves_kernel(int32_t* leaves, const int32_t* index, const int32_t* slot, LighthouseShape s,
+                                         int64_t leaf_slots) {
+    int64_t bh = blockIdx.x / s.tiles, tile = blockIdx.x % s.tiles;
+    const int32_t* selected = index + bh * s.S + tile * s.tile_slots;
+    int lane = threadIdx.x, found[LH_MAX_LEVELS] = {};
+    for (int64_t j0 = 0; j0 < s.tile_slots; j0 += 32) {
+        bool inside = j0 + lane < s.tile_slots;
+        int32_t flat = inside ? selected[j0 + lane] : 0;
+        int level = entry_level(s, flat);
+        bool leaf = inside;
+        if (inside && level > 0)  // its first child would be selected too
+            leaf = slot[bh * s.off[s.levels] + s.off[level - 1] + (int64_t)(flat - s.off[level]) * s.pool] < 0;
+        int64_t begin = 0;  // of a level's leaves
+#pragma unroll
+        for (int l = 0; l < LH_MAX_LEVELS; l++) {
+            if (l >= s.levels) break;
+            int64_t count = leaves_of_tile(s, l);
+            unsigned same = __ballot_sync(0xffffffffu, leaf && level == l);
+            if (leaf && level == l)
+                leaves[bh * leaf_slots + begin + tile * count + found[l] + __popc(same & ((1u << lane) - 1))] = flat;
+            found[l] += __popc(same);
+            begin += s.tiles * count;
+        }
+    }
+}
+
+static void lighthouse_leaves(int32_t* leaves /*(B,H,S') of leaf_shape*/, const int32_t* index /*(B,H,S)*/,
+                              const int32_t* slot /*(B,H,E) of index*/, int B, const LighthouseShape* s) {
+    LAUNCH(lighthouse_leaves_kernel, grid_for((int64_t)B * s->H * s->tiles, 1), 32, leaves, index, slot, *s,
+           leaf_shape(s).S);
+}
+
+struct Rectangle {
+    int64_t at, T, step, rows;  // its first query, the queries of a range, tokens between ranges, queries in all
+    int parts;                  // levels that have leaves, and log(c_l) of each
+    float log_c[LH_MAX_LEVELS];
+};
+
+// Takes the parts of a rectangle's queries into the softmax so far, of which out and stats are the output and statistics.
+template <int D>
+__global__ void causal_merge_kernel(floatX* out, float* stats, const floatX* part, const float* part_stats, Rectangle r,
+                                    int H, int64_t T, int64_t room) {
+    constexpr int LANES = D / 8;
+    int64_t team = (blockIdx.x * (int64_t)blockDim.x + threadIdx.x) / LANES, row = team / H;
+    if (row >= r.rows) return;
+    int lane = threadIdx.x % LANES, h = team % H;
+    int64_t token = r.at + row / r.T * r.step + row % r.T, at = (row * H + h) * D + lane * 8;
+    const float* lse = part_stats + (row / r.T * H + h) * r.T + row % r.T;
+    float before = stats[h * T + token], top = before;
+    for (int i = 0; i < r.parts; i++) top = fmaxf(top, lse[i * room * H] + r.log_c[i]);
+    float sum = expf(before - top);
+    floatX* y = out + (token * H + h) * D + lane * 8;
+    Pack8<floatX> x = load8(y);
+    float merged[8];
+#pragma unroll
+    for (int d = 0; d < 8; d++) merged[d] = sum * (float)x.v[d];
+    for (int i = 0; i < r.parts; i++) {
+        float weight = expf(lse[i * room * H] + r.log_c[i] - top);
+        x = load8(part + i * room * H * D + at);
+#pragma unroll
+        for (int d = 0; d < 8; d++) merged[d] += weight * (float)x.v[d];
+        sum += weight;
+    }
+#pragma unroll
+    for (int d = 0; d < 8; d++) merged[d] /= sum;
+    store8(y, to_pack8<floatX>(merged));
+    __syncwarp(team_mask<LANES>());
+    if (lane == 0) stats[h * T + token] = top + logf(sum);
+}
+
+// dq of tokens, which is a third of dqkv, gets the parts that its calls made of it.
+__global__ void causal_add_dq_kernel(floatX* dqkv, const floatX* part, Rectangle r, int C, int64_t room) {
+    int64_t i = (blockIdx.x * (int64_t)blockDim.x + threadIdx.x) * 8, row = i / C;
+    if (row >= r.rows) return;
+    floatX* y = dqkv + (r.at + row / r.T * r.step + row % r.T) * 3 * C + i % C;
+    float sum[8] = {};
+    add_pack(sum, load8(y));
+    for (int p = 0; p < r.parts; p++) add_pack(sum, load8(part + p * room * C + i));
+    store8(y, to_pack8<floatX>(sum));
+}
+
+// dk and dv of the slots that a rectangle's queries saw: those of tiles in the earlier half of a range.
+__global__ void causal_add_dslots_kernel(floatX* dslots, const floatX* part, LighthouseShape s /*of the leaves*/,
+                                         int half, int first, int tiles) {
+    int64_t C = (int64_t)s.H * s.D, i = (blockIdx.x * (int64_t)blockDim.x + threadIdx.x) * 8, row = i / (2 * C);
+    if (row >= s.S) return;
+    int64_t begin = 0, count = 0;
+    for (int l = 0; l < s.levels; l++) {
+        count = leaves_of_tile(s, l);
+        if (row < begin + s.tiles * count) break;
+        begin += s.tiles * count;
+    }
+    int64_t tile = (row - begin) / count - first, at = row * 3 * C + C + i % (2 * C);
+    if (tile < 0 || tile >= tiles || tile / half % 2) return;
+    float sum[8] = {};
+    add_pack(sum, load8(dslots + at));
+    add_pack(sum, load8(part + at));
+    store8(dslots + at, to_pack8<floatX>(sum));
+}
+
+__global__ void causal_shift_stats_kernel(float* shifted /*(parts, n)*/, const float* stats, Rectangle r, int64_t n) {
+    int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
+    for (int p = 0; p < r.parts && i < n; p++) shifted[p * n + i] = stats[i] - r.log_c[p];
+}
+
+// What the calls of one sequence take of the attention workspace beside cuDNN's: at its end.
+struct CausalRoom {
+    int64_t rows;    // most queries of a rectangle
+    floatX* part;    // (levels, rows, H, D) outputs of a rectangle's calls, or their dq
+    float* stats;    // (levels, H, rows) their statistics; backward (levels, H, T) those that the calls take
+    floatX* dslots;  // (S',3,H,D) backward: of one rectangle
+    int64_t bytes;
+};
+static CausalRoom causal_room(const LighthouseShape* s, bool backward) {
+    int64_t rows = s->tiles / 2 * (s->T / s->tiles), C = (int64_t)s->H * s->D;
+    int64_t part = round_up_256(s->levels * rows * C * sizeof(floatX));
+    int64_t stats = round_up_256(s->levels * s->H * (backward ? s->T : rows) * sizeof(float));
+    int64_t bytes = part + stats + (backward ? round_up_256(leaf_shape(s).S * 3 * C * sizeof(floatX)) : 0) + 256;
+    char* at = (char*)sdpa_workspace + (sdpa_workspace_bytes - bytes) / 256 * 256;
+    return {rows, (floatX*)at, (float*)(at + part), (floatX*)(at + part + stats), bytes};
+}
+
+static SdpaShape tile_shape(const LighthouseShape* s) {
+    int64_t w = s->T / s->tiles;
+    return {s->tiles, s->H, s->D, false, w, w, w, w, w, w, s->T};
+}
+
+// What a rectangle's queries ask: calls ask(part, shape, first slot) for each level that has leaves.
+template <class Ask> static Rectangle rectangle_calls(const LighthouseShape* s, int half, int first, int ranges, int later,
+                                                      bool backward, Ask ask) {
+    int64_t w = s->T / s->tiles, T = later * w, step = 2 * half * w, begin = 0;
+    Rectangle r = {(first + half) * w, T, step, ranges * T, 0, {}};
+    for (int l = 0; l < s->levels; l++) {
+        int64_t n = tile_leaves(s, l);
+        r.log_c[r.parts] = (float)(l * log((double)s->pool));
+        SdpaShape call = {ranges, s->H, s->D, true, T, half * n, step, 2 * half * n, backward ? step : T,
+                          backward ? step : s->H * T, backward ? s->T : T};
+        if (n > 0) ask(r.parts++, call, begin + first * n);
+        begin += s->tiles * n;
+    }
+    return r;
+}
+
+// Builds what the calls need, and returns the bytes of workspace for them.
+static int64_t causal_prepare(int B, const LighthouseShape* s, bool backward) {
+    int64_t bytes = 0;
+    for (int back = 0; back <= backward; back++) {
+        int64_t most = sdpa_prepare(back, true, tile_shape(s));
+        each_rectangle(s->tiles, [&](int half, int first, int ranges, int later) {
+            rectangle_calls(s, half, first, ranges, later, back, [&](int, const SdpaShape& call, int64_t) {
+                most = std::max(most, sdpa_prepare(back, true, call));
+            });
+        });
+        bytes = std::max(bytes, most + causal_room(s, back).bytes);
+    }
+    return bytes;
+}
+
+static void causal_forward(floatX* out /*(B,T,H,D)*/, float* stats /*(B,H,T)*/, const floatX* qkv /*(B,T,3,H,D) rotated*/,
+                           const floatX* slots /*(B,S',3,H,D)*/, int B, const LighthouseShape* s) {
+    int64_t C = (int64_t)s->H * s->D, leaf_slots = leaf_shape(s).S;
+    CausalRoom room = causal_room(s, false);
+    for (int b = 0; b < B; b++, out += s->T * C, stats += s->H * s->T, qkv += s->T * 3 * C, slots += leaf_slots * 3 * C) {
+        sdpa_attend(out, stats, qkv, qkv + C, tile_shape(s));
+        each_rectangle(s->tiles, [&](int half, int first, int ranges, int later) {
+            const floatX* q = qkv + (first + half) * (s->T / s->tiles) * 3 * C;
+            Rectangle r = rectangle_calls(s, half, first, ranges, later, false,
+                                          [&](int part, const SdpaShape& call, int64_t slot) {
+                sdpa_attend(room.part + part * room.rows * C, room.stats + part * room.rows * s->H, q,
+                            slots + slot * 3 * C + C, call);
+            });
+            WITH_HEAD_SIZE(s->D, LAUNCH(causal_merge_kernel<HEAD>, grid_for(r.rows * C / 8, 128), 128, out, stats,
+                                        room.part, room.stats, r, s->H, s->T, room.rows));
+        });
+    }
+}
+
+static void causal_backward(floatX* dqkv, floatX* dslots /*(B,S',3,H,D) the third of q: zeros*/, const floatX* dout,
+                            const floatX* qkv, const floatX* slots, const floatX* out, const float* stats, int B,
+                            const LighthouseShape* s) {
+    int64_t C = (int64_t)s->H * s->D, n = s->H * s->T;
+    LighthouseShape leaves = leaf_shape(s);
+    CausalRoom room = causal_room(s, true);
+    device_zero(dslots, B * leaves.S * 3 * C * sizeof(floatX));
+    for (int b = 0; b < B; b++) {
+        sdpa_attend_backward(dqkv, dqkv + C, dout, qkv, qkv + C, out, stats, tile_shape(s));
+        Rectangle any = rectangle_calls(s, 1, 0, 1, 1, true, [](int, const SdpaShape&, int64_t) {});
+        LAUNCH(causal_shift_stats_kernel, grid_for(n, 256), 256, room.stats, stats, any, n);
+        each_rectangle(s->tiles, [&](int half, int first, int ranges, int later) {
+            int64_t at = (first + half) * (s->T / s->tiles);
+            Rectangle r = rectangle_calls(s, half, first, ranges, later, true,
+                                          [&](int part, const SdpaShape& call, int64_t slot) {
+                sdpa_attend_backward(room.part + part * room.rows * C, room.dslots + slot * 3 * C + C, dout + at * C,
+                                     qkv + at * 3 * C, slots + slot * 3 * C + C, out + at * C,
+                                     room.stats + part * n + at, call);
+            });
+            LAUNCH(causal_add_dq_kernel, grid_for(r.rows * C / 8, 256), 256, dqkv, room.part, r, (int)C, room.rows);
+            int tiles = later == half ? ranges * 2 * half : half;
+            LAUNCH(causal_add_dslots_kernel, grid_for(leaves.S * 2 * C / 8, 256), 256, dslots, room.dslots, leaves, half,
+                   first, tiles);
+        });
+        dqkv += s->T * 3 * C, dslots += leaves.S * 3 * C, dout += s->T * C, qkv += s->T * 3 * C;
+        slots += leaves.S * 3 * C, out += s->T * C, stats += n;
+    }
 }
 
 #endif  // the kernels with their launchers
@@ -4002,7 +4259,8 @@ static void lighthouse_backward(Model* m, LayerActs* y, Run r, floatX* dqkv, con
     if (m->exchange_slots) rows_to_heads(b->dattn, b->dattn, y->gelu, r.B, all->S, 1, C);
     sdpa_backward(b->dslots, b->dattn, b->slots, b->attn, b->stats, r.B, all->S, all->H, all->D);
     if (m->exchange_slots) heads_to_rows(b->dslots, b->dslots, y->gelu, r.B, all->S, 3, C);
-    lighthouse_gather_backward(dqkv, b->dslots, b->slot, m->rope, r.B, s, m->exchange_slots ? first_token(r) : 0);
+    lighthouse_gather_backward(dqkv, b->dslots, b->slot, m->rope, r.B, s, m->exchange_slots ? first_token(r) : 0,
+                               false);
 }
 
 // ---- the matrix products of the layers, in floatX or with FP8 operands
