@@ -172,15 +172,16 @@ static const Option options[] = {
 #ifndef DENSE_ONLY
     {"attention", "", OPT_TEXT, AT(attention), "windows", 0, 0,
      "[attention] of the layers up to the switch, a letter each, repeated to the depth: D dense, W window, L "
-     "Lighthouse; or windows: W, but every eighth layer dense, below eight layers the last; or paper: L, but two dense "
-     "layers at each end, one below 12 layers, none below 3"},
+     "Lighthouse, C Causal Lighthouse, which sees no later token; or windows: W, but every eighth layer dense, below "
+     "eight layers the last; or paper: L, but two dense layers at each end, one below 12 layers, none below 3"},
     {"window", "", OPT_TEXT, AT(window), "1024", 0, 0,
      "tokens of a window; growing: 1024,4096:0.3,16384:0.5 takes 4096 from 0.3 of the steps on (or from a step on)"},
-    {"levels", "", OPT_INT, AT(levels), "3", 2, 8, "Lighthouse: levels of the pyramid, the tokens included"},
+    {"levels", "", OPT_INT, AT(levels), "3", 2, 8, "Lighthouse, L and C: levels of the pyramid, the tokens included"},
     {"pool", "", OPT_INT, AT(pool), "4", 2, 64, "pooling factor from level to level, a power of 2"},
     {"topk", "", OPT_INT, AT(topk), "0", 0, 1e9, "entries expanded per level; 0: about seq-len/64"},
     {"tile", "", OPT_INT, AT(tile), "0", 0, 4096,
-     "entries each tile expands per level; 0: 128, less for short sequences, topk where it is no multiple of 128"},
+     "entries each tile expands per level; 0: 128, or 16 if no layer is L; less for short sequences, topk where it is "
+     "no multiple of that"},
     {"switch-step", "", OPT_TEXT, AT(switch_step), "0.75", 0, 0,
      "steps before the dense ones: a number, or with a point a share of all steps (0: dense throughout; 1.0: never)"},
 #endif
@@ -273,27 +274,29 @@ static std::string lighthouse_shape(LighthouseShape* s, int64_t T, int H, int D,
     return "";
 }
 
-// Leaves of a tile at level l: what is selected there and not expanded.
+// Leaves of a tile at level l: what is selected there and not expanded. Together they cover each of its tokens once.
 static int64_t tile_leaves(const LighthouseShape* s, int l) {
-    if (l == s->levels - 1) return s->n[l] / s->tiles - s->tile;
-    return (int64_t)s->pool * s->tile - (l > 0 ? s->tile : 0);
+    int64_t candidates = l == s->levels - 1 ? s->n[l] / s->tiles : (int64_t)s->pool * s->tile;
+    return candidates - (l > 0 ? s->tile : 0);
 }
 
-// The shape whose slots are the leaves.
+// The shape whose slots are the leaves: S and tile_slots are replaced, everything else as in s.
 static LighthouseShape leaf_shape(const LighthouseShape* s) {
-    LighthouseShape leaves = *s;
-    leaves.tile_slots = 0;
-    for (int l = 0; l < s->levels; l++) leaves.tile_slots += tile_leaves(s, l);
-    leaves.S = leaves.tile_slots * s->tiles;
-    return leaves;
+    LighthouseShape leaf = *s;
+    leaf.tile_slots = 0;
+    for (int l = 0; l < s->levels; l++) leaf.tile_slots += tile_leaves(s, l);
+    leaf.S = leaf.tile_slots * s->tiles;
+    return leaf;
 }
 
-// Settings the user left at 0 are chosen from T: a tile of 128 or, for short sequences, the largest power of two that
-// T/64 reaches; then the valid multiple of it that is nearest to T/64. The paper's T = 98304 gives its k = 1536.
-static std::string lighthouse_defaults(LighthouseShape* s, const Config* c, int H, int D) {
+// Settings the user left at 0 are chosen from T: a tile of `usual` or, for short sequences, the largest power of two
+// that T/64 reaches; then the valid multiple of it that is nearest to T/64. The paper's T = 98304 gives its k = 1536.
+// Usual are the paper's 128 or, where only Causal Lighthouse asks, 16: tiles of 1,024 tokens, whose attention is dense.
+static std::string lighthouse_defaults(LighthouseShape* s, const Config* c, int H, int D, int64_t usual) {
     int64_t want = c->seq_len / 64, tile = c->tile;
+    usual = std::max(usual, 2 * c->pool);
     if (tile == 0) {
-        tile = c->topk ? (c->topk % 128 == 0 ? 128 : c->topk) : 128;
+        tile = c->topk && c->topk % usual ? c->topk : usual;
         if (!c->topk) while (tile > want && tile > 2 * c->pool) tile /= 2;
         if (c->topk && (tile < 4 || tile % 2 || tile < 2 * c->pool))  // what was given is topk
             return text("topk is %ld; it must be even and at least twice pool (%ld), and at least 4", c->topk, c->pool);
@@ -3774,10 +3777,12 @@ static void causal_backward(floatX* dqkv, floatX* dslots /*(B,S',3,H,D) the thir
 
 #endif  // the kernels with their launchers
 
-struct LighthouseBuffers {  // of one layer; E entries of all levels, S slots. Where slots are exchanged, E/W and S/W
+struct LighthouseBuffers {  // of one layer; E entries of all levels, S slots, or for Causal Lighthouse its leaves, with
+                            // NH/W heads. Where slots are exchanged, E/W and S/W
     float* scores;      // (2, B, NH/W, E) or (2, B, NH, E/W) shared by the layers
     int32_t* slot;      // (B, NH/W, E) or (B, NH, E/W) shared by the layers: slot of each entry, or -1
-    int32_t* index;     // (B, NH/W, S) or (B, NH, S/W) the selection, in sequence order
+    int32_t* index;     // (B, NH/W, S) or (B, NH, S/W) the selection, in sequence order; if C shared by the layers
+    int32_t* leaves;    // (B, NH/W, leaves) Causal Lighthouse only
     floatX* slots;      // (B, S, 3, NH/W, D) pooled and rotated q, k, v
     floatX* attn;       // (B, S, NH/W, D) attention output of the slots
     float* stats;       // (B, NH/W, S)
@@ -3793,8 +3798,8 @@ struct LighthouseBuffers {  // of one layer; E entries of all levels, S slots. W
 
 enum Phase { FIRST_PHASE, DENSE_PHASE };  // of the run, before and from the switch step
 static const char* phase_name[] = {"first", "dense"};
-enum Attention { DENSE, WINDOW, LIGHTHOUSE, ATTENTION_KINDS };  // of a layer; in the dense phase all are DENSE
-static const char attention_letters[] = "DWL";
+enum Attention { DENSE, WINDOW, LIGHTHOUSE, CAUSAL, ATTENTION_KINDS };  // of a layer; in the dense phase all are DENSE
+static const char attention_letters[] = "DWLC";  // CAUSAL: Causal Lighthouse
 static const int MAX_WINDOWS = 8;
 
 // The parameter tensors in the order of llm.c's model file. A RoPE model has no WPE.
@@ -4083,8 +4088,11 @@ static int64_t window_at(const Model* m, int64_t step) {  // 0 where there is no
 // Whether processes that share a sequence exchange tokens for heads round such a layer's attention: not where windows,
 // or a Lighthouse layer's tiles, lie whole on the processes.
 static bool exchanges_tokens(const Model* m, Attention kind, Run r) {
-    return kind == LIGHTHOUSE ? !m->exchange_slots : kind == DENSE || r.T / procs.cp % r.window != 0;
+    return kind == LIGHTHOUSE ? !m->exchange_slots : kind != WINDOW || r.T / procs.cp % r.window != 0;
 }
+
+// Whether any layer selects slots, and so reads m->shape.
+static bool uses_slots(const Model* m) { return m->uses[LIGHTHOUSE] || m->uses[CAUSAL]; }
 
 // The recompute level of layer l, see the option. Where levels are mixed the first layers have one less than the rest.
 static int layer_level(const Model* m, Run r, int l) {
@@ -4120,7 +4128,7 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
     for (int l = 0; l < d->L; l++) {
         LayerActs* y = &a->layer[l];
         Attention kind = layer_attention(m, l, r.phase);
-        bool lighthouse = kind == LIGHTHOUSE;
+        bool lighthouse = kind == LIGHTHOUSE, causal = kind == CAUSAL;
         // Where tokens are exchanged, the backward of dense attention needs att in both forms, but with FP8 only that
         // of heads; from AGAIN_NORMS on that one is kept, and exchanged again.
         bool two_forms = r.train && procs.cp > 1 && !lighthouse && exchanges_tokens(m, kind, r);
@@ -4142,20 +4150,22 @@ static void activations_layout(Activations* a, Arena* arena, const Model* m, Run
         PLACE(att, floatX, NC, lighthouse || two_forms ? INPUTS : AGAIN_ATTENTION);
         y->att_heads = y->att;
         if (two_forms) PLACE(att_heads, floatX, NC, AGAIN_ATTENTION);
-        if (!lighthouse) {
-            PLACE(stats, float, N * d->NH, AGAIN_ATTENTION);
+        if (!lighthouse) PLACE(stats, float, N * d->NH, AGAIN_ATTENTION);
+        if (!lighthouse && !causal) continue;
+        // What is shared has room for S slots, also if only the leaves are asked for.
+        int64_t leaves = causal ? r.B * s->H * leaf_shape(s).S : 0;
+        PLACE(lh.index, int32_t, slots, causal ? NEVER : ALWAYS);
+        PLACE(lh.slots, floatX, (causal && level < AGAIN_NORMS ? leaves : slots) * 3 * s->D, AGAIN_NORMS);
+        PLACE(lh.scores, float, 2 * entries, NEVER);
+        PLACE(lh.slot, int32_t, entries, NEVER);
+        if (r.train) PLACE(lh.dslots, floatX, slots * 3 * s->D, NEVER);
+        if (causal) {
+            PLACE(lh.leaves, int32_t, leaves, ALWAYS);
             continue;
         }
         PLACE(lh.attn, floatX, slots * s->D, ALWAYS);  // S rows, not T
         PLACE(lh.stats, float, slots, ALWAYS);
-        PLACE(lh.index, int32_t, slots, ALWAYS);
-        PLACE(lh.slots, floatX, slots * 3 * s->D, AGAIN_NORMS);
-        PLACE(lh.scores, float, 2 * entries, NEVER);
-        PLACE(lh.slot, int32_t, entries, NEVER);
-        if (r.train) {
-            PLACE(lh.dslots, floatX, slots * 3 * s->D, NEVER);
-            PLACE(lh.dattn, floatX, slots * s->D, NEVER);
-        }
+        if (r.train) PLACE(lh.dattn, floatX, slots * s->D, NEVER);
         if (m->exchange_slots) {
             PLACE(lh.own_attn, floatX, slots * s->D, NEVER);
             PLACE(lh.halo, floatX, r.B * (s->T / s->n[s->levels - 1] - 1) * C, NEVER);
@@ -4261,6 +4271,30 @@ static void lighthouse_backward(Model* m, LayerActs* y, Run r, floatX* dqkv, con
     if (m->exchange_slots) heads_to_rows(b->dslots, b->dslots, y->gelu, r.B, all->S, 3, C);
     lighthouse_gather_backward(dqkv, b->dslots, b->slot, m->rope, r.B, s, m->exchange_slots ? first_token(r) : 0,
                                false);
+}
+
+// Causal Lighthouse: the leaves of each tile's selection are slots for the tokens of later tiles, which attend to them
+// and to their own tile's tokens in one softmax. All of it is done on q and k as they are rotated. What of the forward
+// pass runs is told as above.
+static void causal_lighthouse_forward(Model* m, LayerActs* y, Run r, bool again, bool regather, bool reattend) {
+    LighthouseBuffers* b = &y->lh;
+    const LighthouseShape *s = &m->shape, leaf = leaf_shape(s);
+    if (!again) {
+        lighthouse_scores(b->scores, y->qkv, r.B, s);
+        lighthouse_select(b->index, b->scores, r.B, s);
+        lighthouse_invert(b->slot, b->index, r.B, s);
+        lighthouse_leaves(b->leaves, b->index, b->slot, r.B, s);
+    }
+    if (regather) lighthouse_gather(b->slots, y->qkv, b->leaves, NULL, r.B, &leaf, 0);
+    if (reattend) causal_forward(y->att_heads, y->stats, y->qkv, b->slots, r.B, s);
+}
+
+static void causal_lighthouse_backward(Model* m, LayerActs* y, Run r, floatX* dqkv, const floatX* dout) {
+    LighthouseBuffers* b = &y->lh;
+    const LighthouseShape *s = &m->shape, leaf = leaf_shape(s);
+    causal_backward(dqkv, b->dslots, dout, y->qkv, b->slots, y->att_heads, y->stats, r.B, s);
+    lighthouse_invert(b->slot, b->leaves, r.B, &leaf);
+    lighthouse_gather_backward(dqkv, b->dslots, b->slot, NULL, r.B, &leaf, 0, true);
 }
 
 // ---- the matrix products of the layers, in floatX or with FP8 operands
@@ -4375,6 +4409,8 @@ static void block_forward(Model* m, int l, Run r, floatX* x_next, bool again) {
         if (d->rope && at.kind != LIGHTHOUSE) rope_rotate(y->qkv, m->rope, +1, r.B, at.T, at.heads, at.D, at.t0);
     }
     if (at.kind == LIGHTHOUSE) lighthouse_forward(m, y, r, again, NEEDED(AGAIN_NORMS));
+    else if (at.kind == CAUSAL)
+        causal_lighthouse_forward(m, y, r, again, NEEDED(AGAIN_NORMS), NEEDED(AGAIN_ATTENTION));
     else if (NEEDED(AGAIN_ATTENTION)) each_window(r.B, at.T, at.span, [&](int64_t row, int sequences, int64_t length) {
         int64_t i = row * at.heads * at.D;
         sdpa_forward(y->att_heads + i, y->stats + row * at.heads, y->qkv + 3 * i, sequences, length, at.heads, at.D);
@@ -4413,7 +4449,8 @@ static void block_backward(Model* m, int l, Run r) {
     if (lighthouse) {
         lighthouse_backward(m, y, r, dqkv, a->dbtc);
     } else {
-        each_window(r.B, at.T, at.span, [&](int64_t row, int sequences, int64_t length) {
+        if (at.kind == CAUSAL) causal_lighthouse_backward(m, y, r, dqkv, a->dbtc);
+        else each_window(r.B, at.T, at.span, [&](int64_t row, int sequences, int64_t length) {
             int64_t i = row * at.heads * at.D;
             sdpa_backward(dqkv + 3 * i, a->dbtc + i, y->qkv + 3 * i, y->att_heads + i, y->stats + row * at.heads,
                           sequences, length, at.heads, at.D);
@@ -4528,7 +4565,10 @@ static void model_logits(Model* m, int64_t b, int64_t t, Run r, float* host) {
 
 // What attention computes of a sequence in such a layer: twice the pairs of a query and a key, diagonals aside.
 static double attention_square(Attention kind, const Model* m, int64_t window, int64_t T) {
-    double square = kind == DENSE ? (double)T * T : kind == LIGHTHOUSE ? (double)m->shape.S * m->shape.S : 0;
+    const LighthouseShape* s = &m->shape;
+    double square = kind == DENSE ? (double)T * T : kind == LIGHTHOUSE ? (double)s->S * s->S : 0;
+    if (kind == CAUSAL)  // each tile's own tokens; and, of the earlier ones, twice the slots
+        square = (double)T * (T / s->tiles) + (double)T * leaf_shape(s).tile_slots * (s->tiles - 1);
     if (kind == WINDOW) each_window(1, T, window, [&](int64_t, int n, int64_t w) { square += (double)n * w * w; });
     return square;
 }
@@ -4613,6 +4653,10 @@ static Plan memory_plan(const Model* m, const Config* c, int64_t sample_T, int r
         operations = std::max(operations, operations_bytes(run_rows(r), m->dims.C));
         for (int l = 0; l < m->dims.L; l++) {  // on a GPU this builds cuDNN's plans
             AttentionRows at = attention_rows(m, l, r);
+            if (at.kind == CAUSAL) {
+                attention = std::max(attention, (size_t)causal_prepare(r.B, &m->shape, r.train));
+                continue;
+            }
             if (at.kind == LIGHTHOUSE) at = {LIGHTHOUSE, false, m->shape.S, m->shape.S, 0, m->shape.H, D};
             each_window(r.B, at.T, at.span, [&](int64_t, int n, int64_t length) {
                 attention = std::max(attention, (size_t)sdpa_prepare(n, length, at.heads, at.D, true, r.train));
@@ -5692,7 +5736,7 @@ static void choose_attention(Model* m, const char* s) {
     bool paper = !strcmp(s, "paper"), windows = !strcmp(s, "windows");
     if (!paper && !windows && (!letters || letters > L || strspn(s, attention_letters) < strlen(s)))
         fatal("--attention is \"%s\"; it must be windows, paper, or 1 to %d letters D (dense), W (window), L "
-              "(Lighthouse)", s, L);
+              "(Lighthouse), C (Causal Lighthouse)", s, L);
     for (int l = 0; l < L; l++) {
         m->attention[l] = paper ? (l >= ends && l < L - ends ? LIGHTHOUSE : DENSE)
                         : windows ? ((l + 1) % std::min(L, 8) ? WINDOW : DENSE)
@@ -5822,10 +5866,10 @@ static void log_configuration(const Trainer* t, const Plan* plan, const char* de
     for (int i = 0; m->uses[WINDOW] && i < m->windows; i++)
         fprintf(f, "%s[%ld,%ld]", i ? "," : "", m->window[i], m->window_from[i]);
     fprintf(f, "],\"lighthouse\":");
-    if (m->uses[LIGHTHOUSE]) {
+    if (uses_slots(m)) {
         const LighthouseShape* s = &m->shape;
-        fprintf(f, "{\"levels\":%d,\"pool\":%d,\"topk\":%d,\"tile\":%d,\"slots\":%ld}", s->levels, s->pool, s->topk,
-                s->tile, s->S);
+        fprintf(f, "{\"levels\":%d,\"pool\":%d,\"topk\":%d,\"tile\":%d,\"slots\":%ld,\"leaves\":%ld}", s->levels,
+                s->pool, s->topk, s->tile, s->S, leaf_shape(s).S);
     } else fprintf(f, "null");
     Run r = {0, 0, DENSE_PHASE, 0, true, plan->recompute};
     for (int l = 0; l < d->L; l++) fprintf(f, "%s%d", l ? "," : ",\"recompute_levels\":[", layer_level(m, r, l));
@@ -5862,14 +5906,16 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
         tokens / c->seq_len / t->train.sequences, c->learning_rate, c->lr_schedule);
     if (m->windows) {
         const LighthouseShape* s = &m->shape;
-        double T = (double)c->seq_len, S = (double)s->S;
+        double T = (double)c->seq_len;
         say("attention   steps 0 to %ld: %s\n", t->switch_step - 1, m->pattern);
         for (int i = 0; m->uses[WINDOW] && i < m->windows; i++)
             say("            windows of %ld tokens from step %ld on: %.2f%% of dense attention's operations\n",
                 m->window[i], m->window_from[i], 100 * attention_square(WINDOW, m, m->window[i], c->seq_len) / (T * T));
-        if (m->uses[LIGHTHOUSE])
-            say("            Lighthouse: levels %d, pool %d, topk %d, tile %d (%d tiles), %ld slots: %.2f%%\n",
-                s->levels, s->pool, s->topk, s->tile, s->tiles, s->S, 100 * S * S / (T * T));
+        for (Attention kind : {LIGHTHOUSE, CAUSAL})
+            if (m->uses[kind])
+                say("            %s: levels %d, pool %d, topk %d, tile %d (%d tiles), %ld slots: %.2f%%\n",
+                    kind == CAUSAL ? "Causal Lighthouse" : "Lighthouse", s->levels, s->pool, s->topk, s->tile, s->tiles,
+                    kind == CAUSAL ? leaf_shape(s).S : s->S, 100 * attention_square(kind, m, 0, s->T) / (T * T));
         if (m->uses[LIGHTHOUSE] && procs.cp > 1) {
             say("            such a layer exchanges %s between the %d that share a sequence",
                 m->exchange_slots ? "slots" : "tokens", procs.cp);
@@ -5879,7 +5925,7 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
         say("            steps %ld to %ld: dense in every layer%s\n", t->switch_step, t->steps - 1,
             t->switch_step == t->steps ? ": none" : "");
         for (const char* name : {"window", "levels", "pool", "topk", "tile"})
-            if (given(name) && !m->uses[strcmp(name, "window") ? LIGHTHOUSE : WINDOW])
+            if (given(name) && !(strcmp(name, "window") ? uses_slots(m) : m->uses[WINDOW]))
                 say("note: --%s is given, and no layer of --attention %s has it\n", name, c->attention);
     } else say("attention   dense throughout\n");
     double step_tokens = (double)c->total_batch_size;
@@ -5925,13 +5971,13 @@ static void setup_run(Trainer* t) {
     t->switch_step = parse_step("switch-step", c->switch_step, c->switch_step, &rest, t->steps);
     if (*rest) fatal("--switch-step is \"%s\"; it must be one step", c->switch_step);
     choose_attention(m, t->switch_step > 0 ? c->attention : "D");
-    if (!m->uses[WINDOW] && !m->uses[LIGHTHOUSE]) t->switch_step = 0;
+    if (!m->uses[WINDOW] && !uses_slots(m)) t->switch_step = 0;
     if (t->switch_step == 0) return;
     choose_windows(m, c, t->steps, t->switch_step);
     m->never_dense = t->switch_step == t->steps;
     int heads = m->dims.NH / procs.cp, D = m->dims.C / m->dims.NH;
-    if (!m->uses[LIGHTHOUSE]) return;
-    std::string why = lighthouse_defaults(&m->shape, c, heads, D);
+    if (!uses_slots(m)) return;
+    std::string why = lighthouse_defaults(&m->shape, c, heads, D, m->uses[LIGHTHOUSE] ? 128 : 16);
     if (why != "") fatal("Lighthouse attention at seq-len %ld: %s", c->seq_len, why.c_str());
     m->exchange_slots = can_exchange_slots(m, m->shape.tile, &m->own_shape);
 }
@@ -6099,7 +6145,7 @@ static void setup(Trainer* t, int argc, char** argv) {
     collectives_open(std::min(LAYERS_AT_ONCE, dims.L), group_size(m, 1) * sizeof(float),
                      3 * c->batch_size * (c->seq_len / procs.cp) * (dims.C / procs.cp) * sizeof(floatX));
     operations_open(dims.C, dims.NH, dims.Vp, c->deterministic);
-    if (m->uses[LIGHTHOUSE]) lighthouse_open(&m->shape);
+    if (uses_slots(m)) lighthouse_open(&m->shape);
     if (c->fp8) fp8_open();
     int64_t sample_T = sample_length(c);
     Plan plan = choose_plan(m, c, sample_T);

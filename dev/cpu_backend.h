@@ -55,6 +55,7 @@ static size_t operations_bytes(int64_t N, int C) {
 static size_t sdpa_prepare(int B, int64_t T, int H, int D, bool, bool backward) {
     return floatx_bytes == sizeof(floatX) || !backward ? 0 : 4 * (int64_t)B * H * T * (D + 1);
 }
+static int64_t causal_prepare(int, const LighthouseShape*, bool) { return 0; }
 static void operations_allocate(size_t, size_t) {}
 static void fp8_open() {}
 

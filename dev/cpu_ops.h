@@ -837,7 +837,7 @@ void lighthouse_scatter_backward(floatX* dattn /*(B,S,H,D)*/, const floatX* dout
 // rotation undone.
 void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dslots /*(B,S,3,H,D)*/,
                                 const int32_t* slot, const float* rope, int B, const LighthouseShape* s,
-                                int64_t t0 /*position of token 0*/) {
+                                int64_t t0 /*position of token 0*/, bool add /*to dqkv, instead of writing it*/) {
     int64_t T = s->T, H = s->H, D = s->D, S = s->S, E = s->off[s->levels];
     #pragma omp parallel
     {
@@ -848,7 +848,7 @@ void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dslo
             for (int64_t h = 0; h < H; h++) {
                 for (int64_t part = 0; part < 3; part++) {
                     floatX* x = dqkv + ((bt * 3 + part) * H + h) * D;
-                    for (int64_t d = 0; d < D; d++) x[d] = 0;
+                    for (int64_t d = 0; d < D && !add; d++) x[d] = 0;
                     for (int64_t l = 0, width = 1; l < s->levels; l++, width *= s->pool) {
                         int64_t i = t / width, r = slot[(b * H + h) * E + s->off[l] + i];
                         if (r < 0) continue;
@@ -860,6 +860,134 @@ void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dslo
             }
         }
         free(turned);
+    }
+}
+
+// ---- Causal Lighthouse ----------------------------------------------------------------------------------------
+// Token t of tile i attends, in one softmax, to the tokens of its own tile up to t and to all slots of tiles 0 to i-1;
+// log(c_l) is added to the logit of a slot of level l, which stands for as many tokens.
+
+// The leaves of the selection, level 0 first, in each level tile by tile, in a tile in sequence order. slot: of index.
+void lighthouse_leaves(int32_t* leaves /*(B,H,S') S' slots of leaf_shape*/, const int32_t* index /*(B,H,S)*/,
+                       const int32_t* slot /*(B,H,E)*/, int B, const LighthouseShape* s) {
+    int64_t E = s->off[s->levels], slots = leaf_shape(s).S;
+    #pragma omp parallel for
+    for (int64_t bh = 0; bh < (int64_t)B * s->H; bh++) {
+        int32_t* next[LH_MAX_LEVELS] = {leaves + bh * slots};
+        for (int l = 1; l < s->levels; l++) next[l] = next[l - 1] + s->tiles * tile_leaves(s, l - 1);
+        for (int64_t r = 0; r < s->S; r++) {
+            int64_t i, width, l = entry_level(&i, &width, index[bh * s->S + r], s);
+            bool expanded = l > 0 && slot[bh * E + s->off[l - 1] + i * s->pool] >= 0;  // then its first child is there
+            if (!expanded) *next[l]++ = index[bh * s->S + r];
+        }
+    }
+}
+
+// What the tokens of a tile see of one head: first all slots of the earlier tiles, then the tile's own tokens.
+struct SeenRow {
+    int64_t row;  // of qkv, or if slot of slots
+    bool slot;
+    float bias;   // log of the tokens that it stands for
+};
+
+// Fills seen; returns how many are slots.
+static int64_t causal_seen(SeenRow* seen, int64_t tile, const LighthouseShape* s) {
+    int64_t n = 0, w = s->T / s->tiles, begin = 0, width = 1;
+    for (int l = 0; l < s->levels; l++, width *= s->pool) {
+        int64_t leaves = tile_leaves(s, l);
+        for (int64_t r = begin; r < begin + tile * leaves; r++) seen[n++] = {r, true, std::log((float)width)};
+        begin += s->tiles * leaves;
+    }
+    for (int64_t t = 0; t < w; t++) seen[n + t] = {tile * w + t, false, 0};
+    return n;
+}
+
+void causal_forward(floatX* out /*(B,T,H,D)*/, float* stats /*(B,H,T) natural-log logsumexp of what a token sees*/,
+                    const floatX* qkv /*(B,T,3,H,D) rotated*/, const floatX* slots /*(B,S',3,H,D)*/, int B,
+                    const LighthouseShape* s) {
+    int64_t T = s->T, H = s->H, D = s->D, C = H * D, w = T / s->tiles, S = leaf_shape(s).S;
+    float scale = 1 / std::sqrt((float)D);
+    #pragma omp parallel
+    {
+        SeenRow* seen = (SeenRow*)allocate(S + w, sizeof(SeenRow));
+        float* p = allocate_floats(S + w);  // logits, then their exponentials
+        #pragma omp for schedule(dynamic)
+        for (int64_t job = 0; job < B * H * s->tiles; job++) {
+            int64_t tile = s->tiles - 1 - job / (B * H), bh = job % (B * H), b = bh / H, h = bh % H;  // longest first
+            int64_t earlier = causal_seen(seen, tile, s);
+            for (int64_t t = tile * w; t < (tile + 1) * w; t++) {
+                int64_t n = earlier + t - tile * w + 1;
+                const floatX* q = qkv + (b * T + t) * 3 * C + h * D;
+                float top = -INFINITY, sum = 0;
+                for (int64_t j = 0; j < n; j++) {
+                    const floatX* k = (seen[j].slot ? slots + b * S * 3 * C : qkv + b * T * 3 * C) +
+                                      seen[j].row * 3 * C + C + h * D;
+                    float dot = 0;
+                    #pragma omp simd reduction(+ : dot)
+                    for (int64_t d = 0; d < D; d++) dot += q[d] * k[d];
+                    p[j] = dot * scale + seen[j].bias;
+                    top = p[j] > top ? p[j] : top;
+                }
+                #pragma omp simd reduction(+ : sum)
+                for (int64_t j = 0; j < n; j++) {
+                    p[j] = exp_fast(p[j] - top);
+                    sum += p[j];
+                }
+                floatX* o = out + (b * T + t) * C + h * D;
+                for (int64_t d = 0; d < D; d++) o[d] = 0;
+                for (int64_t j = 0; j < n; j++) {
+                    const floatX* v = (seen[j].slot ? slots + b * S * 3 * C : qkv + b * T * 3 * C) +
+                                      seen[j].row * 3 * C + 2 * C + h * D;
+                    for (int64_t d = 0; d < D; d++) o[d] += p[j] * v[d];
+                }
+                for (int64_t d = 0; d < D; d++) o[d] /= sum;
+                stats[bh * T + t] = top + std::log(sum);
+            }
+        }
+        free(seen); free(p);
+    }
+}
+
+// Writes the gradients of the tokens' q, k and v, of k and v what comes from the own tile, and of the slots (of q
+// zeros). A job owns one head of a sequence, since later tiles share the slots.
+void causal_backward(floatX* dqkv, floatX* dslots /*(B,S',3,H,D)*/, const floatX* dout, const floatX* qkv,
+                     const floatX* slots, const floatX* out, const float* stats, int B, const LighthouseShape* s) {
+    int64_t T = s->T, H = s->H, D = s->D, C = H * D, w = T / s->tiles, S = leaf_shape(s).S;
+    float scale = 1 / std::sqrt((float)D);
+    memset(dqkv, 0, B * T * 3 * C * sizeof(floatX));
+    memset(dslots, 0, B * S * 3 * C * sizeof(floatX));
+    #pragma omp parallel for schedule(dynamic)
+    for (int64_t bh = 0; bh < B * H; bh++) {
+        int64_t b = bh / H, h = bh % H;
+        SeenRow* seen = (SeenRow*)allocate(S + w, sizeof(SeenRow));
+        for (int64_t t = 0, earlier = 0; t < T; t++) {
+            if (t % w == 0) earlier = causal_seen(seen, t / w, s);
+            const floatX *q = qkv + (b * T + t) * 3 * C + h * D, *dy = dout + (b * T + t) * C + h * D;
+            const floatX* y = out + (b * T + t) * C + h * D;
+            floatX* dq = dqkv + (b * T + t) * 3 * C + h * D;
+            float delta = 0;
+            #pragma omp simd reduction(+ : delta)
+            for (int64_t d = 0; d < D; d++) delta += dy[d] * y[d];
+            for (int64_t j = 0; j < earlier + t % w + 1; j++) {
+                int64_t row = seen[j].row * 3 * C + C + h * D;
+                const floatX* k = (seen[j].slot ? slots + b * S * 3 * C : qkv + b * T * 3 * C) + row;
+                floatX* dk = (seen[j].slot ? dslots + b * S * 3 * C : dqkv + b * T * 3 * C) + row;
+                float dot = 0, dp = 0;
+                #pragma omp simd reduction(+ : dot, dp)
+                for (int64_t d = 0; d < D; d++) {
+                    dot += q[d] * k[d];
+                    dp += dy[d] * k[C + d];
+                }
+                float p = std::exp(dot * scale + seen[j].bias - stats[bh * T + t]), ds = p * (dp - delta) * scale;
+                #pragma omp simd
+                for (int64_t d = 0; d < D; d++) {
+                    dq[d] += ds * k[d];
+                    dk[d] += ds * q[d];
+                    dk[C + d] += p * dy[d];
+                }
+            }
+        }
+        free(seen);
     }
 }
 

@@ -97,7 +97,7 @@ static void test_file(const char* path) {
     lighthouse_scatter(out.data(), attn.data(), NULL, slot.data(), B, &s);
     lighthouse_scatter_backward(dattn.data(), inputs[3].data(), NULL, index.data(), B, &s);
     sdpa_backward(dslots.data(), dattn.data(), qkv_slots.data(), attn.data(), stats.data(), B, s.S, H, D);
-    lighthouse_gather_backward(dqkv.data(), dslots.data(), slot.data(), NULL, B, &s, 0);
+    lighthouse_gather_backward(dqkv.data(), dslots.data(), slot.data(), NULL, B, &s, 0, false);
 
     size_t differ = 0, first = 0;
     for (size_t i = indices; i-- > 0;) {

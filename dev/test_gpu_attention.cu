@@ -66,13 +66,15 @@ static floatX* device_random(int64_t n, uint64_t seed) {
     return p;
 }
 // Makes the workspace large enough for a shape, as the trainer's memory plan does.
-static void prepare_sdpa(int B, int64_t T, int H, int D, bool stats, bool backward) {
-    size_t bytes = sdpa_prepare(B, T, H, D, stats, backward);
+static void workspace_of(size_t bytes) {
     if (bytes <= sdpa_workspace_bytes) return;
     cudaCheck(cudaStreamSynchronize(main_stream));
     if (sdpa_workspace) cudaCheck(cudaFree(sdpa_workspace));
     cudaCheck(cudaMalloc((void**)&sdpa_workspace, bytes));
     sdpa_workspace_bytes = bytes;
+}
+static void prepare_sdpa(int B, int64_t T, int H, int D, bool stats, bool backward) {
+    workspace_of(sdpa_prepare(B, T, H, D, stats, backward));
 }
 
 // Runs an operation twice on a poisoned output of n elements; returns it, and whether both runs gave the same bits,
@@ -406,6 +408,74 @@ static void test_windows(int B, int64_t T, int64_t window, int H, int D, uint64_
         snprintf(what, sizeof(what), "windows d%c", "qkv"[part]);
         report_floats(what, part_of(dqkv, part, C), part_of(dqkv_reference, part, C), SDPA_GRADIENT, true, name);
     }
+    free_device_arrays();
+}
+
+// Causal Lighthouse: leaves, rectangles of calls and their merging, against one softmax over all that a token sees.
+static const double MERGED = IS_BF16 ? 8e-3 : 2e-5;  // output and gradients of q and slots are rounded once a rectangle
+static void test_causal(const Case& c, bool deterministic, uint64_t seed) {
+    LighthouseShape s = case_shape(c), leaf = leaf_shape(&s);
+    std::string name = case_name(c) + (deterministic ? ", deterministic" : "");
+    const int64_t B = c.B, T = c.T, H = c.H, C = H * c.D, N = B * T, S = leaf.S, E = s.off[s.levels], heads = B * H;
+    Floats qkv = random_host(N * 3 * C, seed), dout = random_host(N * C, seed + 1), scores(2 * heads * E);
+    Ints index(heads * s.S), slot(heads * E), leaves_reference(heads * S), leaf_slot(heads * E);
+    cpu::lighthouse_scores(scores.data(), qkv.data(), B, &s);
+    cpu::lighthouse_select(index.data(), scores.data(), B, &s);
+    cpu::lighthouse_invert(slot.data(), index.data(), B, &s);
+    cpu::lighthouse_leaves(leaves_reference.data(), index.data(), slot.data(), B, &s);
+    cpu::lighthouse_invert(leaf_slot.data(), leaves_reference.data(), B, &leaf);
+    int32_t *d_index = to_device<int32_t>(index), *d_slot = to_device<int32_t>(slot), *d_leaves = device_array<int32_t>(heads * S);
+    bool same;
+    Ints leaves = run_twice<int32_t>(d_leaves, heads * S, &same, [&] { lighthouse_leaves(d_leaves, d_index, d_slot, B, &s); });
+    report(leaves == leaves_reference && same, "leaves: %s | %s", leaves == leaves_reference ? "equal" : "differ", name.c_str());
+
+    sdpa_deterministic = deterministic;
+    workspace_of(causal_prepare(B, &s, true));
+    floatX *d_qkv = to_device<floatX>(qkv), *d_dout = to_device<floatX>(dout), *d_out = device_array<floatX>(N * C);
+    floatX *d_slots = device_array<floatX>(B * S * 3 * C), *d_dslots = device_array<floatX>(B * S * 3 * C);
+    floatX* d_dqkv = device_array<floatX>(N * 3 * C);
+    float* d_stats = device_array<float>(heads * T);
+    lighthouse_gather(d_slots, d_qkv, d_leaves, NULL, B, &leaf, 0);
+    Floats slots = to_host<float>(d_slots, B * S * 3 * C);
+    Floats out = run_twice<float>(d_out, N * C, &same, [&] { causal_forward(d_out, d_stats, d_qkv, d_slots, B, &s); });
+    Floats stats = to_host<float>(d_stats, heads * T), out_reference(N * C), stats_reference(heads * T);
+    cpu::causal_forward(out_reference.data(), stats_reference.data(), qkv.data(), slots.data(), B, &s);
+    report_floats("causal forward", out, out_reference, MERGED, same, name);
+    double worst = 0;
+    for (int64_t i = 0; i < heads * T; i++) worst = fmax(worst, fabs((double)stats[i] - stats_reference[i]));
+    report(worst <= 5e-5, "causal statistics: at most %.1e off (limit 5e-05) | %s", worst, name.c_str());
+
+    Floats dslots, dqkv = run_twice<float>(d_dqkv, N * 3 * C, &same, [&] {
+        causal_backward(d_dqkv, d_dslots, d_dout, d_qkv, d_slots, d_out, d_stats, B, &s);
+    });
+    if (!deterministic && IS_BF16) same = true;  // not promised
+    dslots = to_host<float>(d_dslots, B * S * 3 * C);
+    Floats dqkv_reference(N * 3 * C), dslots_reference(B * S * 3 * C), used = to_host<float>(d_out, N * C);
+    cpu::causal_backward(dqkv_reference.data(), dslots_reference.data(), dout.data(), qkv.data(), slots.data(),
+                         used.data(), stats_reference.data(), B, &s);
+    for (int part = 0; part < 3; part++) {
+        char what[32];
+        snprintf(what, sizeof(what), "causal d%c", "qkv"[part]);
+        report_floats(what, part_of(dqkv, part, C), part_of(dqkv_reference, part, C), part ? SDPA_GRADIENT : MERGED, same, name);
+        if (s.tiles == 1) continue;  // nobody asks its slots
+        snprintf(what, sizeof(what), "causal d%c of slots", "qkv"[part]);
+        report_floats(what, part_of(dslots, part, C), part_of(dslots_reference, part, C), MERGED, true, name);
+    }
+
+    floatX *d_given = to_device<floatX>(dslots_reference), *d_sum = device_array<floatX>(N * 3 * C);
+    Floats given = to_host<float>(d_given, B * S * 3 * C), sum_reference = dout;
+    sum_reference.resize(N * 3 * C);
+    for (int64_t i = 0; i < N * 3 * C; i++) sum_reference[i] = qkv[i];
+    int32_t* d_leaf_slot = device_array<int32_t>(heads * E);
+    lighthouse_invert(d_leaf_slot, d_leaves, B, &leaf);
+    report(to_host<int32_t>(d_leaf_slot, heads * E) == leaf_slot, "leaves, inverted | %s", name.c_str());
+    Floats sum = run_twice<float>(d_sum, N * 3 * C, &same, [&] {
+        cudaCheck(cudaMemcpyAsync(d_sum, d_qkv, N * 3 * C * sizeof(floatX), cudaMemcpyDeviceToDevice, main_stream));
+        lighthouse_gather_backward(d_sum, d_given, d_leaf_slot, NULL, B, &leaf, 0, true);
+    });
+    cpu::lighthouse_gather_backward(sum_reference.data(), given.data(), leaf_slot.data(), NULL, B, &leaf, 0, true);
+    report_floats("gather backward, added", sum, sum_reference, ROUNDED, same, name);
+    sdpa_deterministic = false;
     free_device_arrays();
 }
 
@@ -823,6 +893,34 @@ static void time_case(const Case& c, int runs, int dense_runs, bool json = false
         });
         time_line(i ? "windows of 4,096 tokens" : "windows of 1,024 tokens", 0, windows[i]);
     }
+    Case tiles = c;
+    tiles.tile = 16;  // of 1,024 tokens
+    LighthouseShape cs = case_shape(tiles), leaf = leaf_shape(&cs);
+    int32_t* d_leaves = device_array<int32_t>(H * leaf.S);
+    floatX *d_leaf_slots = device_array<floatX>(leaf.S * 3 * C), *d_dleaf_slots = device_array<floatX>(leaf.S * 3 * C);
+    double began = seconds();
+    workspace_of(causal_prepare(1, &cs, true));
+    printf("     causal: %ld slots, plans built in %.1f s, workspace %.2f GB\n", leaf.S, seconds() - began, causal_prepare(1, &cs, true) / 1e9);
+    double causal[4] = {
+        median_ms(runs, [&] {
+            lighthouse_scores(d_scores, d_qkv, 1, &cs);
+            lighthouse_select(d_index, d_scores, 1, &cs);
+            lighthouse_invert(d_slot, d_index, 1, &cs);
+            lighthouse_leaves(d_leaves, d_index, d_slot, 1, &cs);
+            lighthouse_gather(d_leaf_slots, d_qkv, d_leaves, NULL, 1, &leaf, 0);
+        }),
+        median_ms(runs, [&] { causal_forward(d_out, d_stats, d_qkv, d_leaf_slots, 1, &cs); }),
+        median_ms(runs, [&] { causal_backward(d_dqkv, d_dleaf_slots, d_dout, d_qkv, d_leaf_slots, d_out, d_stats, 1, &cs); }),
+        median_ms(runs, [&] {
+            lighthouse_invert(d_slot, d_leaves, 1, &leaf);
+            lighthouse_gather_backward(d_dqkv, d_dleaf_slots, d_slot, NULL, 1, &leaf, 0, true);
+        })};
+    time_line("causal: scores to slots", 0, causal[0]);
+    time_line("causal forward", 0, causal[1]);
+    time_line("causal backward", 0, causal[2]);
+    time_line("causal: slots to tokens", 0, causal[3]);
+    double causal_all = causal[0] + causal[1] + causal[2] + causal[3];
+    time_line("causal, summed", 0, causal_all);
     if (dense_runs > 0) {
         if (memcmp(&c, &dense_case, offsetof(Case, levels))) {
             dense_case = c;
@@ -847,17 +945,18 @@ static void time_case(const Case& c, int runs, int dense_runs, bool json = false
             }
             sdpa_deterministic = false;
         }
-        printf("     over tokens / over slots: forward %.1f, backward %.1f; dense / all of Lighthouse: %.1f\n",
-               dense_forward / forward, dense_backward / backward, (dense_forward + dense_backward) / whole);
+        printf("     over tokens / over slots: forward %.1f, backward %.1f; dense / all of Lighthouse: %.1f, of Causal "
+               "Lighthouse: %.1f\n", dense_forward / forward, dense_backward / backward,
+               (dense_forward + dense_backward) / whole, (dense_forward + dense_backward) / causal_all);
     }
     if (json) {
         double bytes = (10 * T + 8 * S) * C * X      // each tensor once per kernel that reads or writes it;
                        + 28.0 * H * E + 20.0 * H * S;  // scores and slots of the entries, the index
         printf("{\"T\":%ld,\"H\":%ld,\"D\":%ld,\"levels\":%d,\"pool\":%d,\"topk\":%d,\"S\":%ld,\"copy_GBps\":%.1f,"
                "\"around_ms\":%.4f,\"around_bytes\":%.0f,\"slots_ms\":%.4f,\"ms\":[%.4f,%.4f,%.4f],\"window_1024_ms\":%.4f,\"window_4096_ms\":%.4f,"
-               "\"dense_ms\":%s}\n",
+               "\"causal_ms\":%.4f,\"dense_ms\":%s}\n",
                T, H, D, c.levels, c.pool, c.topk, S, copy_gbs, around, bytes, forward + backward, whole_fastest, whole,
-               whole_slowest, windows[0], windows[1], dense_runs ? json_number(dense_forward + dense_backward).c_str() : "null");
+               whole_slowest, windows[0], windows[1], causal_all, dense_runs ? json_number(dense_forward + dense_backward).c_str() : "null");
         fflush(stdout);
     }
     free_device_arrays();
@@ -916,6 +1015,16 @@ int main(int argc, char** argv) {
         test_windows(2, 1000, 384, 2, 128, 7);  // the last window of a sequence is shorter
         test_windows(1, 4160, 1024, 3, 128, 8);
         took("sdpa");
+    }
+    if (wanted("causal")) {
+        test_causal({1, 1024, 2, 64, 2, 4, 64, 64}, false, 20);     // one tile
+        test_causal({2, 2048, 2, 64, 3, 2, 64, 32}, false, 21);     // two
+        test_causal({2, 1512, 3, 64, 4, 2, 48, 16}, false, 22);     // three: the last range is cut
+        test_causal({1, 4096, 3, 128, 3, 4, 256, 32}, false, 23);   // every coarse entry expanded: no leaves there
+        test_causal({1, 3200, 2, 128, 2, 16, 160, 32}, false, 24);  // five; leaves of two levels
+        test_causal({1, 12288, 2, 128, 3, 4, 192, 16}, false, 25);  // twelve tiles of 1,024 tokens, as 98,304 has 96
+        test_causal({2, 2816, 2, 64, 3, 2, 176, 16}, true, 26);     // eleven
+        took("causal");
     }
     if (wanted("vectors")) {
         test_vectors("dev/vectors/a_n1024_l2_p4_k128.bin");

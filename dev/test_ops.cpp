@@ -776,7 +776,7 @@ static Lighthouse lighthouse(const Doubles& qkv, const Doubles& dout, Ints* inde
     lighthouse_scatter(out.data(), attn.data(), NULL, slot.data(), B, &s);
     lighthouse_scatter_backward(dattn.data(), dy.data(), NULL, index->data(), B, &s);
     sdpa_backward(dslots.data(), dattn.data(), slots.data(), attn.data(), stats.data(), B, s.S, s.H, s.D);
-    lighthouse_gather_backward(dx.data(), dslots.data(), slot.data(), rope, B, &s, 0);
+    lighthouse_gather_backward(dx.data(), dslots.data(), slot.data(), rope, B, &s, 0, false);
     return {wide(scores), wide(slots), wide(attn), wide(out), wide(dattn), wide(dslots), wide(dx)};
 }
 
@@ -855,7 +855,7 @@ static Part run_part(const Floats& qkv, const Floats& attn, const Floats& dout, 
     lighthouse_gather(y.slots.data(), qkv.data(), y.index.data(), pointer(table), B, &s, t0);
     lighthouse_scatter(y.out.data(), attn.data(), pointer(halo), y.slot.data(), B, &s);
     lighthouse_scatter_backward(y.dattn.data(), dout.data(), pointer(dout_halo), y.index.data(), B, &s);
-    lighthouse_gather_backward(y.dqkv.data(), dslots.data(), y.slot.data(), pointer(table), B, &s, t0);
+    lighthouse_gather_backward(y.dqkv.data(), dslots.data(), y.slot.data(), pointer(table), B, &s, t0, false);
     return y;
 }
 
