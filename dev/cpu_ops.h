@@ -837,7 +837,7 @@ void lighthouse_scatter_backward(floatX* dattn /*(B,S,H,D)*/, const floatX* dout
 // rotation undone.
 void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dslots /*(B,S,3,H,D)*/,
                                 const int32_t* slot, const float* rope, int B, const LighthouseShape* s,
-                                int64_t t0 /*position of token 0*/, bool add /*to dqkv, instead of writing it*/) {
+                                int64_t t0 /*position of token 0*/, bool add = false /*to what dqkv holds*/) {
     int64_t T = s->T, H = s->H, D = s->D, S = s->S, E = s->off[s->levels];
     #pragma omp parallel
     {
