@@ -247,10 +247,10 @@ static std::string lighthouse_shape(LighthouseShape* s, int64_t T, int H, int D,
     double exact = pow(pool, levels - 1);  // tokens under one coarsest entry
     if (exact * tiles > 1e15)
         return text("pool^(levels-1) * topk/tile = %.3g is more than any length: lower levels or pool", exact * tiles);
-    int64_t coarse = (int64_t)exact, unit = coarse * tiles, least = unit * tile;  // T: a multiple of unit, >= least
-    if (T % unit) {
-        int64_t below = T / unit * unit, above = std::max(below + unit, least);
-        std::string why = text("T = %ld is not divisible by pool^(levels-1) * topk/tile = %ld", T, unit);
+    int64_t coarse = (int64_t)exact, multiple = coarse * tiles, least = multiple * tile;  // T: n * multiple
+    if (T % multiple) {
+        int64_t below = T / multiple * multiple, above = std::max(below + multiple, least);
+        std::string why = text("T = %ld is not divisible by pool^(levels-1) * topk/tile = %ld", T, multiple);
         if (below >= least && above <= MAX_SEQ_LEN) why += text(": the nearest lengths are %ld and %ld", below, above);
         else if (below >= least || above <= MAX_SEQ_LEN)
             why += text(": the nearest length is %ld", below >= least ? below : above);
@@ -3613,18 +3613,18 @@ struct Batch {
     DeviceEvent copied;
 };
 
-// Parameters lie in memory group by group: group 0 is the embeddings and the final LayerNorm, group 1 + l is layer l. A
-// group is what is reduced, updated and gathered at once, as soon as its part of the backward pass is done; its
+// Parameters lie in memory unit by unit: unit 0 is the embeddings and the final LayerNorm, unit 1 + l is layer l. A
+// unit is what is reduced, updated and gathered at once, as soon as its part of the backward pass is done; its
 // matrices come first, since weight decay falls on them only. It is cut into world equal slices: rank r holds master
-// weights and moments of slice r of every group (ZeRO stage 1), and updates that. Files are in llm.c's order, tensor by
+// weights and moments of slice r of every unit (ZeRO stage 1), and updates that. Files are in llm.c's order, tensor by
 // tensor, without padding, whatever the number of processes.
 struct Model {
     Dims dims;
     int64_t size[TENSORS], file_offset[TENSORS];  // elements, all layers
     int64_t parameters;                           // elements of a file
-    int64_t within[TENSORS];                      // where a tensor begins in its group
-    int64_t group_size[2], group_matrices[2];     // of group 0 and of a layer's: elements, and those before its vectors
-    int64_t padded, owned;                        // elements of all groups; of this process's slices
+    int64_t within[TENSORS];                      // where a tensor begins in its unit
+    int64_t unit_size[2], unit_matrices[2];       // of unit 0 and of a layer's: elements, and those before its vectors
+    int64_t padded, owned;                        // elements of all units; of this process's slices
     Attention attention[MAX_LAYERS];         // of each layer in the first phase
     char pattern[MAX_LAYERS + 1];            // the same as letters
     bool uses[ATTENTION_KINDS];              // by at least one layer in the first phase
@@ -3652,23 +3652,23 @@ enum { LOSS_SUM, NORM_SUM };
 
 // One layer of a stacked tensor, all of another.
 static int64_t layer_size(const Model* m, int t) { return tensor_is_stacked(t) ? m->size[t] / m->dims.L : m->size[t]; }
-static int64_t group_size(const Model* m, int g) { return m->group_size[g > 0]; }
-static int64_t group_begin(const Model* m, int g) {
-    return g == 0 ? 0 : m->group_size[0] + (g - 1) * m->group_size[1];
+static int64_t unit_size(const Model* m, int u) { return m->unit_size[u > 0]; }
+static int64_t unit_begin(const Model* m, int u) {
+    return u == 0 ? 0 : m->unit_size[0] + (u - 1) * m->unit_size[1];
 }
 // Where layer l of tensor t begins in params and grads.
 static int64_t layer_offset(const Model* m, int t, int l) {
-    return group_begin(m, tensor_is_stacked(t) ? 1 + l : 0) + m->within[t];
+    return unit_begin(m, tensor_is_stacked(t) ? 1 + l : 0) + m->within[t];
 }
 static floatX* weight(const Model* m, int t, int l) { return m->params + layer_offset(m, t, l); }
 static float* gradient(const Model* m, int t, int l) { return m->grads + layer_offset(m, t, l); }
 
-// This process's slice of group g: its elements, where it begins in params and grads, and where in master, m and v.
-static int64_t slice_size(const Model* m, int g) { return group_size(m, g) / procs.world; }
-static int64_t slice_begin(const Model* m, int g, int rank = procs.rank) {
-    return group_begin(m, g) + rank * slice_size(m, g);
+// This process's slice of unit u: its elements, where it begins in params and grads, and where in master, m and v.
+static int64_t slice_size(const Model* m, int u) { return unit_size(m, u) / procs.world; }
+static int64_t slice_begin(const Model* m, int u, int rank = procs.rank) {
+    return unit_begin(m, u) + rank * slice_size(m, u);
 }
-static int64_t slice_owned(const Model* m, int g) { return group_begin(m, g) / procs.world; }
+static int64_t slice_owned(const Model* m, int u) { return unit_begin(m, u) / procs.world; }
 
 static void model_layout(Model* m, Dims d) {
     m->dims = d;
@@ -3693,11 +3693,11 @@ static void model_layout(Model* m, Dims d) {
                 m->within[t] = end;
                 end += ceil_div(layer_size(m, t), align) * align;
             }
-            if (matrices) m->group_matrices[kind] = end;
+            if (matrices) m->unit_matrices[kind] = end;
         }
-        m->group_size[kind] = ceil_div(end, align * procs.world) * align * procs.world;
+        m->unit_size[kind] = ceil_div(end, align * procs.world) * align * procs.world;
     }
-    m->padded = group_begin(m, 1 + d.L);
+    m->padded = unit_begin(m, 1 + d.L);
     m->owned = m->padded / procs.world;
 }
 
@@ -3716,13 +3716,13 @@ static Piece* own_pieces(const Model* m, int* count, int rank = procs.rank) {
     *count = 0;
     for (int t = 0; t < TENSORS; t++)
         for (int l = 0; l < (tensor_is_stacked(t) ? m->dims.L : 1); l++) {
-            int g = tensor_is_stacked(t) ? 1 + l : 0;
-            int64_t begin = layer_offset(m, t, l), slice = slice_begin(m, g, rank);
+            int u = tensor_is_stacked(t) ? 1 + l : 0;
+            int64_t begin = layer_offset(m, t, l), slice = slice_begin(m, u, rank);
             int64_t first = std::max(begin, slice);
-            int64_t last = std::min(begin + layer_size(m, t), slice + slice_size(m, g));
+            int64_t last = std::min(begin + layer_size(m, t), slice + slice_size(m, u));
             if (first < last)
                 pieces[(*count)++] = {t, last - first, m->file_offset[t] + l * layer_size(m, t) + first - begin, first,
-                                      slice_owned(m, g) + first - slice};
+                                      slice_owned(m, u) + first - slice};
         }
     return pieces;
 }
@@ -3743,9 +3743,9 @@ static void set_weights(const Model* m, const Piece* p, int64_t i, const float* 
     free(rounded);
 }
 
-// Every process's slices of the parameters of group g, or of `groups` layers from there on, to all.
-static void gather_params(Model* m, int g, int groups) {
-    all_gather_start(m->params + group_begin(m, g), groups, group_size(m, g) * sizeof(floatX));
+// Every process's slices of the parameters of unit u, or of `units` layers from there on, to all.
+static void gather_params(Model* m, int u, int units) {
+    all_gather_start(m->params + unit_begin(m, u), units, unit_size(m, u) * sizeof(floatX));
 }
 static void gather_all_params(Model* m) {
     gather_params(m, 0, 1);
@@ -4167,10 +4167,10 @@ static void model_head(Model* m, const int* host_targets /*(B, T/W)*/, Run r, fl
     sum_losses(m->sums + LOSS_SUM, a->losses, N);
 }
 
-// Starts the sums over the processes of the gradients of group g, or of `groups` layers from there on; each process
+// Starts the sums over the processes of the gradients of unit u, or of `units` layers from there on; each process
 // gets them for its slices.
-static void reduce_gradients(Model* m, int g, int groups) {
-    reduce_scatter_start(m->grads + group_begin(m, g), groups, group_size(m, g));
+static void reduce_gradients(Model* m, int u, int units) {
+    reduce_scatter_start(m->grads + unit_begin(m, u), units, unit_size(m, u));
 }
 
 // In the last micro-step the gradients of this many layers are summed at once, beside the backward pass of those below.
@@ -4200,9 +4200,9 @@ static void model_backward(Model* m, Run r) {
 // Before a step's first micro-step: zeros for the gradients that are added to. Those of the other matrices are written
 // by the first micro-step, which saves a pass over them to clear and one to read.
 static void begin_gradients(Model* m) {
-    for (int g = 0; g <= m->dims.L; g++) {
-        int64_t vectors = group_begin(m, g) + m->group_matrices[g > 0];
-        device_zero(m->grads + vectors, (group_begin(m, g + 1) - vectors) * sizeof(float));
+    for (int u = 0; u <= m->dims.L; u++) {
+        int64_t vectors = unit_begin(m, u) + m->unit_matrices[u > 0];
+        device_zero(m->grads + vectors, (unit_begin(m, u + 1) - vectors) * sizeof(float));
     }
     if (!m->dims.rope) device_zero(gradient(m, WPE, 0), m->size[WPE] * sizeof(float));
 }
@@ -4417,8 +4417,8 @@ static void add_gradient_squares(Model* m) {
         sum_squares(m->sums + NORM_SUM, m->grads, m->padded);
         return;
     }
-    for (int g = 0; g <= m->dims.L; g++)
-        sum_squares(m->sums + NORM_SUM, m->grads + slice_begin(m, g), slice_size(m, g));
+    for (int u = 0; u <= m->dims.L; u++)
+        sum_squares(m->sums + NORM_SUM, m->grads + slice_begin(m, u), slice_size(m, u));
 }
 
 // One AdamW update of this process's slices, whose weights then go to all; `update` counts from 1. Weight decay falls
@@ -4426,9 +4426,9 @@ static void add_gradient_squares(Model* m) {
 static void model_update(Model* m, const Config* c, double lr, double grad_scale, int64_t update) {
     AdamW adamw = {(float)lr, (float)c->beta1, (float)c->beta2, (float)(1 - pow(c->beta1, update)),
                    (float)(1 - pow(c->beta2, update)), (float)c->adam_eps, 0, (float)grad_scale};
-    for (int g = 0; g <= m->dims.L; g++) {
-        int64_t begin = slice_begin(m, g), owned = slice_owned(m, g), n = slice_size(m, g);
-        int64_t vectors = group_begin(m, g) + m->group_matrices[g > 0];  // where they begin
+    for (int u = 0; u <= m->dims.L; u++) {
+        int64_t begin = slice_begin(m, u), owned = slice_owned(m, u), n = slice_size(m, u);
+        int64_t vectors = unit_begin(m, u) + m->unit_matrices[u > 0];  // where they begin
         int64_t matrices = std::min(std::max<int64_t>(vectors - begin, 0), n);
         const struct { int64_t at, n; double decay; } parts[] = {{0, matrices, c->weight_decay},
                                                                  {matrices, n - matrices, 0}};
@@ -4439,9 +4439,9 @@ static void model_update(Model* m, const Config* c, double lr, double grad_scale
             adamw_update(m->params + begin + p.at, master, m->m + owned + p.at, m->v + owned + p.at,
                          m->grads + begin + p.at, p.n, adamw);
         }
-        if (g % LAYERS_AT_ONCE != 0 && g < m->dims.L) continue;
-        int first = g > 0 ? g - (g - 1) % LAYERS_AT_ONCE : 0;  // the embeddings go alone
-        gather_params(m, first, g - first + 1);
+        if (u % LAYERS_AT_ONCE != 0 && u < m->dims.L) continue;
+        int first = u > 0 ? u - (u - 1) % LAYERS_AT_ONCE : 0;  // the embeddings go alone
+        gather_params(m, first, u - first + 1);
     }
     collectives_join();
 }
@@ -5117,8 +5117,8 @@ static std::vector<int> tokenizer_encode(const Tokenizer* k, const char* s) {
 // process, at most T.
 static int64_t sample_length(const Config* c) {
     if (c->sample_every == 0) return 0;
-    int64_t unit = 64 * procs.cp;
-    return std::min(ceil_div(1 + (int64_t)strlen(c->prompt) + c->sample_tokens, unit) * unit, c->seq_len);
+    int64_t multiple = 64 * procs.cp;
+    return std::min(ceil_div(1 + (int64_t)strlen(c->prompt) + c->sample_tokens, multiple) * multiple, c->seq_len);
 }
 
 // The token that a chance of 0..1 falls on: of the top_k likeliest, unless 0, by their softmax at a temperature. sorted
@@ -5802,7 +5802,7 @@ static void setup(Trainer* t, int argc, char** argv) {
     if (c->sample_every) setup_tokenizer(t);
 
     device_open(procs.local_rank);
-    collectives_open(std::min(LAYERS_AT_ONCE, dims.L), group_size(m, 1) * sizeof(float),
+    collectives_open(std::min(LAYERS_AT_ONCE, dims.L), unit_size(m, 1) * sizeof(float),
                      3 * c->batch_size * (c->seq_len / procs.cp) * (dims.C / procs.cp) * sizeof(floatX));
     operations_open(dims.C, dims.NH, dims.Vp, c->deterministic);
     if (m->uses[LIGHTHOUSE]) lighthouse_open(&m->shape);

@@ -422,10 +422,10 @@ static void test_layout() {
                     int64_t size = layer_size(&m, p->tensor), element = p->file - m.file_offset[p->tensor];
                     int l = (int)(element / size);
                     same_place &= p->memory == layer_offset(&m, p->tensor, l) + element % size;
-                    int g = tensor_is_stacked(p->tensor) ? 1 + l : 0;
+                    int u = tensor_is_stacked(p->tensor) ? 1 + l : 0;
                     decayed &= tensor_is_matrix(p->tensor) ==
-                               (p->memory - group_begin(&m, g) < m.group_matrices[g > 0]);
-                    same_place &= p->memory - slice_begin(&m, g) == p->owned - slice_owned(&m, g);
+                               (p->memory - unit_begin(&m, u) < m.unit_matrices[u > 0]);
+                    same_place &= p->memory - slice_begin(&m, u) == p->owned - slice_owned(&m, u);
                 }
                 free(piece);
             }
