@@ -1062,6 +1062,7 @@ struct Loader {
     int64_t vocab;         // token ids are below that
     int tokenizer_ids;     // of the tokenizer.bin beside the shards; 0: there is none
     uint64_t tokenizer;    // its checksum
+    uint64_t fingerprint;  // loader_fingerprint(), once the vocabulary is set
 };
 
 static Shard shard_header(const char* path) {
@@ -5744,7 +5745,6 @@ static std::string setup_state(Trainer* t, bool from_file) {
     const Config* c = &t->config;
     Model* m = &t->model;
     RunState* s = &t->state;
-    uint64_t data = t->train.shards.empty() ? 0 : loader_fingerprint(&t->train);
     std::string found;
     if (!c->resume || !checkpoint_resume(m, c, s, &found)) {
         if (from_file) {
@@ -5753,14 +5753,14 @@ static std::string setup_state(Trainer* t, bool from_file) {
         } else model_initialize(m, c->seed);
         s->seq_len = c->seq_len; s->total_batch = c->total_batch_size;
         s->epoch = t->train.sequences; s->seed = c->seed; s->shuffle = c->shuffle;
-        s->data = data;
+        s->data = t->train.fingerprint;
         return "";
     }
     const char* path = found.c_str();
     const struct { const char* what; int64_t then, now; } unchanged[] = {
         {"seq-len", s->seq_len, c->seq_len}, {"total-batch-size", s->total_batch, c->total_batch_size},
         {"training data of as many sequences:", s->epoch, t->train.sequences},
-        {"training data of checksum", (int64_t)s->data, (int64_t)data},
+        {"training data of checksum", (int64_t)s->data, (int64_t)t->train.fingerprint},
         {"seed", s->seed, c->seed}, {"shuffle", s->shuffle, c->shuffle}};
     for (auto& x : unchanged)
         if (x.then != x.now)
@@ -5784,10 +5784,6 @@ static void setup(Trainer* t, int argc, char** argv) {
     t->has_val = *c->val_data != 0;
     if (trains) loader_init(&t->train, c->train_data, c->seq_len, c->shuffle, c->seed);
     if (t->has_val) loader_init(&t->val, c->val_data, c->seq_len, false, 0);
-    if (procs.connected)
-        compare_lines(text("--train-data has checksum %lx\n--val-data has checksum %lx\n--model has checksum %lx",
-                           trains ? loader_fingerprint(&t->train) : 0, t->has_val ? loader_fingerprint(&t->val) : 0,
-                           from_file ? model_fingerprint(c->model) : 0));
     if (t->train.tokenizer_ids && t->val.tokenizer_ids && t->train.tokenizer != t->val.tokenizer)
         fatal("--val-data %s is of another tokenizer than --train-data %s: the tokenizer.bin beside them differ",
               c->val_data, c->train_data);
@@ -5796,7 +5792,11 @@ static void setup(Trainer* t, int argc, char** argv) {
         d->vocab = dims.V;
         if (from_file && d->tokenizer_ids)
             check_tokenizer(c->model, dims.V, folder_of(d->shards[0].path) + "tokenizer.bin", d->tokenizer_ids);
+        if (d->sequences) d->fingerprint = loader_fingerprint(d);
     }
+    if (procs.connected)
+        compare_lines(text("--train-data has checksum %lx\n--val-data has checksum %lx\n--model has checksum %lx",
+                           t->train.fingerprint, t->val.fingerprint, from_file ? model_fingerprint(c->model) : 0));
     model_layout(m, dims);
     setup_run(t);
     if (c->sample_every) setup_tokenizer(t);
