@@ -4109,9 +4109,8 @@ static void block_backward(Model* m, int l, Run r) {
     product_backward(m, l, ATTPROJ, r, a->dbtc, NULL, a->dres);
     floatX* dqkv = a->dwide;
     if (at.exchange) rows_to_heads(a->dbtc, a->dbtc, y->gelu, r.B, r.T, 1, C);
-    if (lighthouse) {
-        lighthouse_backward(m, y, r, dqkv, a->dbtc);
-    } else {
+    if (lighthouse) lighthouse_backward(m, y, r, dqkv, a->dbtc);
+    else {
         each_window(r.B, at.T, at.span, [&](int64_t row, int sequences, int64_t length) {
             int64_t i = row * at.heads * at.D;
             sdpa_backward(dqkv + 3 * i, a->dbtc + i, y->qkv + 3 * i, y->att_heads + i, y->stats + row * at.heads,
@@ -4206,8 +4205,7 @@ static void model_micro_step(Model* m, Batch* b, Run r, float dloss) {
 // Logits of token t of sequence b of the last trunk, to the host memory (V) of all processes that share the sequence.
 static void model_logits(Model* m, int64_t b, int64_t t, Run r, float* host) {
     const Dims* d = &m->dims;
-    int64_t rows = r.T / procs.cp;
-    int owner = (int)(t / rows);
+    int64_t rows = r.T / procs.cp, owner = t / rows;
     if (procs.cp_rank == owner) {
         std::vector<floatX> row(d->Vp);
         matmul_forward(m->acts.logits, m->acts.lnf + (b * rows + t % rows) * d->C, weight(m, WTE, 0), NULL, NULL, 1,
@@ -4215,7 +4213,7 @@ static void model_logits(Model* m, int64_t b, int64_t t, Run r, float* host) {
         copy_to_host(row.data(), m->acts.logits, d->Vp * sizeof(floatX));
         for (int v = 0; v < d->V; v++) host[v] = (float)row[v];
     }
-    if (procs.cp > 1) broadcast(host, d->V * sizeof(float), CP_GROUP, owner);
+    if (procs.cp > 1) broadcast(host, d->V * sizeof(float), CP_GROUP, (int)owner);
 }
 
 // What attention computes of a sequence in such a layer: twice the pairs of a query and a key, diagonals aside.
@@ -4267,8 +4265,7 @@ static std::vector<Run> run_passes(const Model* m, const Config* c, int64_t samp
 }
 
 static Plan memory_plan(const Model* m, const Config* c, int64_t sample_T, int recompute, int B) {
-    Plan p = {};
-    p.recompute = recompute;
+    Plan p = {{}, {}, 0, 0, recompute};
     int64_t C = m->dims.C, L = m->dims.L, D = C / m->dims.NH, batch = B * c->seq_len / procs.cp;
     plan_add(&p, "parameters", m->padded * floatx_bytes);
     if (floatx_bytes != sizeof(float)) plan_add(&p, "fp32 masters", m->owned * sizeof(float));
@@ -5536,12 +5533,12 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
             if (given(name) && !m->uses[strcmp(name, "window") ? LIGHTHOUSE : WINDOW])
                 say("note: --%s is given, and no layer of --attention %s has it\n", name, c->attention);
     } else say("attention   dense throughout\n");
-    double step_tokens = (double)c->total_batch_size;
     for (int i = 0; i < m->windows; i++)
         say("operations  %.4g TFLOP a step of the first phase%s\n",
-            step_flops(m, FIRST_PHASE, m->window[i], c->seq_len, step_tokens) * 1e-12,
+            step_flops(m, FIRST_PHASE, m->window[i], c->seq_len, c->total_batch_size) * 1e-12,
             m->windows > 1 ? text(", windows of %ld", m->window[i]).c_str() : "");
-    say("operations  %.4g TFLOP a dense step\n", step_flops(m, DENSE_PHASE, 0, c->seq_len, step_tokens) * 1e-12);
+    say("operations  %.4g TFLOP a dense step\n",
+        step_flops(m, DENSE_PHASE, 0, c->seq_len, c->total_batch_size) * 1e-12);
     say("memory      %.2f GiB%s of %.2f GiB free, recompute level ", gib(plan->total),
         procs.world > 1 ? " per process" : "", gib(memory_free(c)));
     int level = (int)c->recompute, lower = level * d->L - plan->recompute;  // layers one level lower
@@ -5583,9 +5580,8 @@ static void setup_run(Trainer* t) {
     if (t->switch_step == 0) return;
     choose_windows(m, c, t->steps, t->switch_step);
     m->never_dense = t->switch_step == t->steps;
-    int heads = m->dims.NH / procs.cp, D = m->dims.C / m->dims.NH;
     if (!m->uses[LIGHTHOUSE]) return;
-    std::string why = lighthouse_defaults(&m->shape, c, heads, D);
+    std::string why = lighthouse_defaults(&m->shape, c, m->dims.NH / procs.cp, m->dims.C / m->dims.NH);
     if (why != "") fatal("Lighthouse attention at seq-len %ld: %s", c->seq_len, why.c_str());
     m->exchange_slots = can_exchange_slots(m, m->shape.tile, &m->own_shape);
 }
@@ -5753,8 +5749,7 @@ static void setup(Trainer* t, int argc, char** argv) {
     operations_open(dims.C, dims.NH, dims.Vp, c->deterministic);
     if (m->uses[LIGHTHOUSE]) lighthouse_open(&m->shape);
     if (c->fp8) fp8_open();
-    int64_t sample_T = sample_length(c);
-    Plan plan = choose_plan(m, c, sample_T);
+    Plan plan = choose_plan(m, c, sample_length(c));
     t->recompute = plan.recompute;
     std::string device = device_name();
     print_configuration(t, &plan, device.c_str());
