@@ -248,10 +248,10 @@ static std::string lighthouse_shape(LighthouseShape* s, int64_t T, int H, int D,
     double exact = pow(pool, levels - 1);  // tokens under one coarsest entry
     if (exact * tiles > 1e15)
         return text("pool^(levels-1) * topk/tile = %.3g is more than any length: lower levels or pool", exact * tiles);
-    int64_t coarse = (int64_t)exact, unit = coarse * tiles, least = unit * tile;  // T: a multiple of unit, >= least
-    if (T % unit) {
-        int64_t below = T / unit * unit, above = std::max(below + unit, least);
-        std::string why = text("T = %ld is not divisible by pool^(levels-1) * topk/tile = %ld", T, unit);
+    int64_t coarse = (int64_t)exact, multiple = coarse * tiles, least = multiple * tile;  // T: n * multiple
+    if (T % multiple) {
+        int64_t below = T / multiple * multiple, above = std::max(below + multiple, least);
+        std::string why = text("T = %ld is not divisible by pool^(levels-1) * topk/tile = %ld", T, multiple);
         if (below >= least && above <= MAX_SEQ_LEN) why += text(": the nearest lengths are %ld and %ld", below, above);
         else if (below >= least || above <= MAX_SEQ_LEN)
             why += text(": the nearest length is %ld", below >= least ? below : above);
@@ -346,12 +346,6 @@ static std::string text(const char* format, ...) {
 }
 #define fatal(...) end_with(text(__VA_ARGS__))
 static void end_if(const std::string& why) { if (why != "") end_with(why); }
-
-static void* host_alloc(size_t bytes) {
-    void* p = malloc(bytes ? bytes : 1);
-    if (!p) fatal("out of host memory: %zu bytes were asked for", bytes);
-    return p;
-}
 
 // Calls what may take long because of this process's own disk. That is no hang: meanwhile other processes that wait for
 // this one are told so. Within such a call another is made at once.
@@ -609,13 +603,13 @@ static size_t device_memory_free() {
     return free_bytes;
 }
 static size_t device_memory_taken() { return device_free_at_start - device_memory_free(); }
-static void device_name(char* name, size_t size) {
+static std::string device_name() {
     cudaDeviceProp properties;
     int device, runtime;
     cudaCheck(cudaGetDevice(&device));
     cudaCheck(cudaGetDeviceProperties(&properties, device));
     cudaCheck(cudaRuntimeGetVersion(&runtime));
-    snprintf(name, size, "%.200s, CUDA %d.%d", properties.name, runtime / 1000, runtime % 1000 / 10);
+    return text("%s, CUDA %d.%d", properties.name, runtime / 1000, runtime % 1000 / 10);
 }
 
 // Starts a kernel behind everything before it.
@@ -1080,6 +1074,7 @@ struct Loader {
     int64_t vocab;         // token ids are below that
     int tokenizer_ids;     // of the tokenizer.bin beside the shards; 0: there is none
     uint64_t tokenizer;    // its checksum
+    uint64_t fingerprint;  // loader_fingerprint(), once the vocabulary is set
 };
 
 static Shard shard_header(const char* path) {
@@ -3911,18 +3906,18 @@ struct Batch {
     DeviceEvent copied;
 };
 
-// Parameters lie in memory group by group: group 0 is the embeddings and the final LayerNorm, group 1 + l is layer l. A
-// group is what is reduced, updated and gathered at once, as soon as its part of the backward pass is done; its
+// Parameters lie in memory unit by unit: unit 0 is the embeddings and the final LayerNorm, unit 1 + l is layer l. A
+// unit is what is reduced, updated and gathered at once, as soon as its part of the backward pass is done; its
 // matrices come first, since weight decay falls on them only. It is cut into world equal slices: rank r holds master
-// weights and moments of slice r of every group (ZeRO stage 1), and updates that. Files are in llm.c's order, tensor by
+// weights and moments of slice r of every unit (ZeRO stage 1), and updates that. Files are in llm.c's order, tensor by
 // tensor, without padding, whatever the number of processes.
 struct Model {
     Dims dims;
     int64_t size[TENSORS], file_offset[TENSORS];  // elements, all layers
     int64_t parameters;                           // elements of a file
-    int64_t within[TENSORS];                      // where a tensor begins in its group
-    int64_t group_size[2], group_matrices[2];     // of group 0 and of a layer's: elements, and those before its vectors
-    int64_t padded, owned;                        // elements of all groups; of this process's slices
+    int64_t within[TENSORS];                      // where a tensor begins in its unit
+    int64_t unit_size[2], unit_matrices[2];       // of unit 0 and of a layer's: elements, and those before its vectors
+    int64_t padded, owned;                        // elements of all units; of this process's slices
     Attention attention[MAX_LAYERS];         // of each layer in the first phase
     char pattern[MAX_LAYERS + 1];            // the same as letters
     bool uses[ATTENTION_KINDS];              // by at least one layer in the first phase
@@ -3950,23 +3945,23 @@ enum { LOSS_SUM, NORM_SUM };
 
 // One layer of a stacked tensor, all of another.
 static int64_t layer_size(const Model* m, int t) { return tensor_is_stacked(t) ? m->size[t] / m->dims.L : m->size[t]; }
-static int64_t group_size(const Model* m, int g) { return m->group_size[g > 0]; }
-static int64_t group_begin(const Model* m, int g) {
-    return g == 0 ? 0 : m->group_size[0] + (g - 1) * m->group_size[1];
+static int64_t unit_size(const Model* m, int u) { return m->unit_size[u > 0]; }
+static int64_t unit_begin(const Model* m, int u) {
+    return u == 0 ? 0 : m->unit_size[0] + (u - 1) * m->unit_size[1];
 }
 // Where layer l of tensor t begins in params and grads.
 static int64_t layer_offset(const Model* m, int t, int l) {
-    return group_begin(m, tensor_is_stacked(t) ? 1 + l : 0) + m->within[t];
+    return unit_begin(m, tensor_is_stacked(t) ? 1 + l : 0) + m->within[t];
 }
 static floatX* weight(const Model* m, int t, int l) { return m->params + layer_offset(m, t, l); }
 static float* gradient(const Model* m, int t, int l) { return m->grads + layer_offset(m, t, l); }
 
-// This process's slice of group g: its elements, where it begins in params and grads, and where in master, m and v.
-static int64_t slice_size(const Model* m, int g) { return group_size(m, g) / procs.world; }
-static int64_t slice_begin(const Model* m, int g, int rank = procs.rank) {
-    return group_begin(m, g) + rank * slice_size(m, g);
+// This process's slice of unit u: its elements, where it begins in params and grads, and where in master, m and v.
+static int64_t slice_size(const Model* m, int u) { return unit_size(m, u) / procs.world; }
+static int64_t slice_begin(const Model* m, int u, int rank = procs.rank) {
+    return unit_begin(m, u) + rank * slice_size(m, u);
 }
-static int64_t slice_owned(const Model* m, int g) { return group_begin(m, g) / procs.world; }
+static int64_t slice_owned(const Model* m, int u) { return unit_begin(m, u) / procs.world; }
 
 static void model_layout(Model* m, Dims d) {
     m->dims = d;
@@ -3991,11 +3986,11 @@ static void model_layout(Model* m, Dims d) {
                 m->within[t] = end;
                 end += ceil_div(layer_size(m, t), align) * align;
             }
-            if (matrices) m->group_matrices[kind] = end;
+            if (matrices) m->unit_matrices[kind] = end;
         }
-        m->group_size[kind] = ceil_div(end, align * procs.world) * align * procs.world;
+        m->unit_size[kind] = ceil_div(end, align * procs.world) * align * procs.world;
     }
-    m->padded = group_begin(m, 1 + d.L);
+    m->padded = unit_begin(m, 1 + d.L);
     m->owned = m->padded / procs.world;
 }
 
@@ -4008,42 +4003,47 @@ struct Piece {
     int64_t owned;   // in master, m and v
 };
 
-// The pieces that make up this process's slices, or another's, to be freed.
-static Piece* own_pieces(const Model* m, int* count, int rank = procs.rank) {
-    Piece* pieces = (Piece*)host_alloc(TENSORS * m->dims.L * sizeof(Piece));
-    *count = 0;
+// The pieces that make up this process's slices, or another's.
+static std::vector<Piece> own_pieces(const Model* m, int rank = procs.rank) {
+    std::vector<Piece> pieces;
     for (int t = 0; t < TENSORS; t++)
         for (int l = 0; l < (tensor_is_stacked(t) ? m->dims.L : 1); l++) {
-            int g = tensor_is_stacked(t) ? 1 + l : 0;
-            int64_t begin = layer_offset(m, t, l), slice = slice_begin(m, g, rank);
+            int u = tensor_is_stacked(t) ? 1 + l : 0;
+            int64_t begin = layer_offset(m, t, l), slice = slice_begin(m, u, rank);
             int64_t first = std::max(begin, slice);
-            int64_t last = std::min(begin + layer_size(m, t), slice + slice_size(m, g));
+            int64_t last = std::min(begin + layer_size(m, t), slice + slice_size(m, u));
             if (first < last)
-                pieces[(*count)++] = {t, last - first, m->file_offset[t] + l * layer_size(m, t) + first - begin, first,
-                                      slice_owned(m, g) + first - slice};
+                pieces.push_back({t, last - first, m->file_offset[t] + l * layer_size(m, t) + first - begin, first,
+                                  slice_owned(m, u) + first - slice});
         }
     return pieces;
 }
 
+// Calls use(piece, i, n) for parts of a process's pieces, of at most PART parameters: the piece's n from the i-th on.
+static const int64_t PART = 4 << 20;
+template <typename Use> static void for_parts(const Model* m, int rank, Use use) {
+    for (const Piece& p : own_pieces(m, rank))
+        for (int64_t i = 0; i < p.count; i += PART) use(p, i, std::min(p.count - i, PART));
+}
+
 // The weights that this process updates, in fp32.
-static float* own_master(const Model* m, const Piece* p) {
-    return m->master ? m->master + p->owned : (float*)m->params + p->memory;
+static float* own_master(const Model* m, const Piece& p) {
+    return m->master ? m->master + p.owned : (float*)m->params + p.memory;
 }
 
 // Sets n weights of a piece, from its i-th on.
-static void set_weights(const Model* m, const Piece* p, int64_t i, const float* host, int64_t n) {
+static void set_weights(const Model* m, const Piece& p, int64_t i, const float* host, int64_t n) {
     copy_to_device(own_master(m, p) + i, host, n * sizeof(float));
     if (!m->master) return;
-    floatX* rounded = (floatX*)host_alloc(n * sizeof(floatX));
+    std::unique_ptr<floatX[]> rounded(new floatX[n]);
     #pragma omp parallel for
     for (int64_t j = 0; j < n; j++) rounded[j] = (floatX)host[j];
-    copy_to_device(m->params + p->memory + i, rounded, n * sizeof(floatX));
-    free(rounded);
+    copy_to_device(m->params + p.memory + i, rounded.get(), n * sizeof(floatX));
 }
 
-// Every process's slices of the parameters of group g, or of `groups` layers from there on, to all.
-static void gather_params(Model* m, int g, int groups) {
-    all_gather_start(m->params + group_begin(m, g), groups, group_size(m, g) * sizeof(floatX));
+// Every process's slices of the parameters of unit u, or of `units` layers from there on, to all.
+static void gather_params(Model* m, int u, int units) {
+    all_gather_start(m->params + unit_begin(m, u), units, unit_size(m, u) * sizeof(floatX));
 }
 static void gather_all_params(Model* m) {
     gather_params(m, 0, 1);
@@ -4054,23 +4054,16 @@ static void gather_all_params(Model* m) {
 // GPT-2's: 0.02, projections into the residual stream smaller by 1/sqrt(2L). Every element is a function of the seed
 // and its place in the file, so any number of processes makes the same model.
 static void model_initialize(Model* m, uint64_t seed) {
-    const int64_t room = 4 << 20;
-    float* host = (float*)host_alloc(room * sizeof(float));
-    int pieces;
-    Piece* piece = own_pieces(m, &pieces);
-    for (Piece* p = piece; p < piece + pieces; p++) {
-        int t = p->tensor;
+    std::unique_ptr<float[]> host(new float[PART]);
+    for_parts(m, procs.rank, [&](const Piece& p, int64_t i, int64_t n) {
+        int t = p.tensor;
         float scale = t == ATTPROJW || t == FCPROJW ? 0.02f / sqrtf(2.0f * m->dims.L) : 0.02f;
-        bool ones = t == LN1W || t == LN2W || t == LNFW;
-        for (int64_t i = 0; i < p->count; i += room) {
-            int64_t n = std::min(p->count - i, room);
-            #pragma omp parallel for
-            for (int64_t j = 0; j < n; j++)
-                host[j] = tensor_is_matrix(t) ? scale * (float)gaussian(seed, p->file + i + j) : ones ? 1.0f : 0.0f;
-            set_weights(m, p, i, host, n);
-        }
-    }
-    free(piece); free(host);
+        float vector = t == LN1W || t == LN2W || t == LNFW ? 1.0f : 0.0f;
+        #pragma omp parallel for
+        for (int64_t j = 0; j < n; j++)
+            host[j] = tensor_is_matrix(t) ? scale * (float)gaussian(seed, p.file + i + j) : vector;
+        set_weights(m, p, i, host.get(), n);
+    });
     gather_all_params(m);
 }
 
@@ -4446,9 +4439,8 @@ static void block_backward(Model* m, int l, Run r) {
     product_backward(m, l, ATTPROJ, r, a->dbtc, NULL, a->dres);
     floatX* dqkv = a->dwide;
     if (at.exchange) rows_to_heads(a->dbtc, a->dbtc, y->gelu, r.B, r.T, 1, C);
-    if (lighthouse) {
-        lighthouse_backward(m, y, r, dqkv, a->dbtc);
-    } else {
+    if (lighthouse) lighthouse_backward(m, y, r, dqkv, a->dbtc);
+    else {
         if (at.kind == CAUSAL) causal_lighthouse_backward(m, y, r, dqkv, a->dbtc);
         else each_window(r.B, at.T, at.span, [&](int64_t row, int sequences, int64_t length) {
             int64_t i = row * at.heads * at.D;
@@ -4498,12 +4490,6 @@ static void model_head(Model* m, const int* host_targets /*(B, T/W)*/, Run r, fl
     sum_losses(m->sums + LOSS_SUM, a->losses, N);
 }
 
-// Starts the sums over the processes of the gradients of group g, or of `groups` layers from there on; each process
-// gets them for its slices.
-static void reduce_gradients(Model* m, int g, int groups) {
-    reduce_scatter_start(m->grads + group_begin(m, g), groups, group_size(m, g));
-}
-
 // In the last micro-step the gradients of this many layers are summed at once, beside the backward pass of those below.
 // Each time costs the pass more than it hides on fast links, since a sum holds SMs, also while it waits for a slower
 // GPU. Few large sums cost nearly nothing and still hide most of a slow link (measured: dev/EXPERIMENTS.md). Parameters
@@ -4520,20 +4506,20 @@ static void model_backward(Model* m, Run r) {
     for (int l = d->L - 1, pending = 0; l >= 0; l--) {
         block_backward(m, l, r);
         if (!r.last || (++pending < LAYERS_AT_ONCE && l > 0)) continue;
-        reduce_gradients(m, 1 + l, pending);
+        reduce_scatter_start(m->grads + unit_begin(m, 1 + l), pending, unit_size(m, 1 + l));
         pending = 0;
     }
     encoder_backward(gradient(m, WTE, 0), d->rope ? NULL : gradient(m, WPE, 0), a->dres, m->tokens, r.B,
                      r.T / procs.cp, d->C, first_token(r), d->Vp);
-    if (r.last) reduce_gradients(m, 0, 1);
+    if (r.last) reduce_scatter_start(m->grads, 1, unit_size(m, 0));
 }
 
 // Before a step's first micro-step: zeros for the gradients that are added to. Those of the other matrices are written
 // by the first micro-step, which saves a pass over them to clear and one to read.
 static void begin_gradients(Model* m) {
-    for (int g = 0; g <= m->dims.L; g++) {
-        int64_t vectors = group_begin(m, g) + m->group_matrices[g > 0];
-        device_zero(m->grads + vectors, (group_begin(m, g + 1) - vectors) * sizeof(float));
+    for (int u = 0; u <= m->dims.L; u++) {
+        int64_t vectors = unit_begin(m, u) + m->unit_matrices[u > 0];
+        device_zero(m->grads + vectors, (unit_begin(m, u + 1) - vectors) * sizeof(float));
     }
     if (!m->dims.rope) device_zero(gradient(m, WPE, 0), m->size[WPE] * sizeof(float));
 }
@@ -4550,17 +4536,15 @@ static void model_micro_step(Model* m, Batch* b, Run r, float dloss) {
 // Logits of token t of sequence b of the last trunk, to the host memory (V) of all processes that share the sequence.
 static void model_logits(Model* m, int64_t b, int64_t t, Run r, float* host) {
     const Dims* d = &m->dims;
-    int64_t rows = r.T / procs.cp;
-    int owner = (int)(t / rows);
+    int64_t rows = r.T / procs.cp, owner = t / rows;
     if (procs.cp_rank == owner) {
-        floatX* row = (floatX*)host_alloc((size_t)d->Vp * sizeof(floatX));
+        std::vector<floatX> row(d->Vp);
         matmul_forward(m->acts.logits, m->acts.lnf + (b * rows + t % rows) * d->C, weight(m, WTE, 0), NULL, NULL, 1,
                        d->C, d->Vp);
-        copy_to_host(row, m->acts.logits, d->Vp * sizeof(floatX));
+        copy_to_host(row.data(), m->acts.logits, d->Vp * sizeof(floatX));
         for (int v = 0; v < d->V; v++) host[v] = (float)row[v];
-        free(row);
     }
-    if (procs.cp > 1) broadcast(host, d->V * sizeof(float), CP_GROUP, owner);
+    if (procs.cp > 1) broadcast(host, d->V * sizeof(float), CP_GROUP, (int)owner);
 }
 
 // What attention computes of a sequence in such a layer: twice the pairs of a query and a key, diagonals aside.
@@ -4600,64 +4584,46 @@ static void plan_add(Plan* p, const char* name, size_t bytes) {
 // With --steps 0 a model that is a file is evaluated: nothing is trained, so training takes nothing and leaves nothing.
 static bool evaluates_only(const Config* c) { return c->steps == 0 && !find_descriptor(c->model); }
 
-struct Passes {  // every kind of pass of the run
-    Run run[2 * MAX_WINDOWS + 3];
-    int count;
-};
-
-static Passes run_passes(const Model* m, const Config* c, int64_t sample_T, int recompute, int B) {
-    Passes p = {{}, 0};
+// Every kind of pass of the run.
+static std::vector<Run> run_passes(const Model* m, const Config* c, int64_t sample_T, int recompute, int B) {
+    std::vector<Run> passes;
     auto add = [&](Phase phase, int64_t window, bool train) {
-        p.run[p.count++] = {B, c->seq_len, phase, window, train, train ? recompute : 0, train && c->fp8};
+        passes.push_back({B, c->seq_len, phase, window, train, train ? recompute : 0, train && c->fp8});
     };
     for (int i = 0; i < m->windows; i++)
         for (bool train : {true, false}) add(FIRST_PHASE, m->window[i], train);
     if (!evaluates_only(c) && !m->never_dense) add(DENSE_PHASE, 0, true);
     add(DENSE_PHASE, 0, false);
-    if (sample_T) p.run[p.count++] = {1, sample_T, DENSE_PHASE, 0, false, 0};
-    return p;
-}
-
-static size_t rope_table_bytes(int64_t T, int D) {
-    return (size_t)(1024 + ceil_div(T, 1024)) * (D / 2) * 2 * sizeof(float);
-}
-
-static size_t fp8_weights_bytes(const Model* m) { return (size_t)2 * m->dims.L * 12 * m->dims.C * m->dims.C; }
-static size_t fp8_scales_bytes(const Model* m) { return (size_t)3 * m->dims.L * PRODUCTS * sizeof(Fp8Scale); }
-static size_t fp8_operand_bytes(const Model* m, const Config* c, int B) {
-    return (size_t)2 * B * (c->seq_len / procs.cp) * 4 * m->dims.C;
+    if (sample_T) passes.push_back({1, sample_T, DENSE_PHASE, 0, false, 0});
+    return passes;
 }
 
 static Plan memory_plan(const Model* m, const Config* c, int64_t sample_T, int recompute, int B) {
-    Plan p;
-    memset(&p, 0, sizeof p);
-    p.recompute = recompute;
-    int D = m->dims.C / m->dims.NH;
+    Plan p = {{}, {}, 0, 0, recompute};
+    int64_t C = m->dims.C, L = m->dims.L, D = C / m->dims.NH, batch = B * c->seq_len / procs.cp;
     plan_add(&p, "parameters", m->padded * floatx_bytes);
     if (floatx_bytes != sizeof(float)) plan_add(&p, "fp32 masters", m->owned * sizeof(float));
     if (!evaluates_only(c)) {
         plan_add(&p, "gradients", m->padded * sizeof(float));
         plan_add(&p, "AdamW moments", 2 * m->owned * sizeof(float));
     }
-    if (m->dims.rope) plan_add(&p, "rotary table", rope_table_bytes(c->seq_len, D));
+    if (m->dims.rope) plan_add(&p, "rotary table", (1024 + ceil_div(c->seq_len, 1024)) * (D / 2) * 2 * sizeof(float));
     if (c->fp8) {
-        plan_add(&p, "FP8 weights", fp8_weights_bytes(m) + fp8_scales_bytes(m));
-        plan_add(&p, "FP8 operands", fp8_operand_bytes(m, c, B));
+        plan_add(&p, "FP8 weights", 2 * L * 12 * C * C + 3 * L * PRODUCTS * sizeof(Fp8Scale));
+        plan_add(&p, "FP8 operands", 2 * batch * 4 * C);
     }
-    plan_add(&p, "tokens", 2 * (size_t)B * c->seq_len / procs.cp * sizeof(int) + 2 * sizeof(double));
-    Passes passes = run_passes(m, c, sample_T, recompute, B);
+    plan_add(&p, "tokens", 2 * batch * sizeof(int) + 2 * sizeof(double));
     size_t activations = 0, operations = 0, attention = 0;
-    for (int i = 0; i < passes.count; i++) {
-        Run r = passes.run[i];
+    for (Run r : run_passes(m, c, sample_T, recompute, B)) {
         activations = std::max(activations, activations_bytes(m, r));
-        operations = std::max(operations, operations_bytes(run_rows(r), m->dims.C));
-        for (int l = 0; l < m->dims.L; l++) {  // on a GPU this builds cuDNN's plans
+        operations = std::max(operations, operations_bytes(run_rows(r), C));
+        for (int l = 0; l < L; l++) {  // on a GPU this builds cuDNN's plans
             AttentionRows at = attention_rows(m, l, r);
             if (at.kind == CAUSAL) {
                 attention = std::max(attention, (size_t)causal_prepare(r.B, &m->shape, r.train));
                 continue;
             }
-            if (at.kind == LIGHTHOUSE) at = {LIGHTHOUSE, false, m->shape.S, m->shape.S, 0, m->shape.H, D};
+            if (at.kind == LIGHTHOUSE) at = {LIGHTHOUSE, false, m->shape.S, m->shape.S, 0, m->shape.H, (int)D};
             each_window(r.B, at.T, at.span, [&](int64_t, int n, int64_t length) {
                 attention = std::max(attention, (size_t)sdpa_prepare(n, length, at.heads, at.D, true, r.train));
             });
@@ -4674,39 +4640,34 @@ static size_t plan_part(const Plan* p, const char* name) {
     return 0;
 }
 
+// Takes the parts of the plan, which the model's pointers divide.
 static void model_allocate(Model* m, const Config* c, const Plan* p) {
-    m->params = (floatX*)device_alloc(m->padded * sizeof(floatX));
-    m->master = sizeof(floatX) == sizeof(float) ? NULL : (float*)device_alloc(m->owned * sizeof(float));
-    if (!evaluates_only(c)) {
-        m->grads = (float*)device_alloc(m->padded * sizeof(float));
-        m->m = (float*)device_alloc(m->owned * sizeof(float));
-        m->v = (float*)device_alloc(m->owned * sizeof(float));
+    auto part = [&](const char* name) { return plan_part(p, name) ? device_alloc(plan_part(p, name)) : NULL; };
+    m->params = (floatX*)part("parameters");
+    m->master = (float*)part("fp32 masters");
+    m->grads = (float*)part("gradients");
+    m->m = (float*)part("AdamW moments");
+    if (m->m) m->v = m->m + m->owned;
+    m->rope = (float*)part("rotary table");
+    if (m->rope) {
+        std::vector<float> table(plan_part(p, "rotary table") / sizeof(float));
+        rope_table(table.data(), c->seq_len, m->dims.C / m->dims.NH, m->dims.theta);
+        copy_to_device(m->rope, table.data(), table.size() * sizeof(float));
     }
-    if (c->fp8) {
-        m->fp8_weights = (fp8_t*)device_alloc(fp8_weights_bytes(m));
-        m->fp8_scales = (Fp8Scale*)device_alloc(fp8_scales_bytes(m));
-        m->fp8_operand = (fp8_t*)device_alloc(fp8_operand_bytes(m, c, (int)c->batch_size));
-    }
-    size_t batch = (size_t)c->batch_size * c->seq_len / procs.cp;
-    m->tokens = (int*)device_alloc(batch * sizeof(int));
-    m->targets = (int*)device_alloc(batch * sizeof(int));
+    m->fp8_weights = (fp8_t*)part("FP8 weights");
+    if (c->fp8) m->fp8_scales = (Fp8Scale*)(m->fp8_weights + (int64_t)2 * m->dims.L * 12 * m->dims.C * m->dims.C);
+    m->fp8_operand = (fp8_t*)part("FP8 operands");
+    int64_t batch = c->batch_size * c->seq_len / procs.cp;
+    m->tokens = (int*)part("tokens");
+    m->targets = m->tokens + batch;
+    m->sums = (double*)(m->targets + batch);
     for (Batch& b : m->batch) {
         b.tokens = (int*)host_alloc_pinned(2 * batch * sizeof(int));
         b.targets = b.tokens + batch;
     }
-    m->sums = (double*)device_alloc(2 * sizeof(double));
     m->arena.size = plan_part(p, "activations");
     m->arena.base = (char*)device_alloc(m->arena.size);
     operations_allocate(plan_part(p, "operations"), plan_part(p, "attention workspace"));
-    if (m->dims.rope) {
-        int D = m->dims.C / m->dims.NH;
-        size_t bytes = rope_table_bytes(c->seq_len, D);
-        float* table = (float*)host_alloc(bytes);
-        rope_table(table, c->seq_len, D, m->dims.theta);
-        m->rope = (float*)device_alloc(bytes);
-        copy_to_device(m->rope, table, bytes);
-        free(table);
-    }
 }
 
 // ===================================================================================================================
@@ -4755,8 +4716,8 @@ static void add_gradient_squares(Model* m) {
         sum_squares(m->sums + NORM_SUM, m->grads, m->padded);
         return;
     }
-    for (int g = 0; g <= m->dims.L; g++)
-        sum_squares(m->sums + NORM_SUM, m->grads + slice_begin(m, g), slice_size(m, g));
+    for (int u = 0; u <= m->dims.L; u++)
+        sum_squares(m->sums + NORM_SUM, m->grads + slice_begin(m, u), slice_size(m, u));
 }
 
 // One AdamW update of this process's slices, whose weights then go to all; `update` counts from 1. Weight decay falls
@@ -4764,9 +4725,9 @@ static void add_gradient_squares(Model* m) {
 static void model_update(Model* m, const Config* c, double lr, double grad_scale, int64_t update) {
     AdamW adamw = {(float)lr, (float)c->beta1, (float)c->beta2, (float)(1 - pow(c->beta1, update)),
                    (float)(1 - pow(c->beta2, update)), (float)c->adam_eps, 0, (float)grad_scale};
-    for (int g = 0; g <= m->dims.L; g++) {
-        int64_t begin = slice_begin(m, g), owned = slice_owned(m, g), n = slice_size(m, g);
-        int64_t vectors = group_begin(m, g) + m->group_matrices[g > 0];  // where they begin
+    for (int u = 0; u <= m->dims.L; u++) {
+        int64_t begin = slice_begin(m, u), owned = slice_owned(m, u), n = slice_size(m, u);
+        int64_t vectors = unit_begin(m, u) + m->unit_matrices[u > 0];  // where they begin
         int64_t matrices = std::min(std::max<int64_t>(vectors - begin, 0), n);
         const struct { int64_t at, n; double decay; } parts[] = {{0, matrices, c->weight_decay},
                                                                  {matrices, n - matrices, 0}};
@@ -4777,9 +4738,9 @@ static void model_update(Model* m, const Config* c, double lr, double grad_scale
             adamw_update(m->params + begin + p.at, master, m->m + owned + p.at, m->v + owned + p.at,
                          m->grads + begin + p.at, p.n, adamw);
         }
-        if (g % LAYERS_AT_ONCE != 0 && g < m->dims.L) continue;
-        int first = g > 0 ? g - (g - 1) % LAYERS_AT_ONCE : 0;  // the embeddings go alone
-        gather_params(m, first, g - first + 1);
+        if (u % LAYERS_AT_ONCE != 0 && u < m->dims.L) continue;
+        int first = u > 0 ? u - (u - 1) % LAYERS_AT_ONCE : 0;  // the embeddings go alone
+        gather_params(m, first, u - first + 1);
     }
     collectives_join();
 }
@@ -4798,7 +4759,7 @@ static void model_update(Model* m, const Config* c, double lr, double grad_scale
 // final name is whole unless the disk fails later.
 
 static const int CHECKPOINT_MAGIC = 20260511, CHECKPOINT_VERSION = 3, MODEL_MAGIC = 20240326;
-static const int64_t CHUNK = 16 << 20;
+static const int64_t CHUNK = PART * sizeof(float);
 
 // Skipping steps whose loss or gradient norm is not finite helps against data that makes them so. After so many in a
 // row it is the weights, which no step changes any more.
@@ -4959,19 +4920,8 @@ static void add_to_sums(uint64_t* sums, const void* data, int64_t at, int64_t by
 // A model file's checksum, of the sums of its weights' chunks; never 0, which stands for none.
 static uint64_t model_checksum(const std::vector<uint64_t>& sums) { return checksum(sums.data(), sums.size() * 8) | 1; }
 
-static float* own_section(const Model* m, int section, const Piece* p) {
-    return section == WEIGHTS ? own_master(m, p) : (section == FIRST_MOMENT ? m->m : m->v) + p->owned;
-}
-
-// Calls use(piece, i, n, at) for each part of at most a chunk of a process's pieces of a section: the piece's n
-// parameters from the i-th on are elements at, ... of a file's body.
-template <typename Use> static void for_parts(const Model* m, int section, int rank, Use use) {
-    int pieces;
-    Piece* piece = own_pieces(m, &pieces, rank);
-    for (Piece* p = piece; p < piece + pieces; p++)
-        for (int64_t i = 0, room = CHUNK / sizeof(float); i < p->count; i += room)
-            use(p, i, std::min(p->count - i, room), section * m->parameters + p->file + i);
-    free(piece);
+static float* own_section(const Model* m, int section, const Piece& p) {
+    return section == WEIGHTS ? own_master(m, p) : (section == FIRST_MOMENT ? m->m : m->v) + p.owned;
 }
 
 // Reads the first sections of the body of a file whose sizes are the model's, into the model or, unless keep, only to
@@ -4980,13 +4930,13 @@ template <typename Use> static void for_parts(const Model* m, int section, int r
 static std::string body_read(const Model* m, const ModelFile* f, int sections, bool keep) {
     int64_t bytes = body_bytes(m, sections);
     std::vector<uint64_t> sums(ceil_div(bytes, CHUNK));
-    std::unique_ptr<float[]> host(new float[CHUNK / sizeof(float)]);
+    std::unique_ptr<float[]> host(new float[PART]);
     std::string why;
     int reader = keep ? procs.rank : (procs.rank + 1) % procs.world;
     if (!keep) posix_fadvise(f->fd, 0, 0, POSIX_FADV_DONTNEED);
     for (int section = 0; section < sections; section++)
-        for_parts(m, section, reader, [&](Piece* p, int64_t i, int64_t n, int64_t at) {
-            int64_t size = f->bf16 ? 2 : 4;
+        for_parts(m, reader, [&](const Piece& p, int64_t i, int64_t n) {
+            int64_t at = section * m->parameters + p.file + i, size = f->bf16 ? 2 : 4;
             if (why == "") why = try_read_at(f->fd, host.get(), n * size, f->body + at * size, f->path);
             if (why != "") return;
             for (int64_t j = f->bf16 ? n - 1 : -1; j >= 0; j--) {  // widen from the end, in place
@@ -5092,10 +5042,11 @@ template <typename Check> static void new_file_finish(const NewFile* f, Check ch
 // Writes this process's pieces of the first sections into a file whose body begins at byte body. Returns the sums of
 // the whole body's chunks.
 static std::vector<uint64_t> body_write(const Model* m, const NewFile* f, int sections, int64_t body) {
-    std::unique_ptr<float[]> host(new float[CHUNK / sizeof(float)]);
+    std::unique_ptr<float[]> host(new float[PART]);
     std::vector<uint64_t> sums(ceil_div(body_bytes(m, sections), CHUNK));
     for (int section = 0; section < sections; section++)
-        for_parts(m, section, procs.rank, [&](Piece* p, int64_t i, int64_t n, int64_t at) {
+        for_parts(m, procs.rank, [&](const Piece& p, int64_t i, int64_t n) {
+            int64_t at = section * m->parameters + p.file + i;
             copy_to_host(host.get(), own_section(m, section, p) + i, n * sizeof(float));
             add_to_sums(sums.data(), host.get(), at * sizeof(float), n * sizeof(float));
             new_file_write(f, host.get(), n * sizeof(float), body + at * sizeof(float));
@@ -5207,16 +5158,16 @@ static bool checkpoint_resume(Model* m, const Config* c, RunState* state, std::s
     broadcast(&count, sizeof count, WORLD_GROUP, 0);  // what rank 0 sees of the directory counts for all
     steps.resize(count);
     broadcast(steps.data(), count * sizeof(int64_t), WORLD_GROUP, 0);
-    for (bool found = false; !found; tried++) {
-        if (tried == count && count > 0) fatal("%s: none of the %d checkpoints is whole", c->out_dir, count);
-        if (tried == count) return false;
+    if (count == 0) return false;
+    for (;; tried++) {
+        if (tried == count) fatal("%s: none of the %d checkpoints is whole", c->out_dir, count);
         *path = checkpoint_path(c, steps[tried]);
         std::string why = checkpoint_read(m, path->c_str(), state);
         if (why == "" && state->step != steps[tried]) why = text("%s holds step %ld", path->c_str(), state->step);
-        found = why == "";
-        if (!found) say("warning: %s; trying the one before\n", why.c_str());
+        if (why == "") break;
+        say("warning: %s; trying the one before\n", why.c_str());
     }
-    for (int i = 0; i < tried - 1 && procs.rank == 0; i++) {
+    for (int i = 0; i < tried && procs.rank == 0; i++) {
         std::string from = checkpoint_path(c, steps[i]);
         if (rename(from.c_str(), (from + ".unusable").c_str()))
             fatal("cannot rename %s, which is unusable: %s", from.c_str(), strerror(errno));
@@ -5413,18 +5364,14 @@ static int tokenizer_find(const Tokenizer* k, const std::string& bytes) {
 // Length of the next word as GPT-2 splits text: a run of letters, of digits or of other signs, each with one space
 // before it; a contraction; or white space. Bytes above 127 count as letters.
 static int word_length(const char* s) {
-    #define KIND(ch) (isspace((unsigned char)(ch)) ? 0 : isalpha((unsigned char)(ch)) || (ch) & 0x80 ? 1 : \
-                      isdigit((unsigned char)(ch)) ? 2 : 3)
-    static const char* contractions[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
-    for (int i = 0; i < 7; i++)
-        if (!strncmp(s, contractions[i], strlen(contractions[i]))) return strlen(contractions[i]);
-    int n = s[0] == ' ' && s[1] && KIND(s[1]) != 0;
-    int kind = KIND(s[n]);
-    int end = n + 1;
-    while (s[end] && KIND(s[end]) == kind) end++;
+    auto kind_of = [](unsigned char c) { return isspace(c) ? 0 : isalpha(c) || c & 0x80 ? 1 : isdigit(c) ? 2 : 3; };
+    for (const char* end : {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"})
+        if (!strncmp(s, end, strlen(end))) return strlen(end);
+    int n = s[0] == ' ' && s[1] && kind_of(s[1]) != 0;
+    int kind = kind_of(s[n]), end = n + 1;
+    while (s[end] && kind_of(s[end]) == kind) end++;
     if (kind == 0 && s[end] && end > 1) end--;  // the last white space belongs to the next word
     return end;
-    #undef KIND
 }
 
 // Byte-pair encoding with ids as ranks: in each word merge the pair whose joint token has the lowest id, until none
@@ -5455,8 +5402,8 @@ static std::vector<int> tokenizer_encode(const Tokenizer* k, const char* s) {
 // process, at most T.
 static int64_t sample_length(const Config* c) {
     if (c->sample_every == 0) return 0;
-    int64_t unit = 64 * procs.cp;
-    return std::min(ceil_div(1 + (int64_t)strlen(c->prompt) + c->sample_tokens, unit) * unit, c->seq_len);
+    int64_t multiple = 64 * procs.cp;
+    return std::min(ceil_div(1 + (int64_t)strlen(c->prompt) + c->sample_tokens, multiple) * multiple, c->seq_len);
 }
 
 // The token that a chance of 0..1 falls on: of the top_k likeliest, unless 0, by their softmax at a temperature. sorted
@@ -5828,8 +5775,7 @@ static Plan choose_plan(Model* m, Config* c, int64_t sample_T) {
 struct Trainer {
     Config config;
     Model model;
-    Loader train, val;
-    bool has_val;
+    Loader train, val;                         // without sequences where --steps 0 or an empty --val-data needs none
     Tokenizer tokenizer;
     RunState state;
     FILE *main_log, *json_log;                 // of rank 0
@@ -5894,7 +5840,7 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
     say("data        ");
     if (trains) say("%s: %zu shard(s), %ld sequences of %ld tokens, %ld of %ld tokens in none; ", c->train_data,
                     t->train.shards.size(), t->train.sequences, c->seq_len, t->train.unused, t->train.tokens);
-    say("%s%s\n", t->has_val ? "validation on " : "no validation", c->val_data);
+    say("%s%s\n", t->val.sequences ? "validation on " : "no validation", c->val_data);
     if (trains && t->train.unused > 0.05 * t->train.tokens)
         say("note: %.0f%% of the training tokens are never seen: a sequence ends with its shard. Longer shards "
             "(--shard-tokens of data/prepare.py) or a shorter --seq-len use more\n",
@@ -5917,10 +5863,9 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
                     kind == CAUSAL ? "Causal Lighthouse" : "Lighthouse", s->levels, s->pool, s->topk, s->tile, s->tiles,
                     kind == CAUSAL ? leaf_shape(s).S : s->S, 100 * attention_square(kind, m, 0, s->T) / (T * T));
         if (m->uses[LIGHTHOUSE] && procs.cp > 1) {
-            say("            such a layer exchanges %s between the %d that share a sequence",
-                m->exchange_slots ? "slots" : "tokens", procs.cp);
-            say(m->exchange_slots || s->S >= s->T ? "\n" : ", since they cannot share the tiles (--topk / --tile) "
-                "evenly: slots are fewer\n");
+            say("            such a layer exchanges %s between the %d that share a sequence%s\n",
+                m->exchange_slots ? "slots" : "tokens", procs.cp, m->exchange_slots || s->S >= s->T ? ""
+                : ", since they cannot share the tiles (--topk / --tile) evenly: slots are fewer");
         }
         say("            steps %ld to %ld: dense in every layer%s\n", t->switch_step, t->steps - 1,
             t->switch_step == t->steps ? ": none" : "");
@@ -5928,12 +5873,12 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
             if (given(name) && !(strcmp(name, "window") ? uses_slots(m) : m->uses[WINDOW]))
                 say("note: --%s is given, and no layer of --attention %s has it\n", name, c->attention);
     } else say("attention   dense throughout\n");
-    double step_tokens = (double)c->total_batch_size;
     for (int i = 0; i < m->windows; i++)
         say("operations  %.4g TFLOP a step of the first phase%s\n",
-            step_flops(m, FIRST_PHASE, m->window[i], c->seq_len, step_tokens) * 1e-12,
+            step_flops(m, FIRST_PHASE, m->window[i], c->seq_len, c->total_batch_size) * 1e-12,
             m->windows > 1 ? text(", windows of %ld", m->window[i]).c_str() : "");
-    say("operations  %.4g TFLOP a dense step\n", step_flops(m, DENSE_PHASE, 0, c->seq_len, step_tokens) * 1e-12);
+    say("operations  %.4g TFLOP a dense step\n",
+        step_flops(m, DENSE_PHASE, 0, c->seq_len, c->total_batch_size) * 1e-12);
     say("memory      %.2f GiB%s of %.2f GiB free, recompute level ", gib(plan->total),
         procs.world > 1 ? " per process" : "", gib(memory_free(c)));
     int level = (int)c->recompute, lower = level * d->L - plan->recompute;  // layers one level lower
@@ -5975,9 +5920,9 @@ static void setup_run(Trainer* t) {
     if (t->switch_step == 0) return;
     choose_windows(m, c, t->steps, t->switch_step);
     m->never_dense = t->switch_step == t->steps;
-    int heads = m->dims.NH / procs.cp, D = m->dims.C / m->dims.NH;
     if (!uses_slots(m)) return;
-    std::string why = lighthouse_defaults(&m->shape, c, heads, D, m->uses[LIGHTHOUSE] ? 128 : 16);
+    std::string why = lighthouse_defaults(&m->shape, c, m->dims.NH / procs.cp, m->dims.C / m->dims.NH,
+                                          m->uses[LIGHTHOUSE] ? 128 : 16);
     if (why != "") fatal("Lighthouse attention at seq-len %ld: %s", c->seq_len, why.c_str());
     m->exchange_slots = can_exchange_slots(m, m->shape.tile, &m->own_shape);
 }
@@ -6084,7 +6029,6 @@ static std::string setup_state(Trainer* t, bool from_file) {
     const Config* c = &t->config;
     Model* m = &t->model;
     RunState* s = &t->state;
-    uint64_t data = t->train.shards.empty() ? 0 : loader_fingerprint(&t->train);
     std::string found;
     if (!c->resume || !checkpoint_resume(m, c, s, &found)) {
         if (from_file) {
@@ -6093,14 +6037,14 @@ static std::string setup_state(Trainer* t, bool from_file) {
         } else model_initialize(m, c->seed);
         s->seq_len = c->seq_len; s->total_batch = c->total_batch_size;
         s->epoch = t->train.sequences; s->seed = c->seed; s->shuffle = c->shuffle;
-        s->data = data;
+        s->data = t->train.fingerprint;
         return "";
     }
     const char* path = found.c_str();
     const struct { const char* what; int64_t then, now; } unchanged[] = {
         {"seq-len", s->seq_len, c->seq_len}, {"total-batch-size", s->total_batch, c->total_batch_size},
         {"training data of as many sequences:", s->epoch, t->train.sequences},
-        {"training data of checksum", (int64_t)s->data, (int64_t)data},
+        {"training data of checksum", (int64_t)s->data, (int64_t)t->train.fingerprint},
         {"seed", s->seed, c->seed}, {"shuffle", s->shuffle, c->shuffle}};
     for (auto& x : unchanged)
         if (x.then != x.now)
@@ -6121,13 +6065,8 @@ static void setup(Trainer* t, int argc, char** argv) {
 
     bool trains = !evaluates_only(c);
     bool from_file = !find_descriptor(c->model);
-    t->has_val = *c->val_data != 0;
     if (trains) loader_init(&t->train, c->train_data, c->seq_len, c->shuffle, c->seed);
-    if (t->has_val) loader_init(&t->val, c->val_data, c->seq_len, false, 0);
-    if (procs.connected)
-        compare_lines(text("--train-data has checksum %lx\n--val-data has checksum %lx\n--model has checksum %lx",
-                           trains ? loader_fingerprint(&t->train) : 0, t->has_val ? loader_fingerprint(&t->val) : 0,
-                           from_file ? model_fingerprint(c->model) : 0));
+    if (*c->val_data) loader_init(&t->val, c->val_data, c->seq_len, false, 0);
     if (t->train.tokenizer_ids && t->val.tokenizer_ids && t->train.tokenizer != t->val.tokenizer)
         fatal("--val-data %s is of another tokenizer than --train-data %s: the tokenizer.bin beside them differ",
               c->val_data, c->train_data);
@@ -6136,23 +6075,25 @@ static void setup(Trainer* t, int argc, char** argv) {
         d->vocab = dims.V;
         if (from_file && d->tokenizer_ids)
             check_tokenizer(c->model, dims.V, folder_of(d->shards[0].path) + "tokenizer.bin", d->tokenizer_ids);
+        if (d->sequences) d->fingerprint = loader_fingerprint(d);
     }
+    if (procs.connected)
+        compare_lines(text("--train-data has checksum %lx\n--val-data has checksum %lx\n--model has checksum %lx",
+                           t->train.fingerprint, t->val.fingerprint, from_file ? model_fingerprint(c->model) : 0));
     model_layout(m, dims);
     setup_run(t);
     if (c->sample_every) setup_tokenizer(t);
 
     device_open(procs.local_rank);
-    collectives_open(std::min(LAYERS_AT_ONCE, dims.L), group_size(m, 1) * sizeof(float),
+    collectives_open(std::min(LAYERS_AT_ONCE, dims.L), unit_size(m, 1) * sizeof(float),
                      3 * c->batch_size * (c->seq_len / procs.cp) * (dims.C / procs.cp) * sizeof(floatX));
     operations_open(dims.C, dims.NH, dims.Vp, c->deterministic);
     if (uses_slots(m)) lighthouse_open(&m->shape);
     if (c->fp8) fp8_open();
-    int64_t sample_T = sample_length(c);
-    Plan plan = choose_plan(m, c, sample_T);
+    Plan plan = choose_plan(m, c, sample_length(c));
     t->recompute = plan.recompute;
-    char device[256];
-    device_name(device, sizeof device);
-    print_configuration(t, &plan, device);
+    std::string device = device_name();
+    print_configuration(t, &plan, device.c_str());
     if (c->dry_run) {
         processes_end();
         exit(0);
@@ -6170,7 +6111,7 @@ static void setup(Trainer* t, int argc, char** argv) {
         t->main_log = log_open(text("%s/main.log", c->out_dir));
         t->json_log = log_open(text("%s/log.jsonl", c->out_dir));
     }
-    log_configuration(t, &plan, device);
+    log_configuration(t, &plan, device.c_str());
     if (c->resume && path == "") say("no checkpoint in %s: a new run\n", c->out_dir);
     if (path != "") {
         const RunState* s = &t->state;
@@ -6229,7 +6170,7 @@ static bool measure_copying(Trainer* t) {
 static bool validate(Trainer* t, Phase phase, bool copying) {
     const Config* c = &t->config;
     int64_t step = t->state.step;
-    if (!t->has_val) return true;
+    if (t->val.sequences == 0) return true;
     Losses dense = {}, first = {};
     first.all = NAN;
     int64_t window = window_at(&t->model, std::max<int64_t>(step - 1, 0));  // that of the last step
@@ -6394,8 +6335,8 @@ static void finish(Trainer* t) {
                          s->phase_s[p], rate);
     }
     say("wall-clock %s; %.2f GiB of device memory taken; final validation loss %s%s\n",
-        duration(wall_seconds(t)).c_str(), gib(device_memory_taken()),
-        t->has_val ? json_number(t->val_loss).c_str() : "none", trained ? ("; the model is in " + path).c_str() : "");
+        duration(wall_seconds(t)).c_str(), gib(device_memory_taken()), t->val.sequences
+        ? json_number(t->val_loss).c_str() : "none", trained ? ("; the model is in " + path).c_str() : "");
     log_line(t->json_log, "{\"event\":\"total\",\"steps\":%ld,\"tokens\":%ld,\"train_s\":%.6f,\"wall_s\":%.6f,"
              "\"phases\":{\"first\":%s,\"dense\":%s},\"final_val_loss\":%s,\"device_bytes\":%zu}", s->step,
              s->step * total, s->train_s, wall_seconds(t), phases[0].c_str(), phases[1].c_str(),

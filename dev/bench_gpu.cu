@@ -256,10 +256,8 @@ int main(int argc, char** argv) {
     double copy = median_ms(20, [&] {
         cudaCheck(cudaMemcpyAsync(source + copied, source, copied, cudaMemcpyDeviceToDevice, main_stream));
     });
-    char device[256];
-    device_name(device, sizeof device);
     printf("{\"device\":\"%s\",\"cudnn\":%zu,\"copy_GBps\":%.1f,\"alone_ms\":%.4f,\"loop_ms\":%.4f,\"passes\":%zu,"
-           "\"parts\":{", device, cudnnGetVersion(), 2 * copied / copy / 1e6, alone, warm(passes), passes.size());
+           "\"parts\":{", device_name().c_str(), cudnnGetVersion(), 2 * copied / copy / 1e6, alone, warm(passes), passes.size());
     for (size_t i = 0; i < step.size(); ) {
         double ms = 0;
         size_t first = i;

@@ -13,7 +13,7 @@ static void* device_alloc(size_t bytes) {  // zeroed
 static void device_zero(void* p, size_t bytes) { memset(p, 0, bytes); }
 static void copy_to_device(void* device, const void* host, size_t bytes) { memcpy(device, host, bytes); }
 static void copy_to_host(void* host, const void* device, size_t bytes) { memcpy(host, device, bytes); }
-static void* host_alloc_pinned(size_t bytes) { return host_alloc(bytes); }
+static void* host_alloc_pinned(size_t bytes) { return ::operator new(bytes); }
 static void copy_to_device_async(void* device, const void* host, size_t bytes) { memcpy(device, host, bytes); }
 struct DeviceEvent {};
 static void event_record(DeviceEvent*) {}
@@ -34,12 +34,12 @@ static size_t device_memory_taken() {  // by this process, at its peak
     getrusage(RUSAGE_SELF, &usage);
     return (size_t)usage.ru_maxrss * 1024;
 }
-static void device_name(char* name, size_t size) {
+static std::string device_name() {
     FILE* f = fopen("/proc/cpuinfo", "r");
     char line[256], model[200] = "CPU";
     while (f && fgets(line, sizeof line, f)) if (sscanf(line, "model name : %199[^\n]", model) == 1) break;
     if (f) fclose(f);
-    snprintf(name, size, "%s, %ld cores", model, sysconf(_SC_NPROCESSORS_ONLN));
+    return text("%s, %ld cores", model, sysconf(_SC_NPROCESSORS_ONLN));
 }
 
 // On a CPU the operations take every shape and need no memory beside their tensors.
@@ -64,16 +64,15 @@ static void fp8_open() {}
 // send_stride and recv_stride bytes apart. A process's own share is copied, where it is not in place already.
 static void exchange(Group g, char* recv, int64_t recv_stride, const char* send, int64_t send_stride, int64_t bytes) {
     int size = g == CP_GROUP ? procs.cp : procs.world, rank = g == CP_GROUP ? procs.cp_rank : procs.rank;
-    MPI_Request* requests = (MPI_Request*)host_alloc(2 * size * sizeof(MPI_Request));
+    std::vector<MPI_Request> requests(2 * size);
     for (int64_t i = 0; i < bytes; i += 1 << 30) {  // MPI counts in int
         int part = (int)std::min<int64_t>(bytes - i, 1 << 30), n = 0;
         for (int p = 0; p < size; p++)
             if (p != rank) MPI_Irecv(recv + p * recv_stride + i, part, MPI_BYTE, p, 0, group_comm(g), &requests[n++]);
         for (int p = 0; p < size; p++)
             if (p != rank) MPI_Isend(send + p * send_stride + i, part, MPI_BYTE, p, 0, group_comm(g), &requests[n++]);
-        wait_for(requests, n);
+        wait_for(requests.data(), n);
     }
-    free(requests);
     if (recv + rank * recv_stride != send + rank * send_stride)
         memcpy(recv + rank * recv_stride, send + rank * send_stride, bytes);
 }
@@ -82,10 +81,11 @@ static void exchange(Group g, char* recv, int64_t recv_stride, const char* send,
 // of x nothing of use. n is a multiple of world.
 static void reduce_scatter(float* x, int64_t n) {
     int64_t share = n / procs.world, chunk = std::min<int64_t>(share, ceil_div(4 << 20, procs.world));
-    float *mine = x + procs.rank * share, *all = (float*)host_alloc(procs.world * chunk * sizeof(float));
+    float* mine = x + procs.rank * share;
+    std::vector<float> all(procs.world * chunk);
     for (int64_t i = 0; i < share; i += chunk) {
         int64_t part = std::min(share - i, chunk);
-        exchange(WORLD_GROUP, (char*)all, part * sizeof(float), (char*)(x + i), share * sizeof(float),
+        exchange(WORLD_GROUP, (char*)all.data(), part * sizeof(float), (char*)(x + i), share * sizeof(float),
                  part * sizeof(float));
         for (int64_t j = 0; j < part; j++) {
             float sum = 0;
@@ -93,7 +93,6 @@ static void reduce_scatter(float* x, int64_t n) {
             mine[i + j] = sum;
         }
     }
-    free(all);
 }
 
 // The same of each of the rows of x (rows, n). Here a collective is complete when its start returns.

@@ -11,17 +11,13 @@ static int passed = 0, failed = 0;
 
 // Weights large enough that attention is far from uniform: a change is then a change of bits.
 static void set_random_weights(Model* m) {
-    int pieces;
-    Piece* piece = own_pieces(m, &pieces);
-    for (Piece* p = piece; p < piece + pieces; p++) {
-        bool ones = p->tensor == LN1W || p->tensor == LN2W || p->tensor == LNFW;
-        float scale = tensor_is_matrix(p->tensor) ? 1 / sqrtf(m->dims.C) : 0.2f;
-        float* host = (float*)host_alloc(p->count * sizeof(float));
-        for (int64_t i = 0; i < p->count; i++) host[i] = ones + scale * (float)gaussian(1, p->file + i);
-        set_weights(m, p, 0, host, p->count);
-        free(host);
+    for (const Piece& p : own_pieces(m)) {
+        bool ones = p.tensor == LN1W || p.tensor == LN2W || p.tensor == LNFW;
+        float scale = tensor_is_matrix(p.tensor) ? 1 / sqrtf(m->dims.C) : 0.2f;
+        std::vector<float> host(p.count);
+        for (int64_t i = 0; i < p.count; i++) host[i] = ones + scale * (float)gaussian(1, p.file + i);
+        set_weights(m, p, 0, host.data(), p.count);
     }
-    free(piece);
 }
 
 static void losses_of(Model* m, Run r, float* losses) {

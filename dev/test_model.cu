@@ -58,10 +58,7 @@ static double relative_error(const float* a, const float* b, int64_t n) {
 
 // Weights in a file's order, to the model.
 static void set_all_weights(Model* m, const float* weights) {
-    int pieces;
-    Piece* piece = own_pieces(m, &pieces);
-    for (Piece* p = piece; p < piece + pieces; p++) set_weights(m, p, 0, weights + p->file, p->count);
-    free(piece);
+    for (const Piece& p : own_pieces(m)) set_weights(m, p, 0, weights + p.file, p.count);
 }
 
 // Gradients from the model, in a file's order.
@@ -84,7 +81,7 @@ static void fp8_twin(const Model* m, const char* reference, const float* grads, 
     } else if (fd < 0) {
         check(false, text("%s twin", name), text("%s is missing: make build/test_model && build/test_model %s", path, reference));
     } else {
-        float* twin = (float*)host_alloc(bytes);
+        float* twin = (float*)malloc(bytes);
         read_at(fd, twin, bytes, 0, path);
         double worst[2] = {};
         for (int t = 0; t < TENSORS; t++) {
@@ -146,13 +143,13 @@ static void test_file(const char* path) {
     model_allocate(m, &c, &plan);
 
     int64_t n = m->parameters;
-    float *weights = (float*)host_alloc(n * 4), *logits[2], *grads[2], *mine = (float*)host_alloc(n * 4), *first = (float*)host_alloc(n * 4);
+    float *weights = (float*)malloc(n * 4), *logits[2], *grads[2], *mine = (float*)malloc(n * 4), *first = (float*)malloc(n * 4);
     Batch* batch = &m->batch[0];
     read_at(fd, weights, n * 4, at, path); at += n * 4;
     read_at(fd, batch->tokens, N * 4, at, path); at += N * 4;
     read_at(fd, batch->targets, N * 4, at, path); at += N * 4;
-    for (int phase = DENSE_PHASE; phase >= FIRST_PHASE; phase--, at += N * V * 4) read_at(fd, logits[phase] = (float*)host_alloc(N * V * 4), N * V * 4, at, path);
-    for (int phase = FIRST_PHASE; phase <= DENSE_PHASE; phase++, at += n * 4) read_at(fd, grads[phase] = (float*)host_alloc(n * 4), n * 4, at, path);
+    for (int phase = DENSE_PHASE; phase >= FIRST_PHASE; phase--, at += N * V * 4) read_at(fd, logits[phase] = (float*)malloc(N * V * 4), N * V * 4, at, path);
+    for (int phase = FIRST_PHASE; phase <= DENSE_PHASE; phase++, at += n * 4) read_at(fd, grads[phase] = (float*)malloc(n * 4), n * 4, at, path);
     if (at != size) fatal("%s: %ld bytes, %ld were expected", path, size, at);
     close(fd);
     set_all_weights(m, weights);
@@ -161,7 +158,7 @@ static void test_file(const char* path) {
     for (int phase = FIRST_PHASE; phase <= DENSE_PHASE; phase++) {
         const char* kind = phase == FIRST_PHASE ? m->pattern : "dense";
         Run eval = {(int)B, T, (Phase)phase, m->window[0], false, 0};
-        float* out = (float*)host_alloc(N * V * 4);
+        float* out = (float*)malloc(N * V * 4);
         device_zero(m->sums, 2 * sizeof(double));
         model_trunk(m, batch->tokens, eval);
         for (int64_t i = 0; i < N; i++) model_logits(m, i / T, i % T, eval, out + i * V);

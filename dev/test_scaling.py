@@ -107,9 +107,9 @@ def test_bytes_that_the_trainer_sends(tmp_path, counter, ranks, cp, level, posit
     assert shifts == ("L" in attention and cp > 1 and tiles % cp == 0)
     assert shifts or len(set(sent)) == 1, "all ranks send alike"
     assert (totals[1] - totals[0]) / 2 == ranks * sum(scaling_model.sent(c) * c["calls"] for c in calls)
-    groups = {"the embeddings": 1, **{3: {"3 layers": 1}, 23: {"10 layers": 2, "3 layers": 1}}[depth]}
+    parts = {"the embeddings": 1, **{3: {"3 layers": 1}, 23: {"10 layers": 2, "3 layers": 1}}[depth]}
     for call, what in (("reduce_scatter", "fp32 gradients of "), ("all_gather", "weights of ")):
-        assert {c["what"]: c["calls"] for c in calls if c["call"] == call} == {what + g: n for g, n in groups.items()}
+        assert {c["what"]: c["calls"] for c in calls if c["call"] == call} == {what + p: n for p, n in parts.items()}
 
 
 @needs_mpi

@@ -27,8 +27,8 @@ static void test_permutation() {
     const int64_t sizes[] = {1, 2, 3, 4, 5, 15, 16, 17, 64, 65, 100, 1000, 1023, 1024, 1025, 4096, 4097, 100003};
     for (int64_t n : sizes) {
         const int epochs = 4;
-        int64_t* order = (int64_t*)host_alloc(epochs * n * sizeof(int64_t));
-        char* seen = (char*)host_alloc(n);
+        int64_t* order = (int64_t*)malloc(epochs * n * sizeof(int64_t));
+        char* seen = (char*)malloc(n);
         bool once = true, differ = true;
         for (int e = 0; e < epochs; e++) {
             memset(seen, 0, n);
@@ -376,7 +376,7 @@ static void test_checksum() {
 // The sums of a checkpoint's chunks: a body written in parts, in any order, by any process.
 static void test_sums() {
     const int64_t bytes = CHUNK + 4096;  // two chunks
-    char* data = (char*)host_alloc(bytes);
+    char* data = (char*)malloc(bytes);
     for (int64_t i = 0; i < bytes / 8; i++) ((uint64_t*)data)[i] = mix64(i);
     uint64_t whole[2] = {0, 0}, parts[2] = {0, 0};
     add_to_sums(whole, data, 0, bytes);
@@ -410,24 +410,21 @@ static void test_layout() {
             procs.world = world;
             static Model m;
             model_layout(&m, d);
-            char* seen = (char*)host_alloc(m.parameters);
+            char* seen = (char*)malloc(m.parameters);
             memset(seen, 0, m.parameters);
             bool inside = true, same_place = true, aligned = m.owned * world == m.padded, decayed = true;
             for (procs.rank = 0; procs.rank < world; procs.rank++) {
-                int pieces;
-                Piece* piece = own_pieces(&m, &pieces);
-                for (Piece* p = piece; p < piece + pieces; p++) {
-                    inside &= p->owned >= 0 && p->owned + p->count <= m.owned && p->memory + p->count <= m.padded;
-                    for (int64_t i = 0; i < p->count; i++) seen[p->file + i]++;
-                    int64_t size = layer_size(&m, p->tensor), element = p->file - m.file_offset[p->tensor];
+                for (const Piece& p : own_pieces(&m)) {
+                    inside &= p.owned >= 0 && p.owned + p.count <= m.owned && p.memory + p.count <= m.padded;
+                    for (int64_t i = 0; i < p.count; i++) seen[p.file + i]++;
+                    int64_t size = layer_size(&m, p.tensor), element = p.file - m.file_offset[p.tensor];
                     int l = (int)(element / size);
-                    same_place &= p->memory == layer_offset(&m, p->tensor, l) + element % size;
-                    int g = tensor_is_stacked(p->tensor) ? 1 + l : 0;
-                    decayed &= tensor_is_matrix(p->tensor) ==
-                               (p->memory - group_begin(&m, g) < m.group_matrices[g > 0]);
-                    same_place &= p->memory - slice_begin(&m, g) == p->owned - slice_owned(&m, g);
+                    same_place &= p.memory == layer_offset(&m, p.tensor, l) + element % size;
+                    int u = tensor_is_stacked(p.tensor) ? 1 + l : 0;
+                    decayed &= tensor_is_matrix(p.tensor) ==
+                               (p.memory - unit_begin(&m, u) < m.unit_matrices[u > 0]);
+                    same_place &= p.memory - slice_begin(&m, u) == p.owned - slice_owned(&m, u);
                 }
-                free(piece);
             }
             for (int t = 0; t < TENSORS; t++)
                 for (int l = 0; l < d.L; l++) aligned &= layer_offset(&m, t, l) % 128 == 0;
@@ -493,7 +490,7 @@ static int print_encoded(const char* path) {
 }
 
 static int print_json() {
-    char* data = (char*)host_alloc(1 << 20);
+    char* data = (char*)malloc(1 << 20);
     size_t n = fread(data, 1, (1 << 20) - 1, stdin);
     data[n] = 0;
     fputs(json_string(data).c_str(), stdout);

@@ -21,15 +21,15 @@ def script(name):
     return module
 
 
-def ceil(n, unit):
-    return (n + unit - 1) // unit * unit
+def ceil(n, multiple):
+    return (n + multiple - 1) // multiple * multiple
 
 
 # ---- parameters ---------------------------------------------------------------------------------------------------
 
-def groups(shape, world):
-    """Elements of the trainer's parameter groups: the embeddings with the last LayerNorm, and each layer. Every tensor
-    is filled up to 128 elements, a group to 128 for every rank."""
+def units(shape, world):
+    """Elements of the trainer's units: the embeddings with the last LayerNorm, and each layer. Every tensor is filled up
+    to 128 elements, a unit to 128 for every rank."""
     C, Vp = shape["channels"], shape["padded_vocab"]
     embeddings = [Vp * C, C, C] + ([] if shape["positions"] == "rope" else [shape["T"] * C])
     layer = [C, C, 3 * C * C, 3 * C, C * C, C, C, C, 4 * C * C, 4 * C, 4 * C * C, C]
@@ -50,7 +50,7 @@ def collectives(shape, phase, world, cp, element=2):
             found.append({"call": call, "what": what, "bytes": size, "calls": calls, "ranks": ranks})
 
     if world > 1:
-        first, *layers = groups(shape, world)
+        first, *layers = units(shape, world)
         add("reduce_scatter", "fp32 gradients of the embeddings", 4 * first, 1, world)
         add("all_gather", "weights of the embeddings", element * first, 1, world)
         tens, rest = divmod(len(layers), LAYERS_AT_ONCE)
@@ -121,7 +121,7 @@ def halo_rows(lh):
 
 def memory(shape, world, cp, element=2):
     """{part: bytes} that a rank takes, by the names of the trainer's plan. All phases and windows share the largest."""
-    n = sum(groups(shape, world))
+    n = sum(units(shape, world))
     B, T, C, D = shape["B"], shape["T"], shape["channels"], shape["channels"] // shape["heads"]
     parts = {"parameters": element * n, "fp32 masters": 4 * n // world if element < 4 else 0, "gradients": 4 * n,
              "AdamW moments": 8 * n // world}
