@@ -997,6 +997,160 @@ static void test_full_expansion(const LighthouseShape& s, double theta) {
     test.that(future, "to nothing else");
 }
 
+// ---- Causal Lighthouse ----------------------------------------------------------------------------------------
+
+// The leaves as their definition reads: entries of the selection whose first child is none, in the order of leaf_shape.
+static Ints leaves_plainly(const Ints& index, int B, const LighthouseShape& s) {
+    Ints leaves;
+    for (int64_t bh = 0; bh < B * s.H; bh++) {
+        std::vector<bool> selected(s.off[s.levels]);
+        for (int64_t r = 0; r < s.S; r++) selected[index[bh * s.S + r]] = true;
+        for (int64_t e = 0; e < s.off[s.levels]; e++) {  // level by level, and in each from the first token on
+            int level = level_of(e, s);
+            int64_t child = level ? s.off[level - 1] + (e - s.off[level]) * s.pool : -1;
+            if (selected[e] && !(level && selected[child])) leaves.push_back((int32_t)e);
+        }
+    }
+    return leaves;
+}
+
+// Every token asks, in one softmax, the tokens of its tile up to itself and the leaves of earlier tiles, each the mean
+// of the tokens that it covers, with the logarithm of their number added to its logit.
+static Doubles causal_plainly(Doubles* stats /*(B,H,T) or NULL*/, const Doubles& qkv, const Ints& leaves, int B,
+                              const LighthouseShape& s) {
+    LighthouseShape leaf = leaf_shape(&s);
+    int64_t w = s.T / s.tiles;
+    int D = s.D;
+    Doubles out(B * s.T * s.H * D);
+    for (int64_t bh = 0; bh < B * s.H; bh++) {
+        auto token = [&](int64_t part, int64_t t) {
+            return &qkv[(((bh / s.H * s.T + t) * 3 + part) * s.H + bh % s.H) * D];
+        };
+        struct Seen { int64_t first, last; Doubles k, v; };  // of the tokens, or of a slot those that it covers
+        std::vector<Seen> all;
+        auto add = [&](int64_t first, int64_t last) {
+            Seen x = {first, last, Doubles(D), Doubles(D)};
+            for (int64_t t = first; t <= last; t++) {
+                for (int d = 0; d < D; d++) x.k[d] += token(1, t)[d] / (last - first + 1);
+                for (int d = 0; d < D; d++) x.v[d] += token(2, t)[d] / (last - first + 1);
+            }
+            all.push_back(x);
+        };
+        for (int64_t r = 0; r < leaf.S; r++) {
+            Slot e = slot_at(bh * leaf.S + r, leaves, leaf);
+            add(e.first, e.last);
+        }
+        for (int64_t t = 0; t < s.T; t++) add(t, t);
+        for (int64_t t = 0; t < s.T; t++) {
+            Doubles weight(all.size());
+            double sum = 0;
+            for (size_t j = 0; j < all.size(); j++) {
+                const Seen& x = all[j];
+                bool slot = (int64_t)j < leaf.S, seen = slot ? x.last < t / w * w : x.first >= t / w * w && x.first <= t;
+                double logit = log((double)(x.last - x.first + 1));
+                for (int d = 0; d < D; d++) logit += token(0, t)[d] * x.k[d] / sqrt((double)D);
+                if (seen) sum += weight[j] = exp(logit);
+            }
+            if (stats) (*stats)[bh * s.T + t] = log(sum);
+            double* y = &out[((bh / s.H * s.T + t) * s.H + bh % s.H) * D];
+            for (size_t j = 0; j < all.size(); j++)
+                for (int d = 0; d < D && weight[j] > 0; d++) y[d] += weight[j] / sum * all[j].v[d];
+        }
+    }
+    return out;
+}
+
+// The whole operation and its backward. Empty leaves are filled by the selection made here.
+template <typename R>
+static Results causal(const Doubles& qkv, const Doubles& dout, Ints* leaves, int B, const LighthouseShape& s) {
+    LighthouseShape leaf = leaf_shape(&s);
+    size_t entries = B * s.H * s.off[s.levels], rows = B * leaf.S * 3 * s.H * s.D;
+    std::vector<R> x = to<R>(qkv), dy = to<R>(dout), scores = poison<R>(2 * entries), slots = poison<R>(rows);
+    std::vector<R> out = poison<R>(dout.size()), stats = poison<R>(B * s.H * s.T);
+    std::vector<R> dx = poison<R>(qkv.size()), dslots = poison<R>(rows);
+    Ints index(B * s.H * s.S, -77), slot(entries, -77);
+    if (leaves->empty()) {
+        leaves->assign(B * s.H * leaf.S, -77);
+        lighthouse_scores(scores.data(), x.data(), B, &s);
+        lighthouse_select(index.data(), scores.data(), B, &s);
+        cpu::lighthouse_invert(slot.data(), index.data(), B, &s);
+        cpu::lighthouse_leaves(leaves->data(), index.data(), slot.data(), B, &s);
+    }
+    lighthouse_gather(slots.data(), x.data(), leaves->data(), (R*)NULL, B, &leaf, 0);
+    causal_forward(out.data(), stats.data(), x.data(), slots.data(), B, &s);
+    causal_backward(dx.data(), dslots.data(), dy.data(), x.data(), slots.data(), out.data(), stats.data(), B, &s);
+    bool zeros = true;  // a slot has no query
+    for (size_t i = 0; i < rows; i++) zeros = zeros && (i / (s.H * s.D) % 3 || dslots[i] == 0);
+    cpu::lighthouse_invert(slot.data(), leaves->data(), B, &leaf);
+    lighthouse_gather_backward(dx.data(), dslots.data(), slot.data(), (R*)NULL, B, &leaf, 0, true);
+    return {wide(out), wide(stats), wide(dx), {(double)zeros}};
+}
+
+static void check_leaves(Test* test, const Ints& leaves, int B, const LighthouseShape& s) {
+    LighthouseShape leaf = leaf_shape(&s);
+    bool once = true, counts = true;
+    for (int64_t bh = 0; bh < B * s.H; bh++) {
+        std::vector<int> covered(s.T);
+        int64_t i = bh * leaf.S;
+        for (int level = 0; level < s.levels; level++)
+            for (int64_t n = 0; n < s.tiles * tile_leaves(&s, level); n++, i++) {
+                Slot e = slot_at(i, leaves, leaf);
+                counts = counts && level_of(leaves[i], s) == level && e.first * s.tiles / s.T == n / tile_leaves(&s, level);
+                for (int64_t t = e.first; t <= e.last; t++) covered[t]++;
+            }
+        for (int count : covered) once = once && count == 1;
+    }
+    test->that(once, "leaves cover each token once");
+    test->that(counts, "as many per level and tile as stated");
+}
+
+static void test_causal(int B, const LighthouseShape& s) {
+    Test test(lighthouse_name("Causal Lighthouse", B, s, 0));
+    size_t row = s.H * s.D, n = B * s.T * row;
+    Doubles qkv = random_numbers(3 * n), dout = random_numbers(n), stats(B * s.H * s.T);
+    Ints index, leaves;
+    lighthouse<float>(qkv, dout, &index, 0, B, s);
+    Results f = causal<float>(qkv, dout, &leaves, B, s), d = causal<double>(qkv, dout, &leaves, B, s);
+    test.that(leaves == leaves_plainly(index, B, s), "leaves");
+    check_leaves(&test, leaves, B, s);
+    test.value("out", d[0], f[0], causal_plainly(&stats, qkv, leaves, B, s));
+    test.value("stats", d[1], f[1], stats);
+    test.that(d[3][0] && f[3][0], "no gradient of slots' queries");
+    auto loss = [&] { return dot(causal_plainly(NULL, qkv, leaves, B, s), dout); };
+    test.gradient("dqkv", d[2], f[2], {}, qkv, loss);
+
+    // A token is changed, and all is made anew, the selection too: nothing before it may change, no bit.
+    bool kept = true, reached = true;
+    for (int trial = 0; trial < 12; trial++) {
+        int64_t t = (int64_t)(uniform() * s.T), b = trial % B;
+        Doubles changed = qkv, noise = random_numbers(3 * row, 2);
+        std::copy(noise.begin(), noise.end(), &changed[(b * s.T + t) * 3 * row]);
+        Ints anew;
+        Doubles out = causal<float>(changed, dout, &anew, B, s)[0];
+        bool after = false;
+        for (size_t i = 0; i < n; i++) {
+            bool may = (int64_t)(i / row / s.T) == b && (int64_t)(i / row % s.T) >= t;
+            if (may) after = after || out[i] != f[0][i];
+            else kept = kept && out[i] == f[0][i];
+        }
+        reached = reached && after;
+    }
+    test.that(kept, "a changed token changes nothing before it");
+    test.that(reached, "but something from it on");
+}
+
+// With L = 2 and k = n_1 every leaf is a token: dense attention.
+static void test_causal_is_dense(int B, const LighthouseShape& s) {
+    Test test(lighthouse_name("Causal Lighthouse, all expanded, is dense attention", B, s, 0));
+    size_t n = B * s.T * s.H * s.D;
+    Doubles qkv = random_numbers(3 * n), dout = random_numbers(n);
+    Ints leaves;
+    Results f = causal<float>(qkv, dout, &leaves, B, s), d = causal<double>(qkv, dout, &leaves, B, s);
+    Results dense = attention<double>(qkv, dout, B, s.T, s.H, s.D);
+    const char* names[3] = {"out", "stats", "dqkv"};
+    for (int i = 0; i < 3; i++) test.value(names[i], d[i], f[i], dense[i]);
+}
+
 // ---- the rules of lighthouse_shape ----------------------------------------------------------------------------
 
 static void test_shapes() {
@@ -1106,7 +1260,10 @@ int main() {
         }
         test_selection(setting.B, setting.shape);
         test_causality(setting.B, setting.shape, 10000);
+        test_causal(setting.B, setting.shape);
     }
+    test_causal_is_dense(1, shape_of(64, 2, 16, 2, 4, 16, 16));
+    test_causal_is_dense(2, shape_of(256, 1, 32, 2, 4, 64, 16));
     test_full_expansion(shape_of(64, 2, 16, 2, 4, 16, 16), 0);
     test_full_expansion(shape_of(256, 1, 32, 2, 4, 64, 16), 10000);
     test_shapes();
