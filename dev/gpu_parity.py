@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STEPS, SWITCH, T = 30, 20, 1024
-PATTERNS = {"lighthouse": "DLLL", "windows": "WDLW"}  # the windows grow, and do not divide T
+PATTERNS = {"lighthouse": "DLLL", "windows": "WDLW", "causal": "DCWC"}  # the windows grow, and do not divide T
 passed = failed = 0
 
 
