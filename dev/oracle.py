@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The oracle of the trainer: GPT-2 with dense, window or Lighthouse attention in plain PyTorch, for clarity and not for speed.
+"""The oracle of the trainer: GPT-2 with dense, window, Lighthouse or Causal Lighthouse attention in plain PyTorch, for clarity and not for speed.
 
 It is written from the algorithm's description alone and shares no code with the trainer, so that an agreement of the
 two means something. Gradients come from autograd, with the selection frozen. As a program it writes a reference file of
@@ -13,7 +13,8 @@ The file, little-endian and without gaps:
         [0] 20260520   [1] 2 (version)   [2] B   [3] T   [4] V   [5] Vp = V padded to 128
         [6] layers   [7] heads   [8] C
         [9] positions (0 rope, 1 learned)   [10] levels L   [11] pool p   [12] topk k   [13] tile m
-        [14] tokens of a window   [15..46] the layers' letters: D dense, W window, L Lighthouse   the rest 0
+        [14] tokens of a window   [15..46] the layers' letters: D dense, W window, L Lighthouse, C Causal Lighthouse;
+        the rest 0
     float64 rope theta, float64 loss in the first phase, float64 loss under dense attention
     float32 weights, in the order and with the shapes of the model file (wpe has T rows; with rope there is none)
     int32 tokens (B,T), int32 targets (B,T)
@@ -191,6 +192,44 @@ def dense_attention(q, k, v, rope=None, window=None):
     return causal_attention(q, k, v, window).transpose(1, 2)
 
 
+def causal_lighthouse_head(q, k, v, slots, p, tile):
+    """Causal Lighthouse of one head, q, k, v (T,D) as they are rotated, over the selection `slots` in tiles of so many
+    tokens: one masked softmax of every token over all tokens, of which it sees its own tile's up to itself, and over
+    the leaves (slots that were not expanded), of which it sees those of earlier tiles. A leaf holds means, and
+    log(tokens that it covers) is added to its logit."""
+    T, D = q.shape
+    expanded = {(l + 1, i // p) for l, i in slots}  # the parents of what was selected
+    leaves = [slot for slot in slots if slot not in expanded]
+    pool = torch.zeros(len(leaves), T, dtype=q.dtype)
+    for s, (l, i) in enumerate(leaves):
+        pool[s, i * p ** l:(i + 1) * p ** l] = 1.0 / p ** l
+    covers = torch.tensor([p ** l for l, _ in leaves], dtype=q.dtype)
+    of_tile = torch.tensor([i * p ** l // tile for l, i in leaves])
+    token = torch.arange(T)
+    own = (token[:, None] // tile == token // tile) & (token <= token[:, None])
+    seen = torch.cat([own, of_tile < token[:, None] // tile], 1)
+    bias = torch.cat([torch.zeros(T, dtype=q.dtype), covers.log()])
+    scores = q @ torch.cat([k, pool @ k]).T / math.sqrt(D) + bias
+    return torch.softmax(scores.masked_fill(~seen, -math.inf), -1) @ torch.cat([v, pool @ v])
+
+
+def causal_lighthouse_attention(q, k, v, L, p, k_budget, m, rope=None, margins=None):
+    """q, k, v (B,T,H,D) before any rotation -> (B,T,H,D). margins: as in lighthouse_attention."""
+    B, T, H, D = q.shape
+    check_lighthouse_shape(T, L, p, k_budget, m)
+    out = []
+    for b in range(B):
+        for h in range(H):
+            with torch.no_grad():  # a rotation changes no norm
+                slots, margin = lighthouse_select(q[b, :, h].norm(dim=-1), k[b, :, h].norm(dim=-1), L, p, k_budget, m)
+            if margins is not None:
+                margins.append(margin)
+            turn = (lambda x: x) if rope is None else (lambda x: rotate(x, torch.arange(T), rope))
+            out.append(causal_lighthouse_head(turn(q[b, :, h]), turn(k[b, :, h]), v[b, :, h], slots, p,
+                                              T // (k_budget // m)))
+    return torch.stack(out).reshape(B, H, T, D).transpose(1, 2)
+
+
 # ---- the model ------------------------------------------------------------------------------------------------
 
 def weight_shapes(c):
@@ -253,6 +292,8 @@ def forward_logits(weights, tokens, c, first, margins=None):
         letter = c.letter(layer) if first else "D"
         if letter == "L":
             a, _ = lighthouse_attention(q, k, v, c.levels, c.pool, c.topk, c.tile, rope, margins=margins)
+        elif letter == "C":
+            a = causal_lighthouse_attention(q, k, v, c.levels, c.pool, c.topk, c.tile, rope, margins)
         else:
             a = dense_attention(q, k, v, rope, c.window if letter == "W" else None)
         x = x + a.reshape(B, T, C) @ w["attprojw"][layer].T + w["attprojb"][layer]
@@ -296,11 +337,11 @@ def make(path, c, batch, seed, out=sys.stdout):
         raise ValueError(f"channels {c.channels} must be divisible by 2 * heads = {2 * c.heads}")
     if c.layers > MAX_LAYERS:
         raise ValueError(f"the header has room for {MAX_LAYERS} layers, not {c.layers}")
-    if not c.attention or set(c.attention) - set("DWL"):
-        raise ValueError(f"attention is {c.attention!r}, not letters D, W and L")
+    if not c.attention or set(c.attention) - set("DWLC"):
+        raise ValueError(f"attention is {c.attention!r}, not letters D, W, L and C")
     if c.window < 1:
         raise ValueError(f"window is {c.window}, not at least 1")
-    if "L" in c.attention:
+    if set(c.attention) & set("LC"):
         check_lighthouse_shape(c.seq_len, c.levels, c.pool, c.topk, c.tile)
     for seed in range(seed, seed + MAX_DRAWS):
         weights, tokens, targets, margin = draw(c, batch, seed)
@@ -373,7 +414,7 @@ def main():
     for name, default in [("layers", 4), ("channels", 64), ("heads", 4), ("vocab", 257), ("seq-len", 512), ("batch", 2),
                           ("levels", 3), ("pool", 4), ("topk", 16), ("tile", 8), ("window", 96), ("seed", 1)]:
         p.add_argument("--" + name, type=int, default=default, help=f"default {default}")
-    p.add_argument("--attention", default="L", help="letters D, W, L, repeated to the layers; default %(default)s")
+    p.add_argument("--attention", default="L", help="letters D, W, L, C, repeated to the layers; default %(default)s")
     a = parser.parse_args()
     c = Config(a.layers, a.channels, a.heads, a.vocab, a.seq_len, a.positions, a.rope_theta, a.levels, a.pool, a.topk,
                a.tile, a.attention, a.window)

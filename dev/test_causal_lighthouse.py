@@ -82,6 +82,19 @@ def test_one_softmax(c):
         assert relative_error(x, r) < 1e-12
 
 
+@pytest.mark.parametrize("c", [c for c in VARIANTS if c.pool_rotated and c.log_c] + [
+    cl.Pyramid(tile=64, levels=2, pool=4, quota=8, log_c=True, pool_rotated=True)], ids=str)
+def test_the_oracle_states_the_variant_that_was_built(c):
+    T, H, D = 128, 2, 8
+    q, k, v, dout = inputs(2, T, H, D)
+    out = oracle.causal_lighthouse_attention(q, k, v, c.levels, c.pool, c.quota * T // c.tile, c.quota, ROPE)
+    reference = torch.stack([stated(q[b, :, h], k[b, :, h], v[b, :, h], c) for b in range(2) for h in range(H)])
+    reference = reference.view(2, H, T, D).transpose(1, 2)
+    assert relative_error(out, reference) < 1e-12
+    for x, r in zip(torch.autograd.grad(out, (q, k, v), dout), torch.autograd.grad(reference, (q, k, v), dout)):
+        assert relative_error(x, r) < 1e-12
+
+
 @pytest.mark.parametrize("c", VARIANTS, ids=str)
 def test_slots_of_a_tile_are_constant(c):
     q, k, _, _ = inputs(1, 128, 1, 8)

@@ -32,7 +32,7 @@ def write_model(path, weights, V, T, heads, positions="learned", theta=10000.0):
 # ---- by position
 
 @pytest.mark.parametrize("positions", ["rope", "learned"])
-@pytest.mark.parametrize("attention,T,window", [("WDW", 100, 40), ("DLW", 96, 64), ("W", 64, 16)])
+@pytest.mark.parametrize("attention,T,window", [("WDW", 100, 40), ("DLW", 96, 64), ("DCW", 96, 64), ("W", 64, 16)])
 def test_positions(lab, attention, T, window, positions):
     """T is no power of 2, nor a multiple of the window; three sequences are no whole number of batches."""
     c = oracle.Config(3, 32, 2, 150, T, positions, levels=2, pool=2, topk=16, tile=8, attention=attention, window=window)

@@ -2,7 +2,7 @@
 // recompute level; and that all recompute levels, also mixed, give the same bits. Reference files are made by dev/oracle.py.
 //   make build/test_model && build/test_model FILE...
 // The bounds are shares of each tensor's norm; the oracle computes in fp64. fp32: 1e-5 on the CPU, 1e-4 on the GPU, whose fast
-// exponentials differ more. bf16 rounds weights and activations to 2^-9: 0.03 for dense and window attention; under Lighthouse the
+// exponentials differ more. bf16 rounds weights and activations to 2^-9: 0.03 for dense and window attention; under Lighthouse (L and C) the
 // rounding turns close calls of the selection round, so there only the loss is compared, to 1%. With FP8 products, where the
 // device has them, e5m2 rounds each gradient to 2^-3, which moves a product's result by 6%: 0.3, and 2% of the loss.
 #define TRAINER_NO_MAIN
@@ -128,7 +128,7 @@ static void test_file(const char* path) {
     choose_attention(m, letters);
     m->windows = 1;
     m->window[0] = h[14];
-    if (m->uses[LIGHTHOUSE]) end_if(lighthouse_shape(&m->shape, T, h[7], h[8] / h[7], h[10], h[11], h[12], h[13]));
+    if (uses_slots(m)) end_if(lighthouse_shape(&m->shape, T, h[7], h[8] / h[7], h[10], h[11], h[12], h[13]));
     Plan plan = {};
     size_t activations = 0;  // here every kind of pass runs: room for the largest one's
     int sums = 4 * m->dims.L + 1;
@@ -165,7 +165,7 @@ static void test_file(const char* path) {
         double error = relative_error(out, logits[phase], N * V);
         model_head(m, batch->targets, eval, 0);
         double loss = loss_sum(m) / N;
-        bool selects = phase == FIRST_PHASE && m->uses[LIGHTHOUSE], compare = sizeof(floatX) == 4 || !selects;
+        bool selects = phase == FIRST_PHASE && uses_slots(m), compare = sizeof(floatX) == 4 || !selects;
         check((error < BOUND || !compare) && same_loss(loss, reference[1 + phase]), text("%s %s forward", path, kind),
               text("loss %.6f, PyTorch %.6f; logits differ by %.1e", loss, reference[1 + phase], error));
         free(out);

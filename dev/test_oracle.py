@@ -226,7 +226,7 @@ def test_invalid_shapes_are_refused():
 
 # ---- the reference file ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("positions,attention", [("rope", "DL"), ("learned", "DL"), ("rope", "DW")])
+@pytest.mark.parametrize("positions,attention", [("rope", "DL"), ("learned", "DL"), ("rope", "DW"), ("rope", "DC")])
 def test_reference_file(positions, attention, tmp_path):
     path = tmp_path / "reference.bin"
     command = (f"make {path} --positions {positions} --layers 2 --channels 32 --heads 2 --vocab 150 --seq-len 128 "
