@@ -52,13 +52,22 @@ def execute(command, **how):
                                  universal_newlines=True, errors="replace", timeout=120, **how))
 
 
+class Programs(dict):
+    """The programs, built by make when first asked for and copied aside, so that a later build does not exchange them."""
+    names = dict(lighthouse="train_gpt_lighthouse_cpu", dense="train_gpt_dense_cpu", units="build/test_units")
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __missing__(self, key):
+        subprocess.run(["make", self.names[key]], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        self[key] = shutil.copy(ROOT / self.names[key], self.folder)
+        return self[key]
+
+
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory):
-    """The programs, built by make and copied aside, so that a build during the tests does not exchange them."""
-    names = ["train_gpt_lighthouse_cpu", "train_gpt_dense_cpu", "build/test_units"]
-    subprocess.run(["make"] + names, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    folder = tmp_path_factory.mktemp("programs")
-    return {key: shutil.copy(ROOT / name, folder) for key, name in zip(["lighthouse", "dense", "units"], names)}
+    return Programs(tmp_path_factory.mktemp("programs"))
 
 
 @pytest.fixture(scope="session")
