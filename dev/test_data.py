@@ -1077,11 +1077,11 @@ def test_the_order_of_calls(tmp_path, monkeypatch):
 
     def watched_replace(a, b):
         assert not named, "%s is not on the disk" % named
-        assert synced[a] == read(a), a
+        assert synced.get(a) == read(a), a
         if b.endswith("progress.json"):
             for split, state in json.loads(read(a))["splits"].items():
                 open_shard, size = str(tmp_path / "out" / ("%s_%06d.bin.tmp" % (split, len(state["shards"])))), 1024 + 2 * state["open_tokens"]
-                assert not state["open_tokens"] or len(synced[open_shard]) == size and synced[open_shard] == read(open_shard)[:size]
+                assert not state["open_tokens"] or synced.get(open_shard, b"").ljust(size, b"?") == read(open_shard)[:size]
                 commits.append(state["open_tokens"])
         named.append(b)
         replace(a, b)

@@ -137,6 +137,24 @@ def test_a_model_of_frequencies_scores_chance(lab):
         assert abs(c["random_right"] - 1 / len(ids)) < error * math.sqrt(1 / len(ids))
 
 
+@pytest.mark.parametrize("T,tokens,distances", [(64, 12, [48]), (512, 112, [384]), (4096, 240, [1024, 3840])])
+def test_what_is_copied(lab, T, tokens, distances):
+    """Short sequences have short copies, and no sequence counts twice."""
+    val = write_shard(lab.folder / "val.bin", np.random.RandomState(4).randint(0, 50, 2 * T + 1))
+    folder = lab.train("run", depth=1, channels=8, seq_len=T, train_data=val, val_data=val, val_batches=20, steps=1, attention="D")
+    copying, = events(folder, "copying")
+    assert (copying["tokens"], copying["sequences"]) == (tokens, 2)
+    assert [c["distance"] for c in copying["copies"]] == distances
+    assert all(0 < c[f"{kind}_loss"] < 9 for c in copying["copies"] for kind in ("text", "random"))
+
+
+def test_copy_every(lab):
+    """With --copy-every at every so many-th validation; always at the switch and at the end."""
+    for every, steps in ((3, [0, 5, 6, 10]), (0, [5, 10])):
+        folder = lab.train(f"run{every}", steps=10, val_data=lab.data.val, val_every=2, copy_every=every, switch_step=5, depth=1)
+        assert [c["step"] for c in events(folder, "copying")] == steps
+
+
 # ---- samples
 
 def plain_weights(V, C):

@@ -885,11 +885,18 @@ def test_gpt2_tokenizer(tmp_path, hf, llama):
     assert llama(tmp_path / "model.gguf")[1](text) == ids
 
 
+def test_bytes_that_do_not_print_have_characters_that_do():
+    """From 256 on, in their order; the soft hyphen is the last of them."""
+    table = tokenizer_files.byte_characters()
+    assert (table[0], table[ord("!")], table[0xAC], table[0xAD], table[0xAE]) == ("Ā", "!", "¬", chr(256 + 33 + 34), "®")
+
+
 def test_merges_come_from_the_order_of_the_tokens():
     a, b, c = b"a", b"b", b"c"
     assert tokenizer_files.merges_of([a, b, c, b"ab", b"abc", b"abab", b"cc"]) == [
         (a, b), (b"ab", c), (b"ab", b"ab"), (c, c)]
     assert tokenizer_files.merges_of([a, b, c, b"bc", b"abc", b"ab"]) == [(b, c), (a, b"bc"), (a, b)]
+    assert tokenizer_files.merges_of([a, b, c, b"bc", b"ab", b"abc"]) == [(b, c), (a, b), (a, b"bc")]  # not the first two
     assert tokenizer_files.merges_of([a, b, c, b"abc"]) is None       # no two tokens make it
     assert tokenizer_files.merges_of([a, b"ab", b]) is None           # made of a token that comes after it
 
