@@ -1350,6 +1350,11 @@ def seeds_of(tmp_path, name, events_of, finals):
     return f"{name}={','.join(folders)}"
 
 
+def test_compare_shows_no_figure_of_some_seeds_only():
+    average = compare.average
+    assert (average([2, 4]), average([2, None]), average([])) == ("3.0000", "-", "-")
+
+
 def test_compare_seeds(tmp_path, capsys):
     """Means over the seeds, and the differences of equal seeds: .2, .3 and .4 have .3 +- 4.303 * .1 / sqrt(3)."""
     lh = seeds_of(tmp_path, "lh", first_events, (4.0, 4.2, 4.4))

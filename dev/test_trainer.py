@@ -1253,6 +1253,7 @@ def test_unknown_options_are_refused(lab):
     for text in ["--step", "--stepss", "--", "---steps", "-", "-zz", "--=3", "--steps_", "--train_data=x", "-b=3", "--Steps=3"]:
         lab.fails(execute(lab.command("out") + [text]), f"unknown option {text}", "--help")
     lab.fails(execute(lab.command("out") + ["steps=3"]), '"steps=3" is no option')
+    lab.fails(execute(lab.command("out") + ["--prompt", "--dry-run"]), "--prompt needs a value")
     lab.refused("--lr-schedule", "cosin", "wsd", lr_schedule="cosin")
     lab.refused("--positions", "alibi", "rope or learned", positions="alibi")
     lab.refused("--model", "d7", "lh30", model="d7")
@@ -1814,7 +1815,7 @@ def test_logs(lab, table):
     assert model["parameters"] == (len(model_bytes(folder)) - 1024) // 4
     parts, weights = memory["parts"], 4 * model["parameters"]
     assert memory["total_bytes"] == sum(parts.values()) and weights <= parts["parameters"] < 2 * weights  # tensors are aligned
-    assert parts["gradients"] == parts["parameters"] and parts["AdamW moments"] == 2 * parts["parameters"]
+    assert parts.get("gradients") == parts["parameters"] and parts["AdamW moments"] == 2 * parts["parameters"]
     assert parts["rotary table"] == 1025 * 8 * 4 and parts["tokens"] == 2 * 2 * T * 4 + 16  # heads of 8; batches of 2
 
     steps = events(folder, "step")

@@ -163,18 +163,20 @@ static void test_fingerprint() {
     char path[] = "/tmp/test_units_XXXXXX";
     close(mkstemp(path));
     const int64_t T = 4;
-    auto of = [&](int64_t sequences, int64_t first, int64_t end) {  // of which these have another first token
+    auto of = [&](int64_t sequences, int64_t first, int64_t end, int64_t t = 0) {  // of which these have another token t
         write_shard(path, sequences * T + 1, 0, 2);
         int fd = open(path, O_WRONLY);
         uint16_t other = 300;
-        for (int64_t w = first; w < end; w++) if (pwrite(fd, &other, 2, 1024 + w * T * 2) != 2) fatal("cannot write %s", path);
+        for (int64_t w = first; w < end; w++)
+            if (pwrite(fd, &other, 2, 1024 + (w * T + t) * 2) != 2) fatal("cannot write %s", path);
         close(fd);
         Loader d;
         loader_init(&d, path, T, false, 1);
         return loader_fingerprint(&d);
     };
     bool noticed = true;
-    for (int64_t w = 0; w < 9; w++) noticed &= of(9, w, w + 1) != of(9, 0, 0);
+    for (int64_t w = 0; w < 9; w++)
+        for (int64_t t = 0; t < T; t++) noticed &= of(9, w, w + 1, t) != of(9, 0, 0);
     check(noticed, "fingerprint: another token in any of 9 sequences is noticed");
     check(of(5000, 4995, 5000) != of(5000, 0, 0), "fingerprint: and in the last thousandth of many");
     unlink(path);
