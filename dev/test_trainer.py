@@ -2085,6 +2085,7 @@ def test_options_with_a_model_file(lab):
     lab.refused("--positions is rope", "learned positions", **from_file(learned, positions="rope"))
     lab.refused("--positions is learned", "rope positions", **from_file(rope, positions="learned"))
     lab.refused("--seq-len is 128", "up to 64", **from_file(learned, seq_len=2 * T))
+    lab.refused("--resume 1 with --steps 0", "--model", **from_file(learned, steps=0, resume=1, val_data=lab.data.val))
     shorter = lab.train("shorter", **from_file(learned, seq_len=T // 2, topk=4, steps=2, learning_rate=1e-3))
     assert ModelFile(model_bytes(shorter)).max_T == T
     longer = lab.train("longer", **from_file(rope, seq_len=2 * T, rope_theta=1e6))
