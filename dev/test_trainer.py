@@ -1494,6 +1494,11 @@ def test_default_geometry_fits_every_usual_length(lab):
         assert share <= (100 if length < 2048 else 10), (length, share)
         if length == 98304:
             assert "levels 3, pool 4, topk 1536, tile 128 (12 tiles)" in result.out and "18432 slots" in result.out
+        result = execute(lab.command("out", attention="WWC", **options) + ["--dry-run"])  # tiles of about 1024 tokens
+        assert result.code == 0, (length, result.err)
+        tiles, slots, share = re.search(r"Causal Lighthouse: .*\((\d+) tiles\), (\d+) slots: ([\d.]+)%", result.out).groups()
+        assert length < 1024 or length % 1024 or int(tiles) == length // 1024 and int(slots) == int(tiles) * 160, result.out
+        assert float(share) <= (100 if length < 8192 else 30 if length < 98304 else 18), (length, share)
 
 
 def test_sizes_that_do_not_go_together(lab):
