@@ -4,8 +4,10 @@ last ones with dense attention in every layer.
 
 In the first phase each layer's attention is dense, dense within windows, or Lighthouse (arXiv 2605.06554): q, k and v
 are pooled into a pyramid, a parameter-free score picks a few thousand entries, ordinary causal SDPA runs on those, and
-the result is scattered back. From the switch step on every layer is dense (the resumption), and the run ends in a plain
-dense checkpoint. train_gpt_dense.cu is the same program without the first phase, the baseline to compare with.
+the result is scattered back; or Causal Lighthouse, where a token sees its own tile of the sequence exactly and earlier
+tiles through what was picked there, and so nothing of the future. From the switch step on every layer is dense (the
+resumption), and the run ends in a plain dense checkpoint. train_gpt_dense.cu is the same program without the first
+phase, the baseline to compare with.
 
  1. configuration          the options, one table; the geometry of Lighthouse
  2. errors, files, memory  what every later section stands on; the device: a CPU or an NVIDIA GPU
@@ -2911,7 +2913,8 @@ template <class Attend> static void each_window(int B, int64_t T, int64_t window
 // 6. Lighthouse attention: scores -> selection -> gather (pool, rotate) -> SDPA -> scatter, as lighthouse_scores,
 // _select, _invert, _gather and _scatter, which section 7 composes; backward _scatter_backward and _gather_backward;
 // and _halo, which crosses from one process's tokens to the next's. The selection gets no gradient: the backward pass
-// uses the index that the forward pass kept.
+// uses the index that the forward pass kept. Causal Lighthouse gathers what lighthouse_leaves keeps of the selection;
+// causal_forward and _backward, of which causal_prepare plans the workspace, attend to tokens and slots at once.
 
 #ifndef CPU_BACKEND  // the kernels with their launchers; their twins stand in dev/cpu_ops.h too
 // ---- what the kernels share

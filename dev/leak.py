@@ -34,6 +34,7 @@ SETTING = {"depth": 1, "channels": 32, "heads": 1, "seq-len": T, "batch-size": B
            "switch-step": "1.0", "window": 64, "levels": 2, "pool": 2, "topk": 64, "tile": 64, "learning-rate": "1e-2",
            "lr-schedule": "constant", "warmup-steps": 20, "val-every": 0, "val-batches": VALIDATED // (T * BATCH),
            "checkpoint-every": 0}
+CAUSAL_TILE = 16  # of patterns with a C: four tiles, since in one alone Causal Lighthouse is dense attention
 
 
 def kinds():
@@ -54,6 +55,8 @@ def train(trainer, attention, ids, seed, folder, options):
     write_ids(folder / "val.bin", ids, VALIDATED + T, 2 * seed + 1)
     setting = {**SETTING, "train-data": folder / "train.bin", "val-data": folder / "val.bin", "out-dir": folder / "run",
                "attention": attention, "vocab-size": ids, "seed": seed}
+    if "C" in attention:
+        setting["tile"] = CAUSAL_TILE
     command = [trainer] + [f"--{name}={value}" for name, value in setting.items()] + options
     # So small a model is fastest on one thread.
     done = subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}, stdout=subprocess.PIPE,

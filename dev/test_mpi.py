@@ -152,6 +152,9 @@ CASES = {
     "cp 2, windows": dict(ranks=2, cp=2, batch_size=3, attention="WWD", window=32),
     "cp 2, windows, learned": dict(ranks=2, cp=2, batch_size=2, attention="WWL", window=64, positions="learned", recompute=4),
     "cp 4, windows": dict(ranks=4, cp=4, batch_size=2, attention="DWL", window=16, recompute=2),
+    "dp 2, causal": dict(ranks=2, batch_size=3, attention="WCC", window=32, recompute=4, **FOUR_TILES),
+    "cp 2, causal": dict(ranks=2, cp=2, batch_size=2, attention="CLW", window=32, recompute=2, **FOUR_TILES),
+    "cp 4, causal, learned": dict(ranks=4, cp=4, batch_size=2, attention="CDC", recompute=4, positions="learned"),
     "cp 4, windows over ranks": dict(ranks=4, cp=4, batch_size=2, attention="W", window=48, recompute=1),
     "cp 4, growing windows": dict(ranks=4, cp=4, batch_size=1, attention="WDW", window="16,48:4,128:8", recompute=3),
     "dp 2, cp 2, windows, learned": dict(ranks=4, cp=2, batch_size=1, attention="WDW", window=96, positions="learned"),
@@ -187,8 +190,9 @@ def test_what_a_lighthouse_layer_exchanges(lab, ranks, options, exchanged, uneve
 
 
 @pytest.mark.parametrize("options", [
-    FOUR_TILES, dict(FOUR_TILES, fp8=1), dict(fp8=1), dict(attention="WWL", window="32,48:1"), dict(attention="W", window=32, fp8=1)],
-    ids=["slots", "slots, FP8", "tokens, FP8", "windows", "windows, FP8"])
+    FOUR_TILES, dict(FOUR_TILES, fp8=1), dict(fp8=1), dict(attention="WWL", window="32,48:1"), dict(attention="W", window=32, fp8=1),
+    dict(attention="CWL", window=32), dict(attention="CC", fp8=1)],
+    ids=["slots", "slots, FP8", "tokens, FP8", "windows", "windows, FP8", "causal", "causal, FP8"])
 def test_recompute_levels_repeat_their_bits(lab, options):
     """What is exchanged again in the backward pass is what was exchanged before."""
     options = dict(ranks=4, cp=4, steps=3, switch_step=2, batch_size=2, **options)

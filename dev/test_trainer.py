@@ -255,6 +255,7 @@ CASES = {
     "wide": dict(seq_len=2 * T, recompute=2, lr_schedule="wsd", warmup_steps=3),
     "windows": dict(attention="WDL", window="16,24:3,48:6", batch_size=2, total_batch_size=4 * T, recompute=3),
     "windows, learned": dict(attention="W", window=24, positions="learned", batch_size=3, recompute=1),
+    "causal": dict(attention="WCL", window=24, batch_size=2, total_batch_size=4 * T, recompute=4),
     "dense": dict(program="dense", batch_size=3, shuffle=0),
     "fp8, windows": dict(fp8=1, attention="WWD", window="40,16:2", recompute=4),
     "fp8": dict(fp8=1, recompute=1, total_batch_size=2 * T),
@@ -468,7 +469,7 @@ def test_two_threads_repeat_their_bits(lab, monkeypatch):
 
 @pytest.mark.parametrize("fp8", [0, 1])
 @pytest.mark.parametrize("positions", ["rope", "learned"])
-@pytest.mark.parametrize("attention", ["paper", "WDWL", "dense"])
+@pytest.mark.parametrize("attention", ["paper", "WDWL", "CLWC", "dense"])
 def test_recompute_levels_are_bit_equal(lab, attention, positions, fp8):
     """What is recomputed in the backward pass is what was computed: the trained model is the same at every level, and where
     the memory lies between that of two levels, so that the first layers have the lower one and the others the higher."""
@@ -1422,11 +1423,12 @@ def test_attention(lab):
     def pattern(value, depth):
         folder = lab.train(f"a{value}_{depth}", steps=1, switch_step="1.0", depth=depth, attention=value)
         config = events(folder, "config")[0]
-        assert (config["lighthouse"] is None) == ("L" not in config["attention"])
+        assert (config["lighthouse"] is None) == (not set("LC") & set(config["attention"]))
         assert config["windows"] == ([[T, 0]] if "W" in config["attention"] else [])  # no window is longer than a sequence
         assert config["switch_step"] == (0 if set(config["attention"]) == {"D"} else 1)
         return config["attention"]
     assert pattern("L", 3) == "LLL" and pattern("DW", 5) == "DWDWD" and pattern("WLD", 3) == "WLD" and pattern("W", 2) == "WW"
+    assert pattern("WWWC", 5) == "WWWCW" and pattern("CL", 2) == "CL"
     assert pattern("paper", 1) == "L" and pattern("paper", 2) == "LL" and pattern("paper", 3) == "DLD"
     assert pattern("paper", 11) == "D" + 9 * "L" + "D" and pattern("paper", 12) == "DD" + 8 * "L" + "DD"
     assert pattern("windows", 1) == "D" and pattern("windows", 3) == "WWD" and pattern("windows", 7) == "WWWWWWD"
@@ -1439,7 +1441,7 @@ def test_attention(lab):
         f"--{name} is given, and no layer of --attention windows has it" for name in ("pool", "topk")]
     assert notes(window=16) == ["--window is given, and no layer of --attention paper has it"] and notes() == []
     for value in ["", "l", "DLX", "LLLL", "D,L", "0,1", "none", "Paper", "D L"]:
-        lab.refused(f'--attention is "{value}"; it must be windows, paper, or 1 to 3 letters D (dense), W (window), L (Lighthouse)',
+        lab.refused(f'--attention is "{value}"; it must be windows, paper, or 1 to 3 letters D (dense), W (window), L (Lighthouse), C (Causal Lighthouse)',
                     attention=value)
 
 
@@ -1511,6 +1513,11 @@ def test_default_geometry_fits_every_usual_length(lab):
         assert share <= (100 if length < 2048 else 10), (length, share)
         if length == 98304:
             assert "levels 3, pool 4, topk 1536, tile 128 (12 tiles)" in result.out and "18432 slots" in result.out
+        result = execute(lab.command("out", attention="WWC", **options) + ["--dry-run"])  # tiles of about 1024 tokens
+        assert result.code == 0, (length, result.err)
+        tiles, slots, share = re.search(r"Causal Lighthouse: .*\((\d+) tiles\), (\d+) slots: ([\d.]+)%", result.out).groups()
+        assert length < 1024 or length % 1024 or int(tiles) == length // 1024 and int(slots) == int(tiles) * 160, result.out
+        assert float(share) <= (100 if length < 8192 else 30 if length < 98304 else 18), (length, share)
 
 
 def test_sizes_that_do_not_go_together(lab):
@@ -1808,7 +1815,7 @@ def test_logs(lab, table):
     config, memory, total = log[0], log[1], log[-1]
     assert set(config["options"]) == {o["name"] for o in table}
     assert config["program"] == "lighthouse" and config["backend"] == "cpu" and config["tokens_per_step"] == 4 * T
-    assert config["lighthouse"] == dict(GEOMETRY, slots=48) and config["attention"] == "DLD" and config["switch_step"] == 6 and config["steps"] == 10
+    assert config["lighthouse"] == dict(GEOMETRY, slots=48, leaves=32) and config["attention"] == "DLD" and config["switch_step"] == 6 and config["steps"] == 10
     model = config["model"]
     assert (model["layers"], model["channels"], model["heads"], model["vocab"], model["padded_vocab"]) == (3, 16, 2, 257, 384)
     assert model["positions"] == "rope" and model["rope_theta"] == 500000
@@ -1878,6 +1885,10 @@ def figures_agree(folder, out, processes=1):
     for before, e in zip(steps, steps[1:]):
         letters = config["attention"] if e["phase"] == "first" else "D" * L
         squares = {"D": T_ * T_, "L": (config["lighthouse"] or {"slots": 0})["slots"] ** 2}
+        if "C" in letters:  # a token sees its tile's tokens, and of each earlier tile its leaves
+            lh = config["lighthouse"]
+            tiles = lh["topk"] // lh["tile"]
+            squares["C"] = tiles * (T_ // tiles) ** 2 + 2 * sum(T_ // tiles * i * lh["leaves"] // tiles for i in range(tiles))
         if "W" in letters:
             w = [w for w, first in config["windows"] if first < e["step"]][-1]
             squares["W"] = T_ // w * w * w + (T_ % w) ** 2
