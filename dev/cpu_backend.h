@@ -55,7 +55,13 @@ static size_t operations_bytes(int64_t N, int C) {
 static size_t sdpa_prepare(int B, int64_t T, int H, int D, bool, bool backward) {
     return floatx_bytes == sizeof(floatX) || !backward ? 0 : 4 * (int64_t)B * H * T * (D + 1);
 }
-static int64_t causal_prepare(int, const LighthouseShape*, bool) { return 0; }
+// The same, and the parts of a rectangle with their statistics and, backward, the gradients of all slots.
+static int64_t causal_prepare(int, const LighthouseShape* s, bool backward) {
+    if (floatx_bytes == sizeof(floatX)) return 0;
+    int64_t C = (int64_t)s->H * s->D, parts = s->levels * (s->T / 2 * C * floatx_bytes + s->H * s->T * sizeof(float));
+    if (!backward) return parts;
+    return sdpa_prepare(1, s->T, s->H, s->D, true, true) + parts + leaf_shape(s).S * 3 * C * floatx_bytes;
+}
 static void operations_allocate(size_t, size_t) {}
 static void fp8_open() {}
 
