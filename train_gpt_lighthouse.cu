@@ -184,7 +184,7 @@ static const Option options[] = {
     {"tile", "", OPT_INT, AT(tile), "0", 0, 4096,
      "entries each tile expands per level; 0: 128, or 16 if no layer is L; less for short sequences, topk where it is "
      "no multiple of that"},
-    {"switch-step", "", OPT_TEXT, AT(switch_step), "0.75", 0, 0,
+    {"switch-step", "", OPT_TEXT, AT(switch_step), "0.875", 0, 0,
      "steps before the dense ones: a number, or with a point a share of all steps (0: dense throughout; 1.0: never)"},
 #endif
     {"val-every", "v", OPT_INT, AT(val_every), "250", 0, 1e12,

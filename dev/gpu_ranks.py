@@ -34,6 +34,9 @@ def gpus():
     return int(subprocess.check_output([os.path.join(ROOT, "scripts", "gpus")]))
 
 
+os.environ.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")  # as root is in a container
+
+
 def mpirun(ranks):
     return ["mpirun", "--bind-to", "none", "-n", str(ranks)]
 

@@ -1190,7 +1190,7 @@ learning-rate l real 3e-4 0 10 | lr-schedule k text cosine | warmup-steps u int 
 decay-frac - real 0.2 0 1 | weight-decay c real 0.1 0 10 | beta1 - real 0.9 0 0.999999 | beta2 - real 0.95 0 0.999999
 adam-eps - real 1e-8 1e-30 1 | grad-clip - real 1.0 0 1e9 | skip-loss-z sl real 0 0 1e9 | skip-grad-z sg real 0 0 1e9
 attention - text windows | window - text 1024 | levels - int 3 2 8 | pool - int 4 2 64 | topk - int 0 0 1e9 | tile - int 0 0 4096
-switch-step - text 0.75 | val-every v int 250 0 1e12 | copy-every - int 0 0 1e12 | val-batches m int 20 1 1e9
+switch-step - text 0.875 | val-every v int 250 0 1e12 | copy-every - int 0 0 1e12 | val-batches m int 20 1 1e9
 sample-every s int 0 0 1e12 | sample-tokens g int 64 1 65536 | sample-top-k - int 50 0 16777216 | prompt - text | tokenizer - text
 temperature - real 1.0 0.01 100 | recompute r int -1 -1 4 | deterministic - int 0 0 1 | dry-run - flag 0 0 1
 plan-ranks - int 0 0 1048576 | plan-memory - real 0 0 1e6 | cp - int 1 1 1024 | hang-timeout - int 600 0 1e6
@@ -1492,7 +1492,7 @@ def test_lighthouse_rules(lab):
                 train_data=long)
     lab.refused("16 coarsest entries, fewer than topk = 32: lower topk and tile to at most 16,", seq_len=64, topk=32,
                 tile=None, train_data=long)
-    assert "[" not in lab.refused("--levels is 9; it must be 2 to 8. Lighthouse: levels of the pyramid", levels=9).err
+    assert "[" not in lab.refused("--levels is 9; it must be 2 to 8. Lighthouse, L and C: levels of the pyramid", levels=9).err
     # what the messages propose is accepted
     for options in [dict(topk=8), dict(seq_len=96), dict(seq_len=104), dict(topk=16, tile=8),
                     dict(topk=16, tile=None)]:
