@@ -2750,7 +2750,8 @@ static SdpaPlan* sdpa_plan(bool backward, bool stats, const SdpaShape& s) {
     static SdpaPlan plans[512];
     static int plans_count;
     SdpaPlan want = {s, s.B, s.H, backward, stats, backward && sdpa_deterministic, NULL, 0, {}, 0};
-    if (want.deterministic && 2 * (double)s.B * s.H * s.T * s.Tk > (double)sdpa_deterministic_bytes) want.B = want.H = 1;
+    double kept = 2 * (double)s.B * s.H * s.T * s.Tk;  // bytes of a deterministic backward
+    if (want.deterministic && kept > (double)sdpa_deterministic_bytes) want.B = want.H = 1;
     for (int i = 0; i < plans_count; i++) {
         SdpaPlan* p = &plans[i];
         if (!memcmp(&p->s, &s, sizeof s) && p->B == want.B && p->H == want.H && p->backward == backward &&
@@ -3605,7 +3606,7 @@ struct Rectangle {
     float log_c[LH_MAX_LEVELS];
 };
 
-// Takes the parts of a rectangle's queries into the softmax so far, of which out and stats are the output and statistics.
+// Takes the parts of a rectangle's queries into the softmax so far, whose output and statistics out and stats are.
 template <int D>
 __global__ void causal_merge_kernel(floatX* out, float* stats, const floatX* part, const float* part_stats, Rectangle r,
                                     int H, int64_t T, int64_t room) {
@@ -3695,8 +3696,9 @@ static SdpaShape tile_shape(const LighthouseShape* s) {
 }
 
 // What a rectangle's queries ask: calls ask(part, shape, first slot) for each level that has leaves.
-template <class Ask> static Rectangle rectangle_calls(const LighthouseShape* s, int half, int first, int ranges, int later,
-                                                      bool backward, Ask ask) {
+template <class Ask>
+static Rectangle rectangle_calls(const LighthouseShape* s, int half, int first, int ranges, int later, bool backward,
+                                 Ask ask) {
     int64_t w = s->T / s->tiles, T = later * w, step = 2 * half * w, begin = 0;
     Rectangle r = {(first + half) * w, T, step, ranges * T, 0, {}};
     for (int l = 0; l < s->levels; l++) {
@@ -3711,7 +3713,7 @@ template <class Ask> static Rectangle rectangle_calls(const LighthouseShape* s, 
 }
 
 // Builds what the calls need, and returns the bytes of workspace for them.
-static int64_t causal_prepare(int B, const LighthouseShape* s, bool backward) {
+static int64_t causal_prepare(int /*B: one sequence after the other*/, const LighthouseShape* s, bool backward) {
     int64_t bytes = 0;
     for (int back = 0; back <= backward; back++) {
         int64_t most = sdpa_prepare(back, true, tile_shape(s));
@@ -3725,11 +3727,12 @@ static int64_t causal_prepare(int B, const LighthouseShape* s, bool backward) {
     return bytes;
 }
 
-static void causal_forward(floatX* out /*(B,T,H,D)*/, float* stats /*(B,H,T)*/, const floatX* qkv /*(B,T,3,H,D) rotated*/,
-                           const floatX* slots /*(B,S',3,H,D)*/, int B, const LighthouseShape* s) {
+static void causal_forward(floatX* out /*(B,T,H,D)*/, float* stats /*(B,H,T) logsumexp of all that a token sees*/,
+                           const floatX* qkv /*(B,T,3,H,D) rotated*/, const floatX* slots /*(B,S',3,H,D)*/, int B,
+                           const LighthouseShape* s) {
     int64_t C = (int64_t)s->H * s->D, leaf_slots = leaf_shape(s).S;
     CausalRoom room = causal_room(s, false);
-    for (int b = 0; b < B; b++, out += s->T * C, stats += s->H * s->T, qkv += s->T * 3 * C, slots += leaf_slots * 3 * C) {
+    for (int b = 0; b < B; b++) {
         sdpa_attend(out, stats, qkv, qkv + C, tile_shape(s));
         each_rectangle(s->tiles, [&](int half, int first, int ranges, int later) {
             const floatX* q = qkv + (first + half) * (s->T / s->tiles) * 3 * C;
@@ -3741,9 +3744,11 @@ static void causal_forward(floatX* out /*(B,T,H,D)*/, float* stats /*(B,H,T)*/, 
             WITH_HEAD_SIZE(s->D, LAUNCH(causal_merge_kernel<HEAD>, grid_for(r.rows * C / 8, 128), 128, out, stats,
                                         room.part, room.stats, r, s->H, s->T, room.rows));
         });
+        out += s->T * C, stats += s->H * s->T, qkv += s->T * 3 * C, slots += leaf_slots * 3 * C;
     }
 }
 
+// Writes the gradients of the tokens' q, k and v, of k and v what comes from the own tile, and those of the slots.
 static void causal_backward(floatX* dqkv, floatX* dslots /*(B,S',3,H,D) the third of q: zeros*/, const floatX* dout,
                             const floatX* qkv, const floatX* slots, const floatX* out, const float* stats, int B,
                             const LighthouseShape* s) {
@@ -3765,8 +3770,8 @@ static void causal_backward(floatX* dqkv, floatX* dslots /*(B,S',3,H,D) the thir
             });
             LAUNCH(causal_add_dq_kernel, grid_for(r.rows * C / 8, 256), 256, dqkv, room.part, r, (int)C, room.rows);
             int tiles = later == half ? ranges * 2 * half : half;
-            LAUNCH(causal_add_dslots_kernel, grid_for(leaves.S * 2 * C / 8, 256), 256, dslots, room.dslots, leaves, half,
-                   first, tiles);
+            LAUNCH(causal_add_dslots_kernel, grid_for(leaves.S * 2 * C / 8, 256), 256, dslots, room.dslots, leaves,
+                   half, first, tiles);
         });
         dqkv += s->T * 3 * C, dslots += leaves.S * 3 * C, dout += s->T * C, qkv += s->T * 3 * C;
         slots += leaves.S * 3 * C, out += s->T * C, stats += n;
