@@ -175,12 +175,15 @@ static const Option options[] = {
     {"attention", "", OPT_TEXT, AT(attention), "windows", 0, 0,
      "[attention] of the layers up to the switch, a letter each, repeated to the depth: D dense, W window, L "
      "Lighthouse, C Causal Lighthouse, which sees no later token; or windows: W, but every eighth layer dense, below "
-     "eight layers the last; or paper: L, but two dense layers at each end, one below 12 layers, none below 3"},
+     "eight layers the last; or mixed: windows, but with C halfway between the dense ones, where at least 4 layers "
+     "are; or paper: L, but two dense layers at each end, one below 12 layers, none below 3"},
     {"window", "", OPT_TEXT, AT(window), "1024", 0, 0,
      "tokens of a window; growing: 1024,4096:0.3,16384:0.5 takes 4096 from 0.3 of the steps on (or from a step on)"},
-    {"levels", "", OPT_INT, AT(levels), "3", 2, 8, "Lighthouse, L and C: levels of the pyramid, the tokens included"},
+    {"levels", "", OPT_INT, AT(levels), "0", 0, 8,
+     "Lighthouse, L and C: levels of the pyramid, the tokens included; 0: 3, or 4 if no layer is L"},
     {"pool", "", OPT_INT, AT(pool), "4", 2, 64, "pooling factor from level to level, a power of 2"},
-    {"topk", "", OPT_INT, AT(topk), "0", 0, 1e9, "entries expanded per level; 0: about seq-len/64"},
+    {"topk", "", OPT_INT, AT(topk), "0", 0, 1e9,
+     "entries expanded per level; 0: about seq-len/64, or seq-len/256 if no layer is L"},
     {"tile", "", OPT_INT, AT(tile), "0", 0, 4096,
      "entries each tile expands per level; 0: 128, or 16 if no layer is L; less for short sequences, topk where it is "
      "no multiple of that"},
@@ -276,34 +279,30 @@ static std::string lighthouse_shape(LighthouseShape* s, int64_t T, int H, int D,
     return "";
 }
 
-// Leaves of a tile at level l: what is selected there and not expanded. Together they cover each of its tokens once.
-static int64_t tile_leaves(const LighthouseShape* s, int l) {
-    int64_t candidates = l == s->levels - 1 ? s->n[l] / s->tiles : (int64_t)s->pool * s->tile;
-    return candidates - (l > 0 ? s->tile : 0);
-}
-
-// The shape whose slots are the leaves: S and tile_slots are replaced, everything else as in s.
+// The shape whose slots are the leaves, the entries that were selected and not expanded, which cover each token once: S
+// and tile_slots are replaced, everything else as in s.
 static LighthouseShape leaf_shape(const LighthouseShape* s) {
     LighthouseShape leaf = *s;
-    leaf.tile_slots = 0;
-    for (int l = 0; l < s->levels; l++) leaf.tile_slots += tile_leaves(s, l);
+    leaf.tile_slots = s->tile_slots - (s->levels - 1) * s->tile;
     leaf.S = leaf.tile_slots * s->tiles;
     return leaf;
 }
 
-// Settings the user left at 0 are chosen from T: a tile of `usual` or, for short sequences, the largest power of two
-// that T/64 reaches; then the valid multiple of it that is nearest to T/64. The paper's T = 98304 gives its k = 1536.
-// Usual are the paper's 128 or, where only Causal Lighthouse asks, 16: tiles of 1,024 tokens, whose attention is dense.
-static std::string lighthouse_defaults(LighthouseShape* s, const Config* c, int H, int D, int64_t usual) {
-    int64_t want = c->seq_len / 64, tile = c->tile;
-    usual = std::max(usual, 2 * c->pool);
+// Settings the user left at 0 are chosen from T: a tile of the usual size or, for short sequences, the largest power of
+// two that the usual topk reaches; then the valid multiple of it that is nearest to that topk. Usual are the paper's 3
+// levels, topk T/64 and tile 128, which at its T = 98304 gives its k = 1536; where only Causal Lighthouse asks, 4
+// levels, T/256 and 16: tiles of 4,096 tokens, whose attention is dense.
+static std::string lighthouse_defaults(LighthouseShape* s, const Config* c, int H, int D, bool causal) {
+    int levels = c->levels ? (int)c->levels : causal ? 4 : 3;
+    int64_t want = c->seq_len / (causal ? 256 : 64), tile = c->tile;
+    int64_t usual = std::max((int64_t)(causal ? 16 : 128), 2 * c->pool);
     if (tile == 0) {
         tile = c->topk && c->topk % usual ? c->topk : usual;
         if (!c->topk) while (tile > want && tile > 2 * c->pool) tile /= 2;
         if (c->topk && (tile < 4 || tile % 2 || tile < 2 * c->pool))  // what was given is topk
             return text("topk is %ld; it must be even and at least twice pool (%ld), and at least 4", c->topk, c->pool);
     }
-    auto shape = [&](int64_t topk) { return lighthouse_shape(s, c->seq_len, H, D, c->levels, c->pool, topk, tile); };
+    auto shape = [&](int64_t topk) { return lighthouse_shape(s, c->seq_len, H, D, levels, c->pool, topk, tile); };
     if (c->topk) return shape(c->topk);
     int64_t nearest = (want + tile / 2) / tile;
     for (int64_t d = 0; d <= nearest; d++) {
@@ -3547,11 +3546,11 @@ static void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const float
 
 // ---- Causal Lighthouse
 // A token sees the tokens of its own tile up to itself, and of every earlier tile the slots: the leaves of what this
-// tile's tokens selected, log(c_l) added to the logits of those that stand for c_l tokens. Own tiles are windows. Slots
-// are asked in rectangles of tokens and slots, so that library calls do it all: of a range of 2 `half` tiles the tokens
-// of the later half ask the slots of the earlier half, level by level, all ranges at once; every token meets every
-// earlier tile once as half doubles. The parts of the softmax are merged by their statistics. Backward, a part's call
-// takes the whole softmax's output and statistics less log(c_l), and yields its share of the gradients.
+// tile's tokens selected. Own tiles are windows. Slots are asked in rectangles of tokens and slots, so that library
+// calls do it all: of a range of 2 `half` tiles the tokens of the later half ask the slots of the earlier half, all
+// ranges at once; every token meets every earlier tile once as half doubles. The parts of the softmax are merged by
+// their statistics. Backward, a part's call takes the whole softmax's output and statistics, and yields its share of
+// the gradients.
 
 // Calls ask(half, first tile, ranges, tiles of their later halves); the last range may be cut short.
 template <class Ask> static void each_rectangle(int tiles, Ask ask) {
@@ -3562,132 +3561,42 @@ template <class Ask> static void each_rectangle(int tiles, Ask ask) {
     }
 }
 
-// As tile_leaves.
-__device__ __forceinline__ int64_t leaves_of_tile(const LighthouseShape& s, int l) {
-    return (l == s.levels - 1 ? s.n[l] / s.tiles : s.pool * s.tile) - (l > 0 ? s.tile : 0);
-}
-
-// A block puts one tile's leaves in order.
+// A block drops from one tile's selection what was expanded.
 __global__ void lighthouse_leaves_kernel(int32_t* leaves, const int32_t* index, const int32_t* slot, LighthouseShape s,
-                                         int64_t leaf_slots) {
-    int64_t bh = blockIdx.x / s.tiles, tile = blockIdx.x % s.tiles;
-    const int32_t* selected = index + bh * s.S + tile * s.tile_slots;
-    int lane = threadIdx.x, found[LH_MAX_LEVELS] = {};
+                                         int64_t tile_leaves) {
+    int64_t bh = blockIdx.x / s.tiles;
+    const int32_t* selected = index + blockIdx.x * s.tile_slots;
+    int32_t* next = leaves + blockIdx.x * tile_leaves;
+    int lane = threadIdx.x;
     for (int64_t j0 = 0; j0 < s.tile_slots; j0 += 32) {
-        bool inside = j0 + lane < s.tile_slots;
-        int32_t flat = inside ? selected[j0 + lane] : 0;
+        bool leaf = j0 + lane < s.tile_slots;
+        int32_t flat = leaf ? selected[j0 + lane] : 0;
         int level = entry_level(s, flat);
-        bool leaf = inside;
-        if (inside && level > 0)  // its first child would be selected too
+        if (leaf && level > 0)  // its first child would be selected too
             leaf = slot[bh * s.off[s.levels] + s.off[level - 1] + (int64_t)(flat - s.off[level]) * s.pool] < 0;
-        int64_t begin = 0;  // of a level's leaves
-#pragma unroll
-        for (int l = 0; l < LH_MAX_LEVELS; l++) {
-            if (l >= s.levels) break;
-            int64_t count = leaves_of_tile(s, l);
-            unsigned same = __ballot_sync(0xffffffffu, leaf && level == l);
-            if (leaf && level == l)
-                leaves[bh * leaf_slots + begin + tile * count + found[l] + __popc(same & ((1u << lane) - 1))] = flat;
-            found[l] += __popc(same);
-            begin += s.tiles * count;
-        }
+        unsigned found = __ballot_sync(0xffffffffu, leaf);
+        if (leaf) next[__popc(found & ((1u << lane) - 1))] = flat;
+        next += __popc(found);
     }
 }
 
 static void lighthouse_leaves(int32_t* leaves /*(B,H,S') of leaf_shape*/, const int32_t* index /*(B,H,S)*/,
                               const int32_t* slot /*(B,H,E) of index*/, int B, const LighthouseShape* s) {
     LAUNCH(lighthouse_leaves_kernel, grid_for((int64_t)B * s->H * s->tiles, 1), 32, leaves, index, slot, *s,
-           leaf_shape(s).S);
+           leaf_shape(s).tile_slots);
 }
 
 struct Rectangle {
     int64_t at, T, step, rows;  // its first query, the queries of a range, tokens between ranges, queries in all
-    int parts;                  // levels that have leaves, and log(c_l) of each
-    float log_c[LH_MAX_LEVELS];
+    int64_t slot;               // the first that is asked
+    SdpaShape call;
 };
 
-// Takes the parts of a rectangle's queries into the softmax so far, whose output and statistics out and stats are.
-template <int D>
-__global__ void causal_merge_kernel(floatX* out, float* stats, const floatX* part, const float* part_stats, Rectangle r,
-                                    int H, int64_t T, int64_t room) {
-    constexpr int LANES = D / 8;
-    int64_t team = (blockIdx.x * (int64_t)blockDim.x + threadIdx.x) / LANES, row = team / H;
-    if (row >= r.rows) return;
-    int lane = threadIdx.x % LANES, h = team % H;
-    int64_t token = r.at + row / r.T * r.step + row % r.T, at = (row * H + h) * D + lane * 8;
-    const float* lse = part_stats + (row / r.T * H + h) * r.T + row % r.T;
-    float before = stats[h * T + token], top = before;
-    for (int i = 0; i < r.parts; i++) top = fmaxf(top, lse[i * room * H] + r.log_c[i]);
-    float sum = expf(before - top);
-    floatX* y = out + (token * H + h) * D + lane * 8;
-    Pack8<floatX> x = load8(y);
-    float merged[8];
-#pragma unroll
-    for (int d = 0; d < 8; d++) merged[d] = sum * (float)x.v[d];
-    for (int i = 0; i < r.parts; i++) {
-        float weight = expf(lse[i * room * H] + r.log_c[i] - top);
-        x = load8(part + i * room * H * D + at);
-#pragma unroll
-        for (int d = 0; d < 8; d++) merged[d] += weight * (float)x.v[d];
-        sum += weight;
-    }
-#pragma unroll
-    for (int d = 0; d < 8; d++) merged[d] /= sum;
-    store8(y, to_pack8<floatX>(merged));
-    __syncwarp(team_mask<LANES>());
-    if (lane == 0) stats[h * T + token] = top + logf(sum);
-}
-
-// dq of tokens, which is a third of dqkv, gets the parts that its calls made of it.
-__global__ void causal_add_dq_kernel(floatX* dqkv, const floatX* part, Rectangle r, int C, int64_t room) {
-    int64_t i = (blockIdx.x * (int64_t)blockDim.x + threadIdx.x) * 8, row = i / C;
-    if (row >= r.rows) return;
-    floatX* y = dqkv + (r.at + row / r.T * r.step + row % r.T) * 3 * C + i % C;
-    float sum[8] = {};
-    add_pack(sum, load8(y));
-    for (int p = 0; p < r.parts; p++) add_pack(sum, load8(part + p * room * C + i));
-    store8(y, to_pack8<floatX>(sum));
-}
-
-// dk and dv of the slots that a rectangle's queries saw: those of tiles in the earlier half of a range.
-__global__ void causal_add_dslots_kernel(floatX* dslots, const floatX* part, LighthouseShape s /*of the leaves*/,
-                                         int half, int first, int tiles) {
-    int64_t C = (int64_t)s.H * s.D, i = (blockIdx.x * (int64_t)blockDim.x + threadIdx.x) * 8, row = i / (2 * C);
-    if (row >= s.S) return;
-    int64_t begin = 0, count = 0;
-    for (int l = 0; l < s.levels; l++) {
-        count = leaves_of_tile(s, l);
-        if (row < begin + s.tiles * count) break;
-        begin += s.tiles * count;
-    }
-    int64_t tile = (row - begin) / count - first, at = row * 3 * C + C + i % (2 * C);
-    if (tile < 0 || tile >= tiles || tile / half % 2) return;
-    float sum[8] = {};
-    add_pack(sum, load8(dslots + at));
-    add_pack(sum, load8(part + at));
-    store8(dslots + at, to_pack8<floatX>(sum));
-}
-
-__global__ void causal_shift_stats_kernel(float* shifted /*(parts, n)*/, const float* stats, Rectangle r, int64_t n) {
-    int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
-    for (int p = 0; p < r.parts && i < n; p++) shifted[p * n + i] = stats[i] - r.log_c[p];
-}
-
-// What the calls of one sequence take of the attention workspace beside cuDNN's: at its end.
-struct CausalRoom {
-    int64_t rows;    // most queries of a rectangle
-    floatX* part;    // (levels, rows, H, D) outputs of a rectangle's calls, or their dq
-    float* stats;    // (levels, H, rows) their statistics; backward (levels, H, T) those that the calls take
-    floatX* dslots;  // (S',3,H,D) backward: of one rectangle
-    int64_t bytes;
-};
-static CausalRoom causal_room(const LighthouseShape* s, bool backward) {
-    int64_t rows = s->tiles / 2 * (s->T / s->tiles), C = (int64_t)s->H * s->D;
-    int64_t part = round_up_256(s->levels * rows * C * sizeof(floatX));
-    int64_t stats = round_up_256(s->levels * s->H * (backward ? s->T : rows) * sizeof(float));
-    int64_t bytes = part + stats + (backward ? round_up_256(leaf_shape(s).S * 3 * C * sizeof(floatX)) : 0) + 256;
-    char* at = (char*)sdpa_workspace + (sdpa_workspace_bytes - bytes) / 256 * 256;
-    return {rows, (floatX*)at, (float*)(at + part), (floatX*)(at + part + stats), bytes};
+static Rectangle rectangle(const LighthouseShape* s, int half, int first, int ranges, int later, bool backward) {
+    int64_t w = s->T / s->tiles, T = later * w, step = 2 * half * w, n = leaf_shape(s).tile_slots;
+    return {(first + half) * w, T, step, ranges * T, first * n,
+            {ranges, s->H, s->D, true, T, half * n, step, 2 * half * n, backward ? step : T,
+             backward ? step : s->H * T, backward ? s->T : T}};
 }
 
 static SdpaShape tile_shape(const LighthouseShape* s) {
@@ -3695,21 +3604,63 @@ static SdpaShape tile_shape(const LighthouseShape* s) {
     return {s->tiles, s->H, s->D, false, w, w, w, w, w, w, s->T};
 }
 
-// What a rectangle's queries ask: calls ask(part, shape, first slot) for each level that has leaves.
-template <class Ask>
-static Rectangle rectangle_calls(const LighthouseShape* s, int half, int first, int ranges, int later, bool backward,
-                                 Ask ask) {
-    int64_t w = s->T / s->tiles, T = later * w, step = 2 * half * w, begin = 0;
-    Rectangle r = {(first + half) * w, T, step, ranges * T, 0, {}};
-    for (int l = 0; l < s->levels; l++) {
-        int64_t n = tile_leaves(s, l);
-        r.log_c[r.parts] = (float)(l * log((double)s->pool));
-        SdpaShape call = {ranges, s->H, s->D, true, T, half * n, step, 2 * half * n, backward ? step : T,
-                          backward ? step : s->H * T, backward ? s->T : T};
-        if (n > 0) ask(r.parts++, call, begin + first * n);
-        begin += s->tiles * n;
-    }
-    return r;
+// Takes a rectangle's part into the softmax so far, whose output and statistics out and stats are.
+template <int D>
+__global__ void causal_merge_kernel(floatX* out, float* stats, const floatX* part, const float* part_stats, Rectangle r,
+                                    int H, int64_t T) {
+    constexpr int LANES = D / 8;
+    int64_t team = (blockIdx.x * (int64_t)blockDim.x + threadIdx.x) / LANES, row = team / H;
+    if (row >= r.rows) return;
+    int lane = threadIdx.x % LANES, h = team % H;
+    int64_t token = r.at + row / r.T * r.step + row % r.T;
+    float before = stats[h * T + token], added = part_stats[(row / r.T * H + h) * r.T + row % r.T];
+    float sum = fmaxf(before, added) + log1pf(expf(-fabsf(before - added)));
+    float share = expf(before - sum), rest = expf(added - sum);
+    floatX* y = out + (token * H + h) * D + lane * 8;
+    Pack8<floatX> x = load8(y), z = load8_stream(part + (row * H + h) * D + lane * 8);
+#pragma unroll
+    for (int d = 0; d < 8; d++) x.v[d] = (floatX)(share * (float)x.v[d] + rest * (float)z.v[d]);
+    store8(y, x);
+    __syncwarp(team_mask<LANES>());
+    if (lane == 0) stats[h * T + token] = sum;
+}
+
+// dq of a rectangle's queries is added to theirs, which is a third of dqkv.
+__global__ void causal_add_dq_kernel(floatX* dqkv, const floatX* part, Rectangle r, int C) {
+    int64_t i = (blockIdx.x * (int64_t)blockDim.x + threadIdx.x) * 8, row = i / C;
+    if (row >= r.rows) return;
+    floatX* y = dqkv + (r.at + row / r.T * r.step + row % r.T) * 3 * C + i % C;
+    float sum[8] = {};
+    add_pack(sum, load8(y));
+    add_pack(sum, load8_stream(part + i));
+    store8(y, to_pack8<floatX>(sum));
+}
+
+// dk and dv of the slots that were asked, n of each range, are added to theirs.
+__global__ void causal_add_dslots_kernel(floatX* dslots, const floatX* part, int64_t rows, int64_t n, int64_t step,
+                                         int C) {
+    int64_t i = (blockIdx.x * (int64_t)blockDim.x + threadIdx.x) * 8, row = i / (2 * C);
+    if (row >= rows) return;
+    int64_t at = (row / n * step + row % n) * 3 * C + C + i % (2 * C);
+    float sum[8] = {};
+    add_pack(sum, load8(dslots + at));
+    add_pack(sum, load8_stream(part + at));
+    store8(dslots + at, to_pack8<floatX>(sum));
+}
+
+// What the calls of one sequence take of the attention workspace beside cuDNN's: at its end.
+struct CausalRoom {
+    floatX* part;    // (rows, H, D) output of a rectangle's call, or its dq; a rectangle has half of the tokens at most
+    float* stats;    // (H, rows) its statistics
+    floatX* dslots;  // (S',3,H,D) backward: of one rectangle
+    int64_t bytes;
+};
+static CausalRoom causal_room(const LighthouseShape* s, bool backward) {
+    int64_t rows = s->tiles / 2 * (s->T / s->tiles), C = (int64_t)s->H * s->D;
+    int64_t part = round_up_256(rows * C * sizeof(floatX)), stats = round_up_256(s->H * rows * sizeof(float));
+    int64_t bytes = part + (backward ? round_up_256(leaf_shape(s).S * 3 * C * sizeof(floatX)) : stats) + 256;
+    char* at = (char*)sdpa_workspace + (sdpa_workspace_bytes - bytes) / 256 * 256;
+    return {(floatX*)at, (float*)(at + part), (floatX*)(at + part), bytes};
 }
 
 // Builds what the calls need, and returns the bytes of workspace for them.
@@ -3718,9 +3669,7 @@ static int64_t causal_prepare(int /*B: one sequence after the other*/, const Lig
     for (int back = 0; back <= backward; back++) {
         int64_t most = sdpa_prepare(back, true, tile_shape(s));
         each_rectangle(s->tiles, [&](int half, int first, int ranges, int later) {
-            rectangle_calls(s, half, first, ranges, later, back, [&](int, const SdpaShape& call, int64_t) {
-                most = std::max(most, sdpa_prepare(back, true, call));
-            });
+            most = std::max(most, sdpa_prepare(back, true, rectangle(s, half, first, ranges, later, back).call));
         });
         bytes = std::max(bytes, most + causal_room(s, back).bytes);
     }
@@ -3730,21 +3679,17 @@ static int64_t causal_prepare(int /*B: one sequence after the other*/, const Lig
 static void causal_forward(floatX* out /*(B,T,H,D)*/, float* stats /*(B,H,T) logsumexp of all that a token sees*/,
                            const floatX* qkv /*(B,T,3,H,D) rotated*/, const floatX* slots /*(B,S',3,H,D)*/, int B,
                            const LighthouseShape* s) {
-    int64_t C = (int64_t)s->H * s->D, leaf_slots = leaf_shape(s).S;
+    int64_t C = (int64_t)s->H * s->D;
     CausalRoom room = causal_room(s, false);
     for (int b = 0; b < B; b++) {
         sdpa_attend(out, stats, qkv, qkv + C, tile_shape(s));
         each_rectangle(s->tiles, [&](int half, int first, int ranges, int later) {
-            const floatX* q = qkv + (first + half) * (s->T / s->tiles) * 3 * C;
-            Rectangle r = rectangle_calls(s, half, first, ranges, later, false,
-                                          [&](int part, const SdpaShape& call, int64_t slot) {
-                sdpa_attend(room.part + part * room.rows * C, room.stats + part * room.rows * s->H, q,
-                            slots + slot * 3 * C + C, call);
-            });
+            Rectangle r = rectangle(s, half, first, ranges, later, false);
+            sdpa_attend(room.part, room.stats, qkv + r.at * 3 * C, slots + r.slot * 3 * C + C, r.call);
             WITH_HEAD_SIZE(s->D, LAUNCH(causal_merge_kernel<HEAD>, grid_for(r.rows * C / 8, 128), 128, out, stats,
-                                        room.part, room.stats, r, s->H, s->T, room.rows));
+                                        room.part, room.stats, r, s->H, s->T));
         });
-        out += s->T * C, stats += s->H * s->T, qkv += s->T * 3 * C, slots += leaf_slots * 3 * C;
+        out += s->T * C, stats += s->H * s->T, qkv += s->T * 3 * C, slots += leaf_shape(s).S * 3 * C;
     }
 }
 
@@ -3752,29 +3697,22 @@ static void causal_forward(floatX* out /*(B,T,H,D)*/, float* stats /*(B,H,T) log
 static void causal_backward(floatX* dqkv, floatX* dslots /*(B,S',3,H,D) the third of q: zeros*/, const floatX* dout,
                             const floatX* qkv, const floatX* slots, const floatX* out, const float* stats, int B,
                             const LighthouseShape* s) {
-    int64_t C = (int64_t)s->H * s->D, n = s->H * s->T;
-    LighthouseShape leaves = leaf_shape(s);
+    int64_t C = (int64_t)s->H * s->D, S = leaf_shape(s).S;
     CausalRoom room = causal_room(s, true);
-    device_zero(dslots, B * leaves.S * 3 * C * sizeof(floatX));
+    device_zero(dslots, B * S * 3 * C * sizeof(floatX));
     for (int b = 0; b < B; b++) {
         sdpa_attend_backward(dqkv, dqkv + C, dout, qkv, qkv + C, out, stats, tile_shape(s));
-        Rectangle any = rectangle_calls(s, 1, 0, 1, 1, true, [](int, const SdpaShape&, int64_t) {});
-        LAUNCH(causal_shift_stats_kernel, grid_for(n, 256), 256, room.stats, stats, any, n);
         each_rectangle(s->tiles, [&](int half, int first, int ranges, int later) {
-            int64_t at = (first + half) * (s->T / s->tiles);
-            Rectangle r = rectangle_calls(s, half, first, ranges, later, true,
-                                          [&](int part, const SdpaShape& call, int64_t slot) {
-                sdpa_attend_backward(room.part + part * room.rows * C, room.dslots + slot * 3 * C + C, dout + at * C,
-                                     qkv + at * 3 * C, slots + slot * 3 * C + C, out + at * C,
-                                     room.stats + part * n + at, call);
-            });
-            LAUNCH(causal_add_dq_kernel, grid_for(r.rows * C / 8, 256), 256, dqkv, room.part, r, (int)C, room.rows);
-            int tiles = later == half ? ranges * 2 * half : half;
-            LAUNCH(causal_add_dslots_kernel, grid_for(leaves.S * 2 * C / 8, 256), 256, dslots, room.dslots, leaves,
-                   half, first, tiles);
+            Rectangle r = rectangle(s, half, first, ranges, later, true);
+            int64_t asked = ranges * r.call.Tk;
+            sdpa_attend_backward(room.part, room.dslots + C, dout + r.at * C, qkv + r.at * 3 * C,
+                                 slots + r.slot * 3 * C + C, out + r.at * C, stats + r.at, r.call);
+            LAUNCH(causal_add_dq_kernel, grid_for(r.rows * C / 8, 256), 256, dqkv, room.part, r, (int)C);
+            LAUNCH(causal_add_dslots_kernel, grid_for(asked * 2 * C / 8, 256), 256, dslots + r.slot * 3 * C,
+                   room.dslots, asked, r.call.Tk, r.call.k_step, (int)C);
         });
-        dqkv += s->T * 3 * C, dslots += leaves.S * 3 * C, dout += s->T * C, qkv += s->T * 3 * C;
-        slots += leaves.S * 3 * C, out += s->T * C, stats += n;
+        dqkv += s->T * 3 * C, dslots += S * 3 * C, dout += s->T * C, qkv += s->T * 3 * C;
+        slots += S * 3 * C, out += s->T * C, stats += s->H * s->T;
     }
 }
 
@@ -5687,14 +5625,16 @@ static int64_t parse_step(const char* option, const char* value, const char* s, 
 
 // The letters of --attention, one a layer.
 static void choose_attention(Model* m, const char* s) {
-    int L = m->dims.L, letters = (int)strlen(s), ends = L >= 12 ? 2 : L >= 3 ? 1 : 0;
-    bool paper = !strcmp(s, "paper"), windows = !strcmp(s, "windows");
+    int L = m->dims.L, letters = (int)strlen(s), ends = L >= 12 ? 2 : L >= 3 ? 1 : 0, group = std::min(L, 8);
+    bool paper = !strcmp(s, "paper"), mixed = !strcmp(s, "mixed"), windows = mixed || !strcmp(s, "windows");
     if (!paper && !windows && (!letters || letters > L || strspn(s, attention_letters) < strlen(s)))
-        fatal("--attention is \"%s\"; it must be windows, paper, or 1 to %d letters D (dense), W (window), L "
+        fatal("--attention is \"%s\"; it must be mixed, windows, paper, or 1 to %d letters D (dense), W (window), L "
               "(Lighthouse), C (Causal Lighthouse)", s, L);
+    memset(m->uses, 0, sizeof m->uses);
     for (int l = 0; l < L; l++) {
+        int place = (l + 1) % group;
         m->attention[l] = paper ? (l >= ends && l < L - ends ? LIGHTHOUSE : DENSE)
-                        : windows ? ((l + 1) % std::min(L, 8) ? WINDOW : DENSE)
+                        : windows ? (!place ? DENSE : mixed && group > 3 && place == group / 2 ? CAUSAL : WINDOW)
                         : (Attention)(strchr(attention_letters, s[l % letters]) - attention_letters);
         m->pattern[l] = attention_letters[m->attention[l]];
         m->uses[m->attention[l]] = true;
@@ -5877,6 +5817,8 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
         }
         say("            steps %ld to %ld: dense in every layer%s\n", t->switch_step, t->steps - 1,
             t->switch_step == t->steps ? ": none" : "");
+        if (!strcmp(c->attention, "mixed") && d->L > 3 && !uses_slots(m))
+            say("note: no selection of Causal Lighthouse fits seq-len %ld: windows in its place\n", c->seq_len);
         for (const char* name : {"window", "levels", "pool", "topk", "tile"})
             if (given(name) && !(strcmp(name, "window") ? uses_slots(m) : m->uses[WINDOW]))
                 say("note: --%s is given, and no layer of --attention %s has it\n", name, c->attention);
@@ -5930,7 +5872,9 @@ static void setup_run(Trainer* t) {
     m->never_dense = t->switch_step == t->steps;
     if (!uses_slots(m)) return;
     std::string why = lighthouse_defaults(&m->shape, c, m->dims.NH / procs.cp, m->dims.C / m->dims.NH,
-                                          m->uses[LIGHTHOUSE] ? 128 : 16);
+                                          !m->uses[LIGHTHOUSE]);
+    if (why != "" && !strcmp(c->attention, "mixed") && !c->levels && !c->topk && !c->tile)
+        return choose_attention(m, "windows");  // print_configuration() says so
     if (why != "") fatal("Lighthouse attention at seq-len %ld: %s", c->seq_len, why.c_str());
     m->exchange_slots = can_exchange_slots(m, m->shape.tile, &m->own_shape);
 }

@@ -864,42 +864,22 @@ void lighthouse_gather_backward(floatX* dqkv /*(B,T,3,H,D)*/, const floatX* dslo
 }
 
 // ---- Causal Lighthouse ----------------------------------------------------------------------------------------
-// Token t of tile i attends, in one softmax, to the tokens of its own tile up to t and to all slots of tiles 0 to i-1;
-// log(c_l) is added to the logit of a slot of level l, which stands for as many tokens.
+// Token t of tile i attends, in one softmax, to the tokens of its own tile up to t and to all slots of tiles 0 to i-1.
 
-// The leaves of the selection, level 0 first, in each level tile by tile, in a tile in sequence order. slot: of index.
+// The leaves of the selection, tile by tile in sequence order: what was not expanded. slot: of index.
 void lighthouse_leaves(int32_t* leaves /*(B,H,S') S' slots of leaf_shape*/, const int32_t* index /*(B,H,S)*/,
                        const int32_t* slot /*(B,H,E)*/, int B, const LighthouseShape* s) {
-    int64_t E = s->off[s->levels], slots = leaf_shape(s).S;
-    #pragma omp parallel for
-    for (int64_t bh = 0; bh < (int64_t)B * s->H; bh++) {
-        int32_t* next[LH_MAX_LEVELS] = {leaves + bh * slots};
-        for (int l = 1; l < s->levels; l++) next[l] = next[l - 1] + s->tiles * tile_leaves(s, l - 1);
-        for (int64_t r = 0; r < s->S; r++) {
-            int64_t i, width, l = entry_level(&i, &width, index[bh * s->S + r], s);
-            bool expanded = l > 0 && slot[bh * E + s->off[l - 1] + i * s->pool] >= 0;  // then its first child is there
-            if (!expanded) *next[l]++ = index[bh * s->S + r];
-        }
+    for (int64_t r = 0; r < B * s->H * s->S; r++) {
+        int64_t i, width, l = entry_level(&i, &width, index[r], s), first = r / s->S * s->off[s->levels];
+        bool expanded = l > 0 && slot[first + s->off[l - 1] + i * s->pool] >= 0;  // then its first child is there
+        if (!expanded) *leaves++ = index[r];
     }
 }
 
-// What the tokens of a tile see of one head: first all slots of the earlier tiles, then the tile's own tokens.
-struct SeenRow {
-    int64_t row;  // of qkv, or if slot of slots
-    bool slot;
-    float bias;   // log of the tokens that it stands for
-};
-
-// Fills seen; returns how many are slots.
-static int64_t causal_seen(SeenRow* seen, int64_t tile, const LighthouseShape* s) {
-    int64_t n = 0, w = s->T / s->tiles, begin = 0, width = 1;
-    for (int l = 0; l < s->levels; l++, width *= s->pool) {
-        int64_t leaves = tile_leaves(s, l);
-        for (int64_t r = begin; r < begin + tile * leaves; r++) seen[n++] = {r, true, std::log((float)width)};
-        begin += s->tiles * leaves;
-    }
-    for (int64_t t = 0; t < w; t++) seen[n + t] = {tile * w + t, false, 0};
-    return n;
+// k of the j-th row that tokens see, v C further: first all slots of the earlier tiles, then the tile's own tokens.
+template <typename Real>
+static Real* causal_row(Real* qkv, Real* slots, int64_t j, int64_t earlier, int64_t first_token, int64_t C) {
+    return (j < earlier ? slots + j * 3 * C : qkv + (first_token + j - earlier) * 3 * C) + C;
 }
 
 void causal_forward(floatX* out /*(B,T,H,D)*/, float* stats /*(B,H,T) natural-log logsumexp of what a token sees*/,
@@ -909,23 +889,22 @@ void causal_forward(floatX* out /*(B,T,H,D)*/, float* stats /*(B,H,T) natural-lo
     float scale = 1 / std::sqrt((float)D);
     #pragma omp parallel
     {
-        SeenRow* seen = (SeenRow*)allocate(S + w, sizeof(SeenRow));
         float* p = allocate_floats(S + w);  // logits, then their exponentials
         #pragma omp for schedule(dynamic)
         for (int64_t job = 0; job < B * H * s->tiles; job++) {
             int64_t tile = s->tiles - 1 - job / (B * H), bh = job % (B * H), b = bh / H, h = bh % H;  // longest first
-            int64_t earlier = causal_seen(seen, tile, s);
+            int64_t earlier = tile * leaf_shape(s).tile_slots;
+            const floatX *own = qkv + b * T * 3 * C + h * D, *others = slots + b * S * 3 * C + h * D;
             for (int64_t t = tile * w; t < (tile + 1) * w; t++) {
                 int64_t n = earlier + t - tile * w + 1;
                 const floatX* q = qkv + (b * T + t) * 3 * C + h * D;
                 float top = -INFINITY, sum = 0;
                 for (int64_t j = 0; j < n; j++) {
-                    const floatX* k = (seen[j].slot ? slots + b * S * 3 * C : qkv + b * T * 3 * C) +
-                                      seen[j].row * 3 * C + C + h * D;
+                    const floatX* k = causal_row(own, others, j, earlier, tile * w, C);
                     float dot = 0;
                     #pragma omp simd reduction(+ : dot)
                     for (int64_t d = 0; d < D; d++) dot += q[d] * k[d];
-                    p[j] = dot * scale + seen[j].bias;
+                    p[j] = dot * scale;
                     top = p[j] > top ? p[j] : top;
                 }
                 #pragma omp simd reduction(+ : sum)
@@ -936,15 +915,14 @@ void causal_forward(floatX* out /*(B,T,H,D)*/, float* stats /*(B,H,T) natural-lo
                 floatX* o = out + (b * T + t) * C + h * D;
                 for (int64_t d = 0; d < D; d++) o[d] = 0;
                 for (int64_t j = 0; j < n; j++) {
-                    const floatX* v = (seen[j].slot ? slots + b * S * 3 * C : qkv + b * T * 3 * C) +
-                                      seen[j].row * 3 * C + 2 * C + h * D;
+                    const floatX* v = causal_row(own, others, j, earlier, tile * w, C) + C;
                     for (int64_t d = 0; d < D; d++) o[d] += p[j] * v[d];
                 }
                 for (int64_t d = 0; d < D; d++) o[d] /= sum;
                 stats[bh * T + t] = top + std::log(sum);
             }
         }
-        free(seen); free(p);
+        free(p);
     }
 }
 
@@ -958,10 +936,9 @@ void causal_backward(floatX* dqkv, floatX* dslots /*(B,S',3,H,D)*/, const floatX
     memset(dslots, 0, B * S * 3 * C * sizeof(floatX));
     #pragma omp parallel for schedule(dynamic)
     for (int64_t bh = 0; bh < B * H; bh++) {
-        int64_t b = bh / H, h = bh % H;
-        SeenRow* seen = (SeenRow*)allocate(S + w, sizeof(SeenRow));
-        for (int64_t t = 0, earlier = 0; t < T; t++) {
-            if (t % w == 0) earlier = causal_seen(seen, t / w, s);
+        int64_t b = bh / H, h = bh % H, of_tokens = b * T * 3 * C + h * D, of_slots = b * S * 3 * C + h * D;
+        for (int64_t t = 0; t < T; t++) {
+            int64_t tile = t / w, earlier = tile * leaf_shape(s).tile_slots;
             const floatX *q = qkv + (b * T + t) * 3 * C + h * D, *dy = dout + (b * T + t) * C + h * D;
             const floatX* y = out + (b * T + t) * C + h * D;
             floatX* dq = dqkv + (b * T + t) * 3 * C + h * D;
@@ -969,16 +946,15 @@ void causal_backward(floatX* dqkv, floatX* dslots /*(B,S',3,H,D)*/, const floatX
             #pragma omp simd reduction(+ : delta)
             for (int64_t d = 0; d < D; d++) delta += dy[d] * y[d];
             for (int64_t j = 0; j < earlier + t % w + 1; j++) {
-                int64_t row = seen[j].row * 3 * C + C + h * D;
-                const floatX* k = (seen[j].slot ? slots + b * S * 3 * C : qkv + b * T * 3 * C) + row;
-                floatX* dk = (seen[j].slot ? dslots + b * S * 3 * C : dqkv + b * T * 3 * C) + row;
+                const floatX* k = causal_row(qkv + of_tokens, slots + of_slots, j, earlier, tile * w, C);
+                floatX* dk = causal_row(dqkv + of_tokens, dslots + of_slots, j, earlier, tile * w, C);
                 float dot = 0, dp = 0;
                 #pragma omp simd reduction(+ : dot, dp)
                 for (int64_t d = 0; d < D; d++) {
                     dot += q[d] * k[d];
                     dp += dy[d] * k[C + d];
                 }
-                float p = std::exp(dot * scale + seen[j].bias - stats[bh * T + t]), ds = p * (dp - delta) * scale;
+                float p = std::exp(dot * scale - stats[bh * T + t]), ds = p * (dp - delta) * scale;
                 #pragma omp simd
                 for (int64_t d = 0; d < D; d++) {
                     dq[d] += ds * k[d];
@@ -987,7 +963,6 @@ void causal_backward(floatX* dqkv, floatX* dslots /*(B,S',3,H,D)*/, const floatX
                 }
             }
         }
-        free(seen);
     }
 }
 

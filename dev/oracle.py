@@ -195,21 +195,18 @@ def dense_attention(q, k, v, rope=None, window=None):
 def causal_lighthouse_head(q, k, v, slots, p, tile):
     """Causal Lighthouse of one head, q, k, v (T,D) as they are rotated, over the selection `slots` in tiles of so many
     tokens: one masked softmax of every token over all tokens, of which it sees its own tile's up to itself, and over
-    the leaves (slots that were not expanded), of which it sees those of earlier tiles. A leaf holds means, and
-    log(tokens that it covers) is added to its logit."""
+    the leaves (slots that were not expanded), of which it sees those of earlier tiles. A leaf holds means."""
     T, D = q.shape
     expanded = {(l + 1, i // p) for l, i in slots}  # the parents of what was selected
     leaves = [slot for slot in slots if slot not in expanded]
     pool = torch.zeros(len(leaves), T, dtype=q.dtype)
     for s, (l, i) in enumerate(leaves):
         pool[s, i * p ** l:(i + 1) * p ** l] = 1.0 / p ** l
-    covers = torch.tensor([p ** l for l, _ in leaves], dtype=q.dtype)
     of_tile = torch.tensor([i * p ** l // tile for l, i in leaves])
     token = torch.arange(T)
     own = (token[:, None] // tile == token // tile) & (token <= token[:, None])
     seen = torch.cat([own, of_tile < token[:, None] // tile], 1)
-    bias = torch.cat([torch.zeros(T, dtype=q.dtype), covers.log()])
-    scores = q @ torch.cat([k, pool @ k]).T / math.sqrt(D) + bias
+    scores = q @ torch.cat([k, pool @ k]).T / math.sqrt(D)
     return torch.softmax(scores.masked_fill(~seen, -math.inf), -1) @ torch.cat([v, pool @ v])
 
 

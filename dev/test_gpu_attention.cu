@@ -838,8 +838,9 @@ static double time_line(const char* what, double bytes, double ms) {
 static void time_case(const Case& c, int runs, int dense_runs, bool json = false) {
     static Case dense_case;  // dense attention depends on these of its sizes only: B, T, H, D
     static double dense_forward, dense_backward;
-    LighthouseShape s = case_shape(c);
-    const int64_t T = c.T, H = c.H, D = c.D, C = H * D, S = s.S, E = s.off[s.levels];
+    LighthouseShape s = case_shape(c), cs = case_shape({1, c.T, c.H, c.D, 4, 4, (int)(c.T / 256), 16});
+    LighthouseShape leaf = leaf_shape(&cs);  // cs: Causal Lighthouse's usual shape
+    const int64_t T = c.T, H = c.H, D = c.D, C = H * D, S = s.S, E = std::max(s.off[s.levels], cs.off[cs.levels]);
     const double X = sizeof(floatX);
     printf("times, %s, S %lld:\n", case_name(c).c_str(), (long long)S);
     Floats table((1024 + (T + 1023) / 1024) * D);
@@ -893,9 +894,6 @@ static void time_case(const Case& c, int runs, int dense_runs, bool json = false
         });
         time_line(i ? "windows of 4,096 tokens" : "windows of 1,024 tokens", 0, windows[i]);
     }
-    Case tiles = c;
-    tiles.tile = 16;  // of 1,024 tokens
-    LighthouseShape cs = case_shape(tiles), leaf = leaf_shape(&cs);
     int32_t* d_leaves = device_array<int32_t>(H * leaf.S);
     floatX *d_leaf_slots = device_array<floatX>(leaf.S * 3 * C), *d_dleaf_slots = device_array<floatX>(leaf.S * 3 * C);
     double began = seconds();
@@ -1022,7 +1020,8 @@ int main(int argc, char** argv) {
         test_causal({2, 1512, 3, 64, 4, 2, 48, 16}, false, 22);     // three: the last range is cut
         test_causal({1, 4096, 3, 128, 3, 4, 256, 32}, false, 23);   // every coarse entry expanded: no leaves there
         test_causal({1, 3200, 2, 128, 2, 16, 160, 32}, false, 24);  // five; leaves of two levels
-        test_causal({1, 12288, 2, 128, 3, 4, 192, 16}, false, 25);  // twelve tiles of 1,024 tokens, as 98,304 has 96
+        test_causal({1, 12288, 2, 128, 3, 4, 192, 16}, false, 25);  // twelve tiles of 1,024 tokens
+        test_causal({1, 12288, 2, 128, 4, 4, 48, 16}, false, 27);   // three of 4,096, as 98,304 has 24
         test_causal({2, 2816, 2, 64, 3, 2, 176, 16}, true, 26);     // eleven
         took("causal");
     }
@@ -1051,6 +1050,7 @@ int main(int argc, char** argv) {
 #endif
         time_case({1, 98304, 8, 128, 3, 4, 1536, 128}, 15, dense ? 3 : 0, json);
         if (!json) time_case({1, 98304, 12, 64, 3, 4, 1536, 128}, 15, 0);
+        time_case({1, 262144, 8, 128, 3, 4, 4096, 128}, 15, dense ? 1 : 0, json);
         time_case({1, 524288, 8, 128, 4, 4, 4096, 128}, 15, dense ? 1 : 0, json);
         time_case({1, 524288, 8, 128, 3, 4, 8192, 128}, 15, dense ? 1 : 0, json);  // the sparsity of the paper's table
     }

@@ -999,23 +999,28 @@ static void test_full_expansion(const LighthouseShape& s, double theta) {
 
 // ---- Causal Lighthouse ----------------------------------------------------------------------------------------
 
-// The leaves as their definition reads: entries of the selection whose first child is none, in the order of leaf_shape.
+// The leaves as their definition reads: entries of the selection whose first child is none, tile by tile by their first
+// token.
 static Ints leaves_plainly(const Ints& index, int B, const LighthouseShape& s) {
     Ints leaves;
     for (int64_t bh = 0; bh < B * s.H; bh++) {
         std::vector<bool> selected(s.off[s.levels]);
         for (int64_t r = 0; r < s.S; r++) selected[index[bh * s.S + r]] = true;
-        for (int64_t e = 0; e < s.off[s.levels]; e++) {  // level by level, and in each from the first token on
+        std::vector<std::pair<int64_t, int32_t>> found;
+        for (int64_t e = 0; e < s.off[s.levels]; e++) {
             int level = level_of(e, s);
             int64_t child = level ? s.off[level - 1] + (e - s.off[level]) * s.pool : -1;
-            if (selected[e] && !(level && selected[child])) leaves.push_back((int32_t)e);
+            if (selected[e] && !(level && selected[child]))
+                found.push_back({(e - s.off[level]) * (s.T / s.n[level]), (int32_t)e});
         }
+        std::sort(found.begin(), found.end());
+        for (auto& leaf : found) leaves.push_back(leaf.second);
     }
     return leaves;
 }
 
 // Every token asks, in one softmax, the tokens of its tile up to itself and the leaves of earlier tiles, each the mean
-// of the tokens that it covers, with the logarithm of their number added to its logit.
+// of the tokens that it covers.
 static Doubles causal_plainly(Doubles* stats /*(B,H,T) or NULL*/, const Doubles& qkv, const Ints& leaves, int B,
                               const LighthouseShape& s) {
     LighthouseShape leaf = leaf_shape(&s);
@@ -1047,7 +1052,7 @@ static Doubles causal_plainly(Doubles* stats /*(B,H,T) or NULL*/, const Doubles&
             for (size_t j = 0; j < all.size(); j++) {
                 const Seen& x = all[j];
                 bool slot = (int64_t)j < leaf.S, seen = slot ? x.last < t / w * w : x.first >= t / w * w && x.first <= t;
-                double logit = log((double)(x.last - x.first + 1));
+                double logit = 0;
                 for (int d = 0; d < D; d++) logit += token(0, t)[d] * x.k[d] / sqrt((double)D);
                 if (seen) sum += weight[j] = exp(logit);
             }
@@ -1091,17 +1096,15 @@ static void check_leaves(Test* test, const Ints& leaves, int B, const Lighthouse
     bool once = true, counts = true;
     for (int64_t bh = 0; bh < B * s.H; bh++) {
         std::vector<int> covered(s.T);
-        int64_t i = bh * leaf.S;
-        for (int level = 0; level < s.levels; level++)
-            for (int64_t n = 0; n < s.tiles * tile_leaves(&s, level); n++, i++) {
-                Slot e = slot_at(i, leaves, leaf);
-                counts = counts && level_of(leaves[i], s) == level && e.first * s.tiles / s.T == n / tile_leaves(&s, level);
-                for (int64_t t = e.first; t <= e.last; t++) covered[t]++;
-            }
+        for (int64_t r = 0; r < leaf.S; r++) {
+            Slot e = slot_at(bh * leaf.S + r, leaves, leaf);
+            counts = counts && e.first * s.tiles / s.T == r / leaf.tile_slots && e.last * s.tiles / s.T == r / leaf.tile_slots;
+            for (int64_t t = e.first; t <= e.last; t++) covered[t]++;
+        }
         for (int count : covered) once = once && count == 1;
     }
     test->that(once, "leaves cover each token once");
-    test->that(counts, "as many per level and tile as stated");
+    test->that(counts, "as many in each tile as stated");
 }
 
 static void test_causal(int B, const LighthouseShape& s) {
