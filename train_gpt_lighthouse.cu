@@ -180,7 +180,7 @@ static const Option options[] = {
     {"window", "", OPT_TEXT, AT(window), "1024", 0, 0,
      "tokens of a window; growing: 1024,4096:0.3,16384:0.5 takes 4096 from 0.3 of the steps on (or from a step on)"},
     {"levels", "", OPT_INT, AT(levels), "0", 0, 8,
-     "Lighthouse, L and C: levels of the pyramid, the tokens included; 0: 3, or 4 if no layer is L"},
+     "Lighthouse, L and C: levels of the pyramid, the tokens included; 0: 3, or if no layer is L up to 4"},
     {"pool", "", OPT_INT, AT(pool), "4", 2, 64, "pooling factor from level to level, a power of 2"},
     {"topk", "", OPT_INT, AT(topk), "0", 0, 1e9,
      "entries expanded per level; 0: about seq-len/64, or seq-len/256 if no layer is L"},
@@ -291,9 +291,8 @@ static LighthouseShape leaf_shape(const LighthouseShape* s) {
 // Settings the user left at 0 are chosen from T: a tile of the usual size or, for short sequences, the largest power of
 // two that the usual topk reaches; then the valid multiple of it that is nearest to that topk. Usual are the paper's 3
 // levels, topk T/64 and tile 128, which at its T = 98304 gives its k = 1536; where only Causal Lighthouse asks, 4
-// levels, T/256 and 16: tiles of 4,096 tokens, whose attention is dense.
-static std::string lighthouse_defaults(LighthouseShape* s, const Config* c, int H, int D, bool causal) {
-    int levels = c->levels ? (int)c->levels : causal ? 4 : 3;
+// levels, or as many as T allows, T/256 and 16: tiles of 4,096 tokens, whose attention is dense.
+static std::string lighthouse_defaults(LighthouseShape* s, const Config* c, int H, int D, bool causal, int levels) {
     int64_t want = c->seq_len / (causal ? 256 : 64), tile = c->tile;
     int64_t usual = std::max((int64_t)(causal ? 16 : 128), 2 * c->pool);
     if (tile == 0) {
@@ -5871,8 +5870,11 @@ static void setup_run(Trainer* t) {
     choose_windows(m, c, t->steps, t->switch_step);
     m->never_dense = t->switch_step == t->steps;
     if (!uses_slots(m)) return;
-    std::string why = lighthouse_defaults(&m->shape, c, m->dims.NH / procs.cp, m->dims.C / m->dims.NH,
-                                          !m->uses[LIGHTHOUSE]);
+    bool causal = !m->uses[LIGHTHOUSE];
+    int levels = c->levels ? (int)c->levels : causal ? 4 : 3, least = c->levels || !causal ? levels : 2;
+    std::string why = "none";
+    for (; why != "" && levels >= least; levels--)
+        why = lighthouse_defaults(&m->shape, c, m->dims.NH / procs.cp, m->dims.C / m->dims.NH, causal, levels);
     if (why != "" && !strcmp(c->attention, "mixed") && !c->levels && !c->topk && !c->tile)
         return choose_attention(m, "windows");  // print_configuration() says so
     if (why != "") fatal("Lighthouse attention at seq-len %ld: %s", c->seq_len, why.c_str());

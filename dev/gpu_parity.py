@@ -88,8 +88,8 @@ def model_bytes(out):
 
 
 def at_once(f, of):
-    """Results of f, four runs sharing the GPU: starting takes most of a short run's time."""
-    with ThreadPoolExecutor(4) as pool:
+    """Results of f, several runs sharing the GPU: starting, on a core, takes most of a short run's time."""
+    with ThreadPoolExecutor(max(4, (os.cpu_count() or 2) // 4)) as pool:
         return list(pool.map(f, of))
 
 
@@ -104,6 +104,8 @@ def main():
                 options = ["--channels", "256", "--heads", str(256 // head), "--positions", positions]
                 if attention != "dense":
                     options += ["--switch-step", str(SWITCH), "--attention", PATTERNS[attention], "--window", "192,384:10"]
+                if attention == "causal":
+                    options += ["--levels", "3", "--topk", "64", "--tile", "16"]  # four tiles
                 cases.append((f"{attention} {positions} D {head}", f"train_gpt_{'dense' if attention == 'dense' else 'lighthouse'}", options))
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
         cpu = list(pool.map(lambda c: run(c[1] + "_cpu", os.path.join(work, "cpu " + c[0]), data, *c[2]), cases))

@@ -18,11 +18,12 @@ import tempfile
 import time
 
 import gpu_parity
-from gpu_parity import ROOT, STEPS, SWITCH, T, check, command_of, events, losses, model_bytes, worst_difference
+from gpu_parity import ROOT, STEPS, SWITCH, T, at_once, check, command_of, events, losses, model_bytes, worst_difference
 
 PROGRAM = "train_gpt_lighthouse"
 GEOMETRY = ["--attention", "DLLL", "--switch-step", str(SWITCH), "--channels", "256", "--heads", "4", "--total-batch-size", str(4 * T)]
 TILES = ["--topk", "64", "--tile", "16"]  # four tiles, which ranks can share; left alone, these lengths have one
+CAUSAL = ["--attention", "DCWC", "--window", "192", "--levels", "3", *TILES]
 # Gradients of 10, 10 and 3 layers are summed at once, and weights gathered. Dense: through 23 Lighthouse layers rounding alone moves the
 # losses by up to 0.9% (one GPU with another batch size), which would hide a wrong sum; dense they differ by 0.04%.
 DEEP = ["--depth", "23", "--switch-step", "0"]
@@ -76,31 +77,32 @@ def main():
     most = gpus()
     work = tempfile.mkdtemp()
     gpu_parity.make_data(work)
-    references = {}
-    for name, options in {"one": [], "tiles": TILES, "learned": ["--positions", "learned"], "deep": DEEP}.items():
-        references[name] = run(work, f"{work}/{name}", 0, "--batch-size", "2", "--checkpoint-every", "15", "--keep-last", "0", *options)
-    one = references["one"]
+    cases = {"one": [], "tiles": TILES, "learned": ["--positions", "learned"], "deep": DEEP, "causal": CAUSAL}
+    at_once(lambda name: run(work, f"{work}/{name}", 0, "--batch-size", "2", "--checkpoint-every", "15", "--keep-last", "0", *cases[name]), cases)
+    one = f"{work}/one"
     alone = run(work, f"{work}/alone", 1, "--batch-size", "2")
     check(model_bytes(alone) == model_bytes(one), "one rank under mpirun", "the bits of the run without")
-    for name, ranks, reference, options in (
+    cases = [case for case in (
             ("dp 2", 2, "one", ["--batch-size", "1"]),
             ("dp 2, 23 layers", 2, "deep", ["--batch-size", "1", *DEEP]),
             ("cp 2", 2, "one", ["--batch-size", "2", "--cp", "2"]),
             ("cp 2, tiles", 2, "tiles", ["--batch-size", "2", "--cp", "2", *TILES]),
+            ("cp 2, causal", 2, "causal", ["--batch-size", "2", "--cp", "2", *CAUSAL]),
             ("cp 2, learned, recompute 4", 2, "learned", ["--batch-size", "4", "--cp", "2", "--positions", "learned", "--recompute", "4"]),
             ("dp 4", 4, "one", ["--batch-size", "1"]),
             ("cp 4, tiles", 4, "tiles", ["--batch-size", "2", "--cp", "4", *TILES]),
             ("dp 2, cp 2", 4, "one", ["--batch-size", "1", "--cp", "2"]),
-            ("dp 4, cp 2", 8, "one", ["--batch-size", "1", "--cp", "2"])):
-        if ranks <= most:
-            compare(name, run(work, f"{work}/{name}", ranks, *options), references[reference])
-    for name, ranks, options in [("1 -> dp 2", 2, []), ("1 -> cp 2", 2, ["--cp", "2"]), ("1 -> dp 2, cp 2", 4, ["--cp", "2"])]:
-        if ranks > most:
-            continue
-        out = f"{work}/{name}"
-        os.makedirs(out)
-        shutil.copy(f"{one}/ckpt_00000015.bin", out)
-        compare(f"resume, {name}", run(work, out, ranks, "--batch-size", "1", "--resume", "1", *options), one, 15)
+            ("dp 4, cp 2", 8, "one", ["--batch-size", "1", "--cp", "2"])) if case[1] <= most]
+    for case, out in zip(cases, at_once(lambda c: run(work, f"{work}/{c[0]}", c[1], *c[3]), cases)):
+        compare(case[0], out, f"{work}/{case[2]}")
+    cases = [case for case in (("1 -> dp 2", 2, []), ("1 -> cp 2", 2, ["--cp", "2"]), ("1 -> dp 2, cp 2", 4, ["--cp", "2"])) if case[1] <= most]
+
+    def resumed(case):
+        os.makedirs(f"{work}/{case[0]}")
+        shutil.copy(f"{one}/ckpt_00000015.bin", f"{work}/{case[0]}")
+        return run(work, f"{work}/{case[0]}", case[1], "--batch-size", "1", "--resume", "1", *case[2])
+    for case, out in zip(cases, at_once(resumed, cases)):
+        compare(f"resume, {case[0]}", out, one, 15)
 
     refused = subprocess.run(command(work, f"{work}/refused", 2, "--batch-size", "1"), capture_output=True, text=True, timeout=60,
                              env=dict(os.environ, CUDA_VISIBLE_DEVICES="0"))

@@ -1189,7 +1189,7 @@ batch-size b int 1 1 65536 | seq-len t int 32768 1 1073741824 | total-batch-size
 learning-rate l real 3e-4 0 10 | lr-schedule k text cosine | warmup-steps u int -1 -1 1e12 | final-lr-frac q real 0.1 0 1
 decay-frac - real 0.2 0 1 | weight-decay c real 0.1 0 10 | beta1 - real 0.9 0 0.999999 | beta2 - real 0.95 0 0.999999
 adam-eps - real 1e-8 1e-30 1 | grad-clip - real 1.0 0 1e9 | skip-loss-z sl real 0 0 1e9 | skip-grad-z sg real 0 0 1e9
-attention - text windows | window - text 1024 | levels - int 3 2 8 | pool - int 4 2 64 | topk - int 0 0 1e9 | tile - int 0 0 4096
+attention - text windows | window - text 1024 | levels - int 0 0 8 | pool - int 4 2 64 | topk - int 0 0 1e9 | tile - int 0 0 4096
 switch-step - text 0.875 | val-every v int 250 0 1e12 | copy-every - int 0 0 1e12 | val-batches m int 20 1 1e9
 sample-every s int 0 0 1e12 | sample-tokens g int 64 1 65536 | sample-top-k - int 50 0 16777216 | prompt - text | tokenizer - text
 temperature - real 1.0 0.01 100 | recompute r int -1 -1 4 | deterministic - int 0 0 1 | dry-run - flag 0 0 1
@@ -1420,11 +1420,15 @@ def test_switch_step(lab):
 
 def test_attention(lab):
     """Which attention each layer has, by letters and by name, and what no model has."""
-    def pattern(value, depth):
-        folder = lab.train(f"a{value}_{depth}", steps=1, switch_step="1.0", depth=depth, attention=value)
+    def notes_of(value, **options):
+        return re.findall("note: (.*)", execute(lab.command("x", attention=value, **options) + ["--dry-run"]).out)
+
+    def pattern(value, depth, **options):
+        options = dict(dict(steps=1, switch_step="1.0", depth=depth, attention=value), **options)
+        folder = lab.train(f"a{value}_{depth}_{len(options)}_{options.get('seq_len')}", **options)
         config = events(folder, "config")[0]
         assert (config["lighthouse"] is None) == (not set("LC") & set(config["attention"]))
-        assert config["windows"] == ([[T, 0]] if "W" in config["attention"] else [])  # no window is longer than a sequence
+        assert config["windows"] == ([[options.get("seq_len", T), 0]] if "W" in config["attention"] else [])  # no window is longer than a sequence
         assert config["switch_step"] == (0 if set(config["attention"]) == {"D"} else 1)
         return config["attention"]
     assert pattern("L", 3) == "LLL" and pattern("DW", 5) == "DWDWD" and pattern("WLD", 3) == "WLD" and pattern("W", 2) == "WW"
@@ -1433,6 +1437,15 @@ def test_attention(lab):
     assert pattern("paper", 11) == "D" + 9 * "L" + "D" and pattern("paper", 12) == "DD" + 8 * "L" + "DD"
     assert pattern("windows", 1) == "D" and pattern("windows", 3) == "WWD" and pattern("windows", 7) == "WWWWWWD"
     assert pattern(None, 8) == "WWWWWWWD" and pattern("windows", 17) == 2 * "WWWWWWWD" + "W"
+    fits = dict(levels=None, pool=None, topk=None, tile=None)
+    assert pattern("mixed", 8, **fits) == "WWWCWWWD" and pattern("mixed", 6, **fits) == "WWCWWD"
+    assert pattern("mixed", 4, **fits) == "WCWD" and pattern("mixed", 3, **fits) == "WWD"
+    assert pattern("mixed", 12, **fits) == "WWWCWWWDWWWC" and pattern("mixed", 8) == "WWWCWWWD"  # this test's own geometry
+    assert pattern("mixed", 8, **dict(fits, seq_len=T - 2)) == "WWWWWWWD"  # no selection fits: a note, no refusal
+    assert notes_of("mixed", depth=8, **dict(fits, seq_len=T - 2)) == [
+        f"no selection of Causal Lighthouse fits seq-len {T - 2}: windows in its place"]
+    assert notes_of("mixed", depth=8, **fits) == [] and notes_of("windows", depth=8, **fits) == []
+    lab.refused(f"T = {T - 2} is not divisible by", attention="mixed", depth=8, **dict(fits, seq_len=T - 2, topk=16))
     assert pattern("D", 3) == "DDD"  # a dense run, and it says so
     assert "dense throughout" in execute(lab.command("x", attention="DDD") + ["--dry-run"]).out
     assert execute(lab.command("out", pool=3, attention="W") + ["--dry-run"]).code == 0  # no rule of Lighthouse's for windows
@@ -1441,7 +1454,7 @@ def test_attention(lab):
         f"--{name} is given, and no layer of --attention windows has it" for name in ("pool", "topk")]
     assert notes(window=16) == ["--window is given, and no layer of --attention paper has it"] and notes() == []
     for value in ["", "l", "DLX", "LLLL", "D,L", "0,1", "none", "Paper", "D L"]:
-        lab.refused(f'--attention is "{value}"; it must be windows, paper, or 1 to 3 letters D (dense), W (window), L (Lighthouse), C (Causal Lighthouse)',
+        lab.refused(f'--attention is "{value}"; it must be mixed, windows, paper, or 1 to 3 letters D (dense), W (window), L (Lighthouse), C (Causal Lighthouse)',
                     attention=value)
 
 
@@ -1484,7 +1497,7 @@ def test_lighthouse_rules(lab):
         lab.refused(f"topk is {topk}; it must be even and at least twice pool (2)", topk=topk, tile=None)
     result = lab.refused(f"topk/tile = {64 ** 7}", levels=8, pool=64, topk=128, tile=128)
     assert "nearest" not in result.err, result.err
-    lab.refused("levels", levels=1)
+    lab.refused("levels is 1; it must be 2 to 8", levels=1)
     lab.refused("levels", levels=9)
     long = lab.data.folder / "large.bin"
     lab.refused("T = 100", "= 8", "96 and 104", seq_len=100, train_data=long)
@@ -1492,7 +1505,7 @@ def test_lighthouse_rules(lab):
                 train_data=long)
     lab.refused("16 coarsest entries, fewer than topk = 32: lower topk and tile to at most 16,", seq_len=64, topk=32,
                 tile=None, train_data=long)
-    assert "[" not in lab.refused("--levels is 9; it must be 2 to 8. Lighthouse, L and C: levels of the pyramid", levels=9).err
+    assert "[" not in lab.refused("--levels is 9; it must be 0 to 8. Lighthouse, L and C: levels of the pyramid", levels=9).err
     # what the messages propose is accepted
     for options in [dict(topk=8), dict(seq_len=96), dict(seq_len=104), dict(topk=16, tile=8),
                     dict(topk=16, tile=None)]:
@@ -1513,11 +1526,12 @@ def test_default_geometry_fits_every_usual_length(lab):
         assert share <= (100 if length < 2048 else 10), (length, share)
         if length == 98304:
             assert "levels 3, pool 4, topk 1536, tile 128 (12 tiles)" in result.out and "18432 slots" in result.out
-        result = execute(lab.command("out", attention="WWC", **options) + ["--dry-run"])  # tiles of about 1024 tokens
+        result = execute(lab.command("out", attention="WWC", **options) + ["--dry-run"])  # tiles of about 4096 tokens
         assert result.code == 0, (length, result.err)
         tiles, slots, share = re.search(r"Causal Lighthouse: .*\((\d+) tiles\), (\d+) slots: ([\d.]+)%", result.out).groups()
-        assert length < 1024 or length % 1024 or int(tiles) == length // 1024 and int(slots) == int(tiles) * 160, result.out
-        assert float(share) <= (100 if length < 8192 else 30 if length < 98304 else 18), (length, share)
+        assert length < 4096 or length % 4096 or int(tiles) == length // 4096 and int(slots) == int(tiles) * 208, result.out
+        assert f"levels {4 if length >= 512 else 3 if length >= 128 else 2}, pool 4" in result.out and float(share) <= (
+            100 if length <= 8192 else 40 if length < 32768 else 20 if length < 98304 else 10), (length, share)
 
 
 def test_sizes_that_do_not_go_together(lab):
