@@ -5874,8 +5874,8 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
                 m->exchange_slots ? "slots" : "tokens", procs.cp, m->exchange_slots || s->S >= s->T ? ""
                 : ", since they cannot share the tiles (--topk / --tile) evenly: slots are fewer");
         }
-        say("            steps %ld to %ld: dense in every layer%s\n", t->switch_step, t->steps - 1,
-            t->switch_step == t->steps ? ": none" : "");
+        if (t->switch_step == t->steps) say("            no step is dense in every layer\n");
+        else say("            steps %ld to %ld: dense in every layer\n", t->switch_step, t->steps - 1);
         for (const char* name : {"window", "levels", "pool", "topk", "tile"})
             if (given(name) && !(strcmp(name, "window") ? uses_slots(m) : m->uses[WINDOW]))
                 say("note: --%s is given, and no layer of --attention %s has it\n", name, c->attention);

@@ -1445,6 +1445,7 @@ def test_attention(lab):
     assert pattern(None, 8) == "WWWWWWWD" and pattern("windows", 17) == 2 * "WWWWWWWD" + "W"
     assert pattern("D", 3) == "DDD"  # a dense run, and it says so
     assert "dense throughout" in execute(lab.command("x", attention="DDD") + ["--dry-run"]).out
+    assert "no step is dense in every layer" in execute(lab.command("x", switch_step="1.0") + ["--dry-run"]).out
     assert execute(lab.command("out", pool=3, attention="W") + ["--dry-run"]).code == 0  # no rule of Lighthouse's for windows
     notes = lambda **options: re.findall("note: (--.*)", execute(lab.command("x", **options) + ["--dry-run"]).out)
     assert notes(attention="windows", tile=None, levels=None, window=16) == [
