@@ -108,7 +108,7 @@ struct Config {
     int64_t cp, hang_timeout;
 };
 
-enum OptionType { OPT_INT, OPT_REAL, OPT_TEXT, OPT_FLAG };
+enum OptionType { OPT_INT, OPT_REAL, OPT_TEXT };
 
 struct Option {
     const char* name;
@@ -206,7 +206,7 @@ static const Option options[] = {
      "4: and dense attention; -1: the least that fits, and one less in as many layers as fit"},
     {"deterministic", "", OPT_INT, AT(deterministic), "0", 0, 1,
      "1: dense attention's backward gives the same bits every run"},
-    {"dry-run", "", OPT_FLAG, AT(dry_run), "0", 0, 1, "print the configuration and the memory plan, and stop"},
+    {"dry-run", "", OPT_INT, AT(dry_run), "0", 0, 1, "1: print the configuration and the memory plan, and stop"},
     {"plan-ranks", "", OPT_INT, AT(plan_ranks), "0", 0, 1048576,
      "with --dry-run: plan for this many processes; 0: as many as were started"},
     {"plan-memory", "", OPT_REAL, AT(plan_memory), "0", 0, 1e6,
@@ -5453,7 +5453,7 @@ static std::string duration(double seconds) {
 static const char* option_help(const Option* o) { return *o->help == '[' ? strchr(o->help, ']') + 2 : o->help; }
 
 static void print_help(const char* program) {
-    printf("usage: %s [--option value | --option=value | -letter value] ...\n", program);
+    printf("usage: %s [--option value | --option=value | -letter value | --switch] ...\n", program);
     printf("Pretrains a GPT-2-class model%s.\n",
            lighthouse_built ? ": Lighthouse attention up to the switch step, dense after it"
                             : " with dense attention, the baseline of train_gpt_lighthouse");
@@ -5463,7 +5463,6 @@ static void print_help(const char* program) {
         if (help > o->help) printf("\n%.*s\n", (int)(help - o->help - 3), o->help + 1);
         printf("  %-26s %s", text("--%s%s%s", o->name, *o->letter ? ", -" : "", o->letter).c_str(), help);
         if (o->type == OPT_TEXT) printf(" (%s)\n", *o->fallback ? o->fallback : "none");
-        else if (o->type == OPT_FLAG) printf("\n");
         else printf(" (%s; %.12g to %.12g)\n", o->fallback, o->min, o->max);
     }
 }
@@ -5550,10 +5549,10 @@ static void parse_options(Config* c, int argc, char** argv) {
         }
         if (!o) fatal("unknown option %s; %s --help lists the options", a, argv[0]);
         option_given[o - options] = true;
-        if (o->type == OPT_FLAG && equals) fatal("--%s takes no value", o->name);
-        if (o->type == OPT_FLAG) set_option(c, o, "1");
-        else if (equals) set_option(c, o, equals + 1);
-        else if (i + 1 < argc && strncmp(next, "--", 2)) set_option(c, o, argv[++i]);
+        bool is_switch = o->type == OPT_INT && o->max == 1;  // without a value it is on
+        if (equals) set_option(c, o, equals + 1);
+        else if (i + 1 < argc && strncmp(next, "--", is_switch ? 1 : 2)) set_option(c, o, argv[++i]);
+        else if (is_switch) set_option(c, o, "1");
         else fatal("--%s needs a value. %s", o->name, option_help(o));
     }
     if (strcmp(c->lr_schedule, "cosine") && strcmp(c->lr_schedule, "linear") && strcmp(c->lr_schedule, "constant") &&
@@ -5814,8 +5813,8 @@ static void print_configuration(const Trainer* t, const Plan* plan, const char* 
                 m->exchange_slots ? "slots" : "tokens", procs.cp, m->exchange_slots || s->S >= s->T ? ""
                 : ", since they cannot share the tiles (--topk / --tile) evenly: slots are fewer");
         }
-        say("            steps %ld to %ld: dense in every layer%s\n", t->switch_step, t->steps - 1,
-            t->switch_step == t->steps ? ": none" : "");
+        if (t->switch_step == t->steps) say("            no step is dense in every layer\n");
+        else say("            steps %ld to %ld: dense in every layer\n", t->switch_step, t->steps - 1);
         if (!strcmp(c->attention, "mixed") && d->L > 3 && !uses_slots(m))
             say("note: no selection of Causal Lighthouse fits seq-len %ld: windows in its place\n", c->seq_len);
         for (const char* name : {"window", "levels", "pool", "topk", "tile"})

@@ -590,13 +590,12 @@ def test_ranks_with_other_options_are_named(lab):
 
 
 def test_options_of_every_kind_are_compared(lab):
-    """From the first of the table to the last, numbers, texts and flags: a rank with another value than rank 0 is refused."""
+    """From the first of the table to the last, numbers, texts and switches: a rank with another value than rank 0 is refused."""
     rows = [row.split("\t") for row in execute([lab.programs["units"], "options"]).out.splitlines()]
-    flag = [row for row in rows if row[2] == "flag"][:1]
-    for name, _, kind, low, high, fallback in rows[::7] + rows[-2:] + flag:
+    for name, _, kind, low, high, fallback in rows[::7] + rows[-2:] + [row for row in rows if row[0] == "dry-run"]:
         value = "other" if kind == "text" else high if float(fallback) != float(high) else low
         value = {"lr-schedule": "wsd", "positions": "learned"}.get(name, value)
-        job = together(lab, lab.command("run"), lab.command("run") + [f"--{name}" if kind == "flag" else f"--{name}={value}"])
+        job = together(lab, lab.command("run"), lab.command("run") + [f"--{name}={value}"])
         lab.ends(job, 20, "rank 1", f"--{name} is", "on rank 0")
     assert len(rows) > 40 and not (lab.folder / "run").exists()
 

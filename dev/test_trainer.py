@@ -1192,7 +1192,7 @@ adam-eps - real 1e-8 1e-30 1 | grad-clip - real 1.0 0 1e9 | skip-loss-z sl real 
 attention - text windows | window - text 1024 | levels - int 0 0 8 | pool - int 4 2 64 | topk - int 0 0 1e9 | tile - int 0 0 4096
 switch-step - text 0.875 | val-every v int 250 0 1e12 | copy-every - int 0 0 1e12 | val-batches m int 20 1 1e9
 sample-every s int 0 0 1e12 | sample-tokens g int 64 1 65536 | sample-top-k - int 50 0 16777216 | prompt - text | tokenizer - text
-temperature - real 1.0 0.01 100 | recompute r int -1 -1 4 | deterministic - int 0 0 1 | dry-run - flag 0 0 1
+temperature - real 1.0 0.01 100 | recompute r int -1 -1 4 | deterministic - int 0 0 1 | dry-run - int 0 0 1
 plan-ranks - int 0 0 1048576 | plan-memory - real 0 0 1e6 | cp - int 1 1 1024 | hang-timeout - int 600 0 1e6
 """
 
@@ -1233,10 +1233,8 @@ def test_every_option_is_checked(lab, table, program):
         if program == "dense" and name in FIRST_PHASE_OPTIONS:
             bad(["unknown option --" + name], f"--{name}=4")
             continue
-        if option["type"] == "flag":
-            bad([f"--{name} takes no value"], f"--{name}=1")
-            continue
-        bad([f"--{name} needs a value"], f"--{name}")
+        if option["type"] != "int" or option["max"] != 1:
+            bad([f"--{name} needs a value"], f"--{name}")
         if option["type"] == "text":
             continue
         low, high = option["min"] - 1, option["max"] + max(1, abs(option["max"]))
@@ -1279,10 +1277,22 @@ def test_help_lists_every_option(lab, table, program):
         name = option["name"] + (f", -{option['letter']}" if option["letter"] else "")
         listed = re.search(rf"^  --{name} .*$", result.out, re.M)
         assert bool(listed) == (program == "lighthouse" or option["name"] not in FIRST_PHASE_OPTIONS), name
-        if listed and option["fallback"] and option["type"] != "flag" and not option["fallback"].startswith("runs"):
+        if listed and option["fallback"] and not option["fallback"].startswith("runs"):
             bounds = f"; {option['min']:.12g} to {option['max']:.12g}" if option["type"] != "text" else ""
             assert f"({option['fallback']}{bounds})" in listed.group(), listed.group()
     assert result.out.count("\n  --") == len(table) - (len(FIRST_PHASE_OPTIONS) if program == "dense" else 0)
+
+
+def test_a_switch_alone_is_on(lab, table):
+    """Every option of 0 and 1 may stand without a value, before another option and at the end, and means 1."""
+    switches = [option["name"] for option in table if option["type"] == "int" and option["max"] == 1]
+    assert set(switches) == {"shuffle", "resume", "fp8", "deterministic", "dry-run"}
+    command = lab.command("out", steps=1, shuffle=0)
+    result = execute(command + [*(f"--{name}" for name in switches), "--dry-run", "0", "-y"])
+    assert result.code == 0, result.err
+    configured = events(lab.folder / "out", "config")[0]["options"]
+    assert {str(configured[name]) for name in switches if name != "dry-run"} == {"1"} and configured["dry-run"] == 0
+    lab.fails(execute(command + ["--deterministic", "yes", "--dry-run"]), '--deterministic is "yes"', "a number")
 
 
 def test_every_way_to_write_an_option_is_the_same(lab, table):
@@ -1448,6 +1458,7 @@ def test_attention(lab):
     lab.refused(f"T = {T - 2} is not divisible by", attention="mixed", depth=8, **dict(fits, seq_len=T - 2, topk=16))
     assert pattern("D", 3) == "DDD"  # a dense run, and it says so
     assert "dense throughout" in execute(lab.command("x", attention="DDD") + ["--dry-run"]).out
+    assert "no step is dense in every layer" in execute(lab.command("x", switch_step="1.0") + ["--dry-run"]).out
     assert execute(lab.command("out", pool=3, attention="W") + ["--dry-run"]).code == 0  # no rule of Lighthouse's for windows
     notes = lambda **options: re.findall("note: (--.*)", execute(lab.command("x", **options) + ["--dry-run"]).out)
     assert notes(attention="windows", tile=None, levels=None, window=16) == [

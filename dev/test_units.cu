@@ -464,7 +464,7 @@ static void test_random() {
 static int print_options() {
     for (int i = 0; i < option_count; i++) {
         const Option* o = &options[i];
-        const char* types[] = {"int", "real", "text", "flag"};
+        const char* types[] = {"int", "real", "text"};
         printf("%s\t%s\t%s\t%.17g\t%.17g\t%s\n", o->name, o->letter, types[o->type], o->min, o->max, o->fallback);
     }
     return 0;
