@@ -155,7 +155,7 @@ CASES = {
     "dp 2, causal": dict(ranks=2, batch_size=3, attention="WCC", window=32, recompute=4, **FOUR_TILES),
     "cp 2, causal": dict(ranks=2, cp=2, batch_size=2, attention="CLW", window=32, recompute=2, **FOUR_TILES),
     "cp 4, causal, learned": dict(ranks=4, cp=4, batch_size=2, attention="CDC", recompute=4, positions="learned"),
-    "cp 4, windows over ranks": dict(ranks=4, cp=4, batch_size=2, attention="W", window=48, recompute=1),
+    "cp 4, windows over ranks": dict(ranks=4, cp=4, batch_size=2, attention="W", window="48,64:7", recompute=1),
     "cp 4, growing windows": dict(ranks=4, cp=4, batch_size=1, attention="WDW", window="16,48:4,128:8", recompute=3),
     "dp 2, cp 2, windows, learned": dict(ranks=4, cp=2, batch_size=1, attention="WDW", window=96, positions="learned"),
     "dp 2, dense": dict(ranks=2, batch_size=1, program="dense"),
