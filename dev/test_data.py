@@ -143,6 +143,16 @@ def test_wide_shards(tmp_path):
         "6f110100" "01000000" "ffff0000" "00000100" "6e110100" "6d110100")
 
 
+def test_a_token_longer_than_the_format_holds(tmp_path, capsys):
+    """tokenizer.bin has its first 255 bytes, and says so; the tokens behind it are where they should be."""
+    path = word_tokenizer(tmp_path / "long" / "tokenizer.json", ["[UNK]", "x" * 300, "b", "</s>"])
+    write(tmp_path / "in.txt", "b")
+    prepared(tmp_path / "out", "--source", "files", "--input", tmp_path / "in.txt", "--tokenizer", path)
+    assert read(tmp_path, "out", "tokenizer.bin")[1024:] == \
+        b"\x05[UNK]" + b"\xff" + b"x" * 255 + b"\x01b" + b"\x04</s>"
+    assert "token 1 has 300 bytes, of which the format holds the first 255" in capsys.readouterr().err
+
+
 def test_vocabulary_border(tmp_path):
     write(tmp_path / "in.txt", "w1")
     for words, dtype in ((65535, "uint16"), (65536, "uint32")):
@@ -461,6 +471,18 @@ def test_files(tmp_path):
     assert texts(split, "train") + texts(split, "val") == [b"x\xed\xa0\x80", b"y"]
 
 
+def test_excluded_folders(tmp_path):
+    """A pattern is compared with a folder's path and a slash: 'e/*' leaves it out whole, 'e' is a file's name."""
+    for name in ("e/x", "e/y", "f/e", "z"):
+        write(tmp_path / "in" / name, name)
+    for pattern, want, left_out in (("e/*", ["f/e", "z"], {"excluded folders": 1}),
+                                    ("e", ["e/x", "e/y", "f/e", "z"], {}),
+                                    ("*e", ["e/x", "e/y", "z"], {"excluded files": 1})):
+        manifest, split = prepared(tmp_path / "out", "--source", "files", "--input", tmp_path / "in", "--val-fraction", "0",
+                                   "--exclude", pattern, "--force")
+        assert texts(split, "train") == [t.encode() for t in want] and manifest["left_out"] == left_out, pattern
+
+
 def packed(kind, data):
     """One whole stream of compressed data."""
     import bz2
@@ -536,6 +558,7 @@ def test_bad_records(tmp_path, capsys):
         ("b.json", '[{"text": "x"} {"text": "y"}]', "behind its record 1: a comma or ] is due"),
         ("c.json", '[{"text": "x"}]\n[]', "behind its record 1: there is more behind the end"),
         ("d.json", '{"text": "x"}{"text": ', "behind its record 1: "),
+        ("l.json", '[, {"text": "x"}]', "l.json is not JSON behind its record 0: "),
         ("e.json", '{"name": "package", "version": 2}', "e.json, record 1, has no field 'text' .*--as-text"),
         ("f.csv", "id,text\n1\n", "f.csv, line 2, is not a row of such a table: the row has 1 values"),
         ("g.csv", 'id,text\n1,"open\n2,x\n', "g.csv, line 3, is not a row"),
@@ -690,6 +713,9 @@ def test_weights(tmp_path, capsys, monkeypatch, ahead):
     assert len(positions) == 3 and min(b - a for a, b in zip(positions, positions[1:])) > 50    # not side by side
     assert manifest["left_out"] == {"documents that --weight leaves out": 300 - len(a), "empty documents": 2}
     assert manifest["options"]["weights"] == [[1, 0.25], [1, 2.5]]
+    # a weight belongs to the --input before it alone
+    groups = prepare.parse_arguments("--source files --input a b --input c --weight 2 --input d".split()).input
+    assert groups == [(["a", "b"], 1), (["c"], 2), (["d"], 1)]
     out = ["--out", tmp_path / "o", "--source", "files"]
     fails(capsys, out + ["--weight", "2", "--input", tmp_path], 2, "--weight 2 stands behind the --input")
     fails(capsys, out + ["--input", tmp_path, "--weight", "0"], 2, "--weight 0 is not above 0")
@@ -841,6 +867,16 @@ def test_mds(tmp_path, ranks, capsys):
           "index.json names the shard shard.00001.mds or shard.00001.mds.zstd, which is missing")
 
 
+def test_values_of_mds():
+    """Numbers with their signs, and arrays of one or two axes, by the format's description."""
+    for encoding, data, value in (
+            ("int", struct.pack("<q", -3), -3), ("int", struct.pack("<q", 2**40), 2**40), ("int8", b"\xfe", -2),
+            ("uint8", b"\xfe", 254), ("int32", struct.pack("<i", -5), -5), ("json", b'{"a": [1]}', {"a": [1]}),
+            ("str", b"\xff", b"\xff"), ("ndarray:int16", bytes([1 << 2, 2]) + struct.pack("<2h", -1, 7), (-1, 7)),
+            ("ndarray:uint8", bytes([2 << 2 | 1]) + struct.pack("<2H", 2, 3) + b"abcdef", [(97, 98, 99), (100, 101, 102)])):
+        assert prepare.mds_value(encoding, data) == value, encoding
+
+
 def test_packages_are_installed_when_asked_for(tmp_path, capsys, monkeypatch):
     """With pip, and only then; where pip fails its last line is said."""
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -906,11 +942,13 @@ def test_validation_has_its_share_or_says_why(tmp_path, capsys, sizes, why):
     manifest, _ = prepared(tmp_path / "out", "--source", "files", "--input", tmp_path / "in.jsonl")
     share = manifest["counts"]["val"]["bytes"] / sum(sizes)
     said = re.search(r"^validation has (\S+)% of the text, not 5%: it takes whole documents, and the largest, "
-                     r".*in.jsonl:\d+, has .*%$", capsys.readouterr().out, re.M)
+                     r".*in.jsonl:(\d+), has (\S+)%$", capsys.readouterr().out, re.M)
     assert (said is None) == (why is None) == (0.033 <= share <= 0.075)
     assert manifest["counts"]["val"]["documents"] <= max(1, len(sizes) * 3 / 4)
     if said:
         assert abs(float(said.group(1)) / (100 * share) - 1) < 0.05
+        assert int(said.group(2)) == 1 + sizes.index(max(sizes))
+        assert abs(float(said.group(3)) / (100 * max(sizes) / sum(sizes)) - 1) < 0.05
 
 
 def test_max_bytes_cuts_whole_documents(tmp_path):
@@ -1150,6 +1188,8 @@ def test_done_refused_forced(tmp_path, capsys):
     assert before == {n: os.stat(str(tmp_path / "out" / n)).st_mtime_ns for n in os.listdir(str(tmp_path / "out"))}
 
     fails(capsys, args + ["--out", tmp_path / "out", "--seed", "1"], 2, "seed was 0, now 1.*another --out.*--force")
+    fails(capsys, args + ["--out", tmp_path / "out", "--min-document-tokens", "2"], 2,
+          "min_document_tokens was null, now 2; |min_document_tokens was null, now 2[)]")    # which it did not have before
     write(tmp_path / "out" / "mine.txt", "kept")
     assert prepare.main(args + ["--out", str(tmp_path / "out"), "--seed", "1", "--force"]) == 0
     assert read(tmp_path, "out", "mine.txt") == b"kept"

@@ -582,6 +582,8 @@ def test_import_reads_both_spellings_of_theta(tmp_path, kind, old_key, other, th
     for changes, drop in ((new, (old_key, *other)), ({old_key: theta}, ("rope_parameters",))):
         run(import_hf, folder_of(tmp_path, kind, changes, drop), tmp_path / "out.bin")
         assert model_file.read_model(tmp_path / "out.bin")[0].rope_theta == theta
+    run(import_hf, folder_of(tmp_path, kind, {}, ("rope_parameters", old_key)), tmp_path / "out.bin")
+    assert model_file.read_model(tmp_path / "out.bin")[0].rope_theta == 10000, "that of the class"
 
 
 @pytest.mark.parametrize("kind,wte,head", [("learned", "transformer.wte.weight", "lm_head.weight"),

@@ -1147,11 +1147,13 @@ def test_unused_tokens_are_said(lab):
     for i in range(5):
         write_shard(lab.folder / "short" / ("train_%d.bin" % i), np.resize(lab.data.tokens, T + 1 if i == 4 else T - 4))
     def said(pattern):
-        result = execute(lab.command("out", train_data=lab.folder / pattern, val_data="") + ["--dry-run"])
+        result = execute(lab.command("out", train_data=lab.folder / pattern, val_data="", steps=3) + ["--dry-run"])
         assert result.code == 0, result.err
-        return re.search(r"(\d+) of (\d+) tokens in none", result.out).groups(), "note: " in result.out
-    assert said("short/train_*.bin") == ((str(4 * (T - 4)), str(4 * (T - 4) + T + 1)), True)
-    assert said(lab.data.small) == (("0", str(len(lab.data.tokens))), False)
+        return re.search(r"(\d+) of (\d+) tokens in none", result.out).groups(), "note: " in result.out, \
+            re.search(r"([\d.]+) epochs", result.out).group(1)
+    # an epoch is of sequences: one of T tokens, seven
+    assert said("short/train_*.bin") == ((str(4 * (T - 4)), str(4 * (T - 4) + T + 1)), True, "3.00")
+    assert said(lab.data.small) == (("0", str(len(lab.data.tokens))), False, "0.43")
 
 
 def test_wide_shards_and_several_shards(lab):
@@ -1518,11 +1520,15 @@ def test_default_geometry_fits_every_usual_length(lab):
         tiles, slots, share = re.search(r"Causal Lighthouse: .*\((\d+) tiles\), (\d+) slots: ([\d.]+)%", result.out).groups()
         assert length < 1024 or length % 1024 or int(tiles) == length // 1024 and int(slots) == int(tiles) * 160, result.out
         assert float(share) <= (100 if length < 8192 else 30 if length < 98304 else 18), (length, share)
+    # a tile is at least twice the pool
+    assert "pool 16, topk 128, tile 32 (4 tiles)" in execute(lab.command(
+        "out", train_data=path, seq_len=8192, attention="C", topk=None, tile=None, pool=16, levels=2) + ["--dry-run"]).out
 
 
 def test_sizes_that_do_not_go_together(lab):
     """Batch, heads, warmup and length are checked against each other before anything is written."""
     lab.refused("--total-batch-size is 100", "multiple of", "= 64", "try 128", total_batch_size=100)
+    lab.refused("--total-batch-size is 192", "= 128", "try 256", batch_size=2, total_batch_size=3 * T)
     lab.refused("--total-batch-size is 129", "= 128", "try 256", total_batch_size=129, batch_size=2)
     lab.refused("--channels 16", "--heads 3", heads=3)
     lab.refused("even", heads=16)  # one channel a head cannot be rotated
@@ -2196,6 +2202,11 @@ def test_samples(lab):
     assert len(set(texts[0])) == 2, "another step, another draw"
     greedy = [[e["text"] for e in events(lab.train(f"k{k}", **dict(options, sample_top_k=1, temperature=k)), "sample")] for k in (1, 2)]
     assert greedy[0] == greedy[1], "the likeliest token alone does not depend on the temperature"
+    # the end of text before the prompt takes a place of its own: with it these 64 tokens lie in a sequence of 128
+    letters = write_tokenizer(lab.folder / "letters.bin", [b"x"] * 256 + [b"<|endoftext|>"], 256)
+    folder = lab.train("long", steps=1, seq_len=2 * T, sample_every=1, prompt="xx", sample_tokens=62, sample_top_k=1,
+                       tokenizer=letters)
+    assert events(folder, "sample")[-1]["text"] == "x" * 64
 
 
 def test_samples_of_a_trained_model(lab):
