@@ -1071,9 +1071,9 @@ def test_vocabulary_follows_the_data(lab):
     assert padded() == (257, 384)
     assert padded(vocab_size=384) == (384, 384) and padded(vocab_size=385) == (385, 512)
     tokens = lab.data.tokens.copy()
-    tokens[3] = 50256
     (lab.folder / "alone").mkdir()
-    assert padded(train_data=write_shard(lab.folder / "alone" / "gpt2.bin", tokens), val_data="") == (50257, 50304)
+    for tokens[3] in (50256, 257):
+        assert padded(train_data=write_shard(lab.folder / "alone" / "gpt2.bin", tokens), val_data="") == (50257, 50304)
     tokens[3] = 256
     bare = write_shard(lab.folder / "alone" / "bytes.bin", tokens)
     assert padded(train_data=bare, val_data="") == (257, 384)
@@ -1098,10 +1098,11 @@ def test_data_of_another_tokenizer(lab):
     lab.refused("vocabulary of 2000 ids", "a/tokenizer.bin has 257 tokens", train_data=folders["a"], **start)
     lab.refused("vocabulary of 2000 ids", "has 257 tokens", train_data=folders["large"], tokenizer=lab.data.tokenizer,
                 sample_every=1, **start)
-    write_tokenizer(lab.folder / "a" / "tokenizer.bin", [b"%d" % i for i in range(1990)], 0)
+    write_tokenizer(lab.folder / "a" / "tokenizer.bin", [b"%d" % i for i in range(977)], 0)  # padded by up to 1023
     lab.train("padded", train_data=folders["a"], steps=1, **start)
-    write_tokenizer(lab.folder / "a" / "tokenizer.bin", [b"%d" % i for i in range(2001)], 0)
-    lab.refused("vocabulary of 2000 ids", "a/tokenizer.bin has 2001 tokens", train_data=folders["a"], **start)
+    for count in (976, 2001):
+        write_tokenizer(lab.folder / "a" / "tokenizer.bin", [b"%d" % i for i in range(count)], 0)
+        lab.refused("vocabulary of 2000 ids", f"a/tokenizer.bin has {count} tokens", train_data=folders["a"], **start)
 
 
 def test_an_unfinished_data_set_is_refused(lab):
@@ -2103,6 +2104,9 @@ def test_options_with_a_model_file(lab):
     lab.refused("--positions is learned", "rope positions", **from_file(rope, positions="learned"))
     lab.refused("--seq-len is 128", "up to 64", **from_file(learned, seq_len=2 * T))
     lab.refused("--resume 1 with --steps 0", "--model", **from_file(learned, steps=0, resume=1, val_data=lab.data.val))
+    for val_data, kinds in ((lab.data.val, {"eval", "copying", "sample"}), (None, {"sample"})):  # a sample alone needs no data
+        folder = lab.train(f"samples_{len(kinds)}", **from_file(rope, steps=0, val_data=val_data, sample_every=1))
+        assert {e["event"] for e in events(folder)} - {"config", "memory", "total"} == kinds
     shorter = lab.train("shorter", **from_file(learned, seq_len=T // 2, topk=4, steps=2, learning_rate=1e-3))
     assert ModelFile(model_bytes(shorter)).max_T == T
     longer = lab.train("longer", **from_file(rope, seq_len=2 * T, rope_theta=1e6))
