@@ -5,6 +5,8 @@
 Both are the real packages; what they wrote is read back with TensorBoard's own reader, and out of W&B's files.
 """
 import glob
+import importlib.machinery
+import importlib.util
 import json
 import os
 import subprocess
@@ -86,6 +88,34 @@ def test_what_a_resumed_run_left_is_not_shown(tmp_path, back):
     seen = curves(tmp_path / "tb" / "run")
     assert values(seen, "step/loss") == [(1, 5.0), (2, 5.0), (3, 1.0), (4, 1.1)]
     assert "eval/loss_dense" not in seen.Tags()["scalars"]
+
+
+@pytest.mark.parametrize("step_of_resume,backs", [(2, []), (1, [1])])
+def test_a_resumed_run_goes_on_at_its_own_time(monkeypatch, step_of_resume, backs):
+    """Its wall_s counts what ran before, but the time is that of its own config line. Nothing is taken back unless it went
+    back."""
+    loader = importlib.machinery.SourceFileLoader("export_log", SCRIPT)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("export_log", loader))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    loader.exec_module(module)
+    taken_back, times = [], {}
+
+    class Sink:
+        def add(self, when, step, values=(), text=None):
+            times[step] = when - 1767225600
+
+        def back(self, step):
+            taken_back.append(step)
+
+        def flush(self):
+            pass
+
+    log = [config(), step(1, 5.0, 1), step(2, 4.0, 3), config("2026-01-02T00:00:00Z"), {"event": "resume", "step": step_of_resume},
+           step(step_of_resume + 1, 3.0, 100), step(step_of_resume + 2, 2.0, 102)]
+    module.send(log, Sink(), module.Clock(), -1)
+    day = 24 * 3600
+    assert taken_back == backs
+    assert (times[step_of_resume + 1], times[step_of_resume + 2]) == (day, day + 2) and times[1] == 0
 
 
 def wait_for(condition):

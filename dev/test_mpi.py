@@ -263,6 +263,15 @@ def test_sums_are_in_the_order_of_the_ranks(lab, ranks):
     assert result.code == 0 and result.out.count("\n8 passed, 0 failed") + result.out.startswith("8 passed") == ranks, result.out
 
 
+def test_sums_of_more_numbers_than_are_exchanged_at_once(lab):
+    """A layer of 640 channels has 4.9 million parameters; 4 million at once are exchanged and summed."""
+    options = dict(program="dense", depth=1, channels=640, heads=10, steps=3, total_batch_size=2 * T, val_data="", sample_every=0,
+                   learning_rate=1e-3)
+    losses = [[(e["loss"], e["norm"]) for e in step_events(lab.train(f"of_{ranks}", ranks=ranks, **options))]
+              for ranks in (1, 2)]
+    assert np.allclose(*losses, rtol=1e-4), losses
+
+
 # ---- 2. files
 
 def test_checkpoints_go_from_any_number_of_ranks_to_any_other(lab, reference):

@@ -47,12 +47,15 @@ export_hf, import_hf, export_llmc, export_gguf, compare = map(load, ("export_hf"
 
 
 def run(script, *args):
-    script.main([str(a) for a in args])
+    try:
+        script.main([str(a) for a in args])
+    except SystemExit as e:
+        pytest.fail(f"refused: {e.code}")
 
 
 def refused(script, *args):
     with pytest.raises(SystemExit) as e:
-        run(script, *args)
+        script.main([str(a) for a in args])
     assert isinstance(e.value.code, str), e.value.code
     return e.value.code
 
