@@ -300,6 +300,9 @@ def test_the_final_model_is_the_same_file_whatever_the_ranks(lab, reference, pos
         options = dict(positions=positions, ranks=ranks, cp=cp)
         new.append(model_bytes(lab.train(f"new_{ranks}", **options, steps=0, switch_step=0)))
         loaded.append(model_bytes(lab.continued(f"loaded_{ranks}", one, STEPS, **options)))
+        weights = lab.train(f"weights_{ranks}", **options, model=checkpoint(one, STEPS), depth=None, channels=None, heads=None,
+                            steps=1, learning_rate=0, switch_step=0)
+        assert model_bytes(weights)[1024:] == loaded[-1][1024:], "a checkpoint as a start, whose last chunk goes on behind the weights"
     assert new[0] == new[1] == new[2] and new[0] != model_bytes(one)
     assert loaded[0] == loaded[1] == loaded[2] == model_bytes(one)
 

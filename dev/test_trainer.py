@@ -700,7 +700,7 @@ def test_a_crafted_checkpoint_is_refused(lab, saved):
                         ("version", 2), ("version", 4)]:
         falls_back(lab, saved, f"{name}_{value}", lambda path: path.write_bytes(crafted(data, **{name: value})))
     for name, value in [("step", -4), ("step", 5), ("step", 2 ** 62), ("sequences", -1), ("sequences", 2 ** 62), ("updates", -1),
-                        ("updates", 5), ("train_s", math.nan), ("train_s", -1.0), ("lighthouse_steps", -1), ("dense_steps", 9),
+                        ("updates", 5), ("train_s", math.nan), ("train_s", -1.0), ("lighthouse_steps", -1), ("lighthouse_steps", 1), ("dense_steps", 9),
                         ("loss_seen", -3), ("norm_seen", -2 ** 62), ("seq_len", 0), ("seq_len", -T), ("total_batch", 0),
                         ("total_batch", 2 ** 62), ("not_finite", -1), ("not_finite", 10)]:
         changed = crafted(data, state=[(STATE[name], value)])
@@ -709,6 +709,31 @@ def test_a_crafted_checkpoint_is_refused(lab, saved):
         folder, result = resumed_from(lab, saved, f"name_{name}", lambda path: path.rename(checkpoint(path.parent, name)))
         assert result.code == 0 and f"ckpt_{name:08d}.bin holds step 4; trying the one before" in result.out
         assert [e["step"] for e in events(folder, "resume")] == [2]
+
+
+STOPPED_AT_ITS_START = r'''
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+FILE* fopen(const char* path, const char* mode) {
+    FILE* (*real)(const char*, const char*) = dlsym(RTLD_NEXT, "fopen");
+    if (strstr(path, "main.log")) raise(SIGTERM);
+    return real(path, mode);
+}
+'''
+
+
+def test_a_resumed_run_does_not_write_its_checkpoint_again(lab, saved, monkeypatch):
+    """Stopped before its first step, it leaves the checkpoint that it began from as it is."""
+    folder = shutil.copytree(saved, lab.folder / "run")
+    (folder / "log.jsonl").unlink()
+    before = checkpoint(folder, 4).stat().st_ino
+    preload(lab, STOPPED_AT_ITS_START, monkeypatch)
+    result = lab.run("run", depth=1, attention="L", steps=8, resume=1)
+    assert result.code == 128 + signal.SIGTERM and "stopped by signal at step 4;" in result.out, result.err
+    assert checkpoint(folder, 4).stat().st_ino == before and not events(folder, "checkpoint")
 
 
 UNLISTABLE = r'''
@@ -1620,6 +1645,17 @@ def test_steps_that_are_not_finite_push_out_no_checkpoint(lab):
     assert checkpoints(run) == [good, first + 3]
 
 
+def test_a_finite_step_ends_the_count(lab, saved):
+    """After three steps that were not finite, one that is: checkpoints are written and pruned again, and nothing is left of the
+    count."""
+    folder = lab.folder / "run"
+    folder.mkdir()
+    checkpoint(folder, 4).write_bytes(crafted(checkpoint(saved, 4).read_bytes(), state=[(STATE["not_finite"], 3)]))
+    lab.train("run", depth=1, attention="L", steps=7, checkpoint_every=1, keep_last=2, resume=1)
+    assert [e["step"] for e in events(folder, "checkpoint")] == [5, 6, 7] and checkpoints(folder) == [6, 7]
+    assert struct.unpack_from("<q", checkpoint(folder, 7).read_bytes(), 4096 + STATE["not_finite"]) == (0,)
+
+
 def test_closed_standard_streams(lab):
     """No log takes the place of a closed standard output or error."""
     command = shlex.join(str(c) for c in lab.command("run", steps=3))
@@ -1788,9 +1824,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(lab):
     result = lab.run("run", steps=4, checkpoint_every=1, **start)
     lab.fails(result, "step 1", "nan", "--learning-rate")
     assert not checkpoints(lab.folder / "run") and not (lab.folder / "run/model.bin").exists()
-    folder = lab.train("skipping", steps=4, skip_grad_z=5, **start)  # asked to, it passes over such steps
-    assert all(e["skipped"] and e["loss"] is None for e in step_events(folder))
-    assert model_bytes(folder)[1024:] == start["model"].read_bytes()[1024:]
+    for option in ("skip_grad_z", "skip_loss_z"):  # asked to, it passes over such steps
+        folder = lab.train(option, steps=4, **{option: 5}, **start)
+        assert all(e["skipped"] and e["loss"] is None for e in step_events(folder))
+        assert model_bytes(folder)[1024:] == start["model"].read_bytes()[1024:]
 
 
 # ---- 6. logs

@@ -364,6 +364,13 @@ static void test_seconds_left() {
     check(is(left(25, 50, 0, 0), 75 * 2), "time left: of a run without a dense phase");
 }
 
+static void test_durations() {
+    struct { double seconds; const char* text; } cases[] = {
+        {0, "0:00:00"}, {59.4, "0:00:59"}, {59.6, "0:01:00"}, {3725, "1:02:05"}, {86399, "23:59:59"}, {86400, "1d00h"},
+        {3 * 86400 + 7 * 3600 + 3599, "3d07h"}};
+    for (auto& c : cases) check(duration(c.seconds) == c.text, "%.9g s are %s (%s)", c.seconds, c.text, duration(c.seconds).c_str());
+}
+
 // ---- checksum, random numbers
 
 static void test_checksum() {
@@ -542,6 +549,7 @@ int main(int argc, char** argv) {
     test_json();
     test_flops();
     test_seconds_left();
+    test_durations();
     test_checksum();
     test_sums();
     test_layout();
