@@ -210,6 +210,7 @@ class ModelFile:
 
 def checkpoint_body(path):
     """Weights and both moments of a checkpoint: everything that the run computes from."""
+    assert path.exists(), path
     data = path.read_bytes()
     return data[struct.unpack("<q", data[2048:2056])[0]:]
 
@@ -234,6 +235,7 @@ def main_log(folder):
 
 def events(folder, kind=None):
     lines = []
+    assert (folder / "log.jsonl").exists(), f"no run in {folder}"
     for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(line))
