@@ -64,7 +64,8 @@ T, N = 2048, 256  # which repeats 256 tokens, from 1,024 and from 1,792 tokens b
 def evaluate(lab, model, tokens):
     """The copies by distance and the evaluation of a model file, without training; and the sequences that they are made of."""
     val = write_shard(lab.folder / "val.bin", tokens)
-    result, folder = lab.run("run", **FROM_FILE, model=model, train_data=None, val_data=val, val_batches=8, seq_len=T, steps=0), lab.folder / "run"
+    folder, options = lab.folder / "run", dict(FROM_FILE, model=model, train_data=None, val_data=val, val_batches=8)
+    result = lab.run("run", **options, seq_len=T, steps=0)
     assert result.code == 0, result.err
     copying, = events(folder, "copying")
     assert copying["tokens"] == N - 16
@@ -75,15 +76,17 @@ def evaluate(lab, model, tokens):
     shown = re.search(r"from position 256: ([\d.]+), 1K: ([\d.]+)\n", result.out).groups()
     for position, on_screen in zip((256, 1024), shown):
         bucket = evaluation["positions_dense"][int(math.log2(position))]
-        assert math.isclose(float(lines[0][f"p{position}"]), bucket, abs_tol=1e-6) and math.isclose(float(on_screen), bucket, abs_tol=6e-5)
+        assert math.isclose(float(lines[0][f"p{position}"]), bucket, abs_tol=1e-6)
+        assert math.isclose(float(on_screen), bucket, abs_tol=6e-5)
     assert [c["distance"] for c in copying["copies"]] == [1024, 1792]
     for c in copying["copies"]:
         assert math.isclose(float(lines[1][f"copy{c['distance']}"]), c["text_loss"], abs_tol=1e-4)
         assert math.isclose(float(lines[1][f"rcopy{c['distance']}"]), c["random_loss"], abs_tol=1e-4)
     for kind, name in (("text", "the text"), ("random", "random ids")):
-        shown = re.search(rf"copies of {name}: 1K back ([\d.]+) \((\d+)% right\), 1792 back ([\d.]+) \((\d+)% right\)", result.out).groups()
-        expected = [x for c in copying["copies"] for x in (c[f"{kind}_loss"], 100 * c[f"{kind}_right"])]
-        assert all(abs(float(a) - b) < e for a, b, e in zip(shown, expected, (6e-4, 0.51, 6e-4, 0.51))), (kind, shown, expected)
+        figures = r"([\d.]+) \((\d+)% right\)"
+        shown = re.search(rf"copies of {name}: 1K back {figures}, 1792 back {figures}", result.out).groups()
+        logged = [x for c in copying["copies"] for x in (c[f"{kind}_loss"], 100 * c[f"{kind}_right"])]
+        assert all(abs(float(a) - b) < e for a, b, e in zip(shown, logged, (6e-4, 0.51) * 2)), (kind, shown, logged)
     return copying["copies"], sequences
 
 

@@ -92,8 +92,7 @@ def test_what_a_resumed_run_left_is_not_shown(tmp_path, back):
 
 @pytest.mark.parametrize("step_of_resume,backs", [(2, []), (1, [1])])
 def test_a_resumed_run_goes_on_at_its_own_time(monkeypatch, step_of_resume, backs):
-    """Its wall_s counts what ran before, but the time is that of its own config line. Nothing is taken back unless it went
-    back."""
+    """Its wall_s counts what ran before, but its time is that of its config line. Nothing is taken back unless it went back."""
     loader = importlib.machinery.SourceFileLoader("export_log", SCRIPT)
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("export_log", loader))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -110,8 +109,8 @@ def test_a_resumed_run_goes_on_at_its_own_time(monkeypatch, step_of_resume, back
         def flush(self):
             pass
 
-    log = [config(), step(1, 5.0, 1), step(2, 4.0, 3), config("2026-01-02T00:00:00Z"), {"event": "resume", "step": step_of_resume},
-           step(step_of_resume + 1, 3.0, 100), step(step_of_resume + 2, 2.0, 102)]
+    log = [config(), step(1, 5.0, 1), step(2, 4.0, 3), config("2026-01-02T00:00:00Z"),
+           {"event": "resume", "step": step_of_resume}, step(step_of_resume + 1, 3.0, 100), step(step_of_resume + 2, 2.0, 102)]
     module.send(log, Sink(), module.Clock(), -1)
     day = 24 * 3600
     assert taken_back == backs

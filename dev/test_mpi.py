@@ -265,8 +265,8 @@ def test_sums_are_in_the_order_of_the_ranks(lab, ranks):
 
 def test_sums_of_more_numbers_than_are_exchanged_at_once(lab):
     """A layer of 640 channels has 4.9 million parameters; 4 million at once are exchanged and summed."""
-    options = dict(program="dense", depth=1, channels=640, heads=10, steps=3, total_batch_size=2 * T, val_data="", sample_every=0,
-                   learning_rate=1e-3)
+    options = dict(program="dense", depth=1, channels=640, heads=10, steps=3, total_batch_size=2 * T, val_data="",
+                   sample_every=0, learning_rate=1e-3)
     losses = [[(e["loss"], e["norm"]) for e in step_events(lab.train(f"of_{ranks}", ranks=ranks, **options))]
               for ranks in (1, 2)]
     assert np.allclose(*losses, rtol=1e-4), losses
@@ -302,7 +302,7 @@ def test_the_final_model_is_the_same_file_whatever_the_ranks(lab, reference, pos
         loaded.append(model_bytes(lab.continued(f"loaded_{ranks}", one, STEPS, **options)))
         weights = lab.train(f"weights_{ranks}", **options, model=checkpoint(one, STEPS), depth=None, channels=None, heads=None,
                             steps=1, learning_rate=0, switch_step=0)
-        assert model_bytes(weights)[1024:] == loaded[-1][1024:], "a checkpoint as a start, whose last chunk goes on behind the weights"
+        assert model_bytes(weights)[1024:] == loaded[-1][1024:], "where a checkpoint's weights end, its last chunk goes on"
     assert new[0] == new[1] == new[2] and new[0] != model_bytes(one)
     assert loaded[0] == loaded[1] == loaded[2] == model_bytes(one)
 

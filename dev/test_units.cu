@@ -233,7 +233,8 @@ static void test_schedules() {
         check(fabs(learning_rate(&c, 0, 100) - 0.05) < 1e-12 && fabs(learning_rate(&c, 9, 100) - 0.5) < 1e-12,
               "schedule %s: the warmup goes from 1/10 to the peak in 10 steps", name);
         double end = learning_rate(&c, 100, 100);
-        check(fabs(end - (strcmp(name, "constant") ? 0.125 : 0.5)) < 1e-12, "schedule %s: reaches its final rate (%.3f)", name, end);
+        check(fabs(end - (strcmp(name, "constant") ? 0.125 : 0.5)) < 1e-12, "schedule %s: reaches its final rate (%.3f)",
+              name, end);
     }
 }
 
@@ -334,7 +335,8 @@ static void test_flops() {
     for (int tile = 0; tile < 4; tile++) pairs += 64 * (64 / 2 + 32 * tile);  // its own tokens, the leaves of those before
     first = 3 * (matrices * tokens + 3 * 3 * attention(T) + 2 * 3 * 4 * C * pairs);
     got = step_flops(&m, FIRST_PHASE, 0, T, tokens);
-    check(fabs(got / first - 1) < 1e-12, "operations of a step of three dense and two Causal Lighthouse layers: %.6g (%.6g)", first, got);
+    check(fabs(got / first - 1) < 1e-12, "operations of a step of three dense and two Causal Lighthouse layers: %.6g (%.6g)",
+          first, got);
 }
 
 // Of 100 steps the first 60 have one dense layer and one of Lighthouse.
@@ -368,7 +370,8 @@ static void test_durations() {
     struct { double seconds; const char* text; } cases[] = {
         {0, "0:00:00"}, {59.4, "0:00:59"}, {59.6, "0:01:00"}, {3725, "1:02:05"}, {86399, "23:59:59"}, {86400, "1d00h"},
         {3 * 86400 + 7 * 3600 + 3599, "3d07h"}};
-    for (auto& c : cases) check(duration(c.seconds) == c.text, "%.9g s are %s (%s)", c.seconds, c.text, duration(c.seconds).c_str());
+    for (auto& c : cases)
+        check(duration(c.seconds) == c.text, "%.9g s are %s (%s)", c.seconds, c.text, duration(c.seconds).c_str());
 }
 
 // ---- checksum, random numbers
