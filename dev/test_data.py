@@ -934,7 +934,7 @@ def test_split_by_document():
     assert 0.45 < splits_of([10] * 1000, 0.5).count("val") / 1000 < 0.55
 
 
-@pytest.mark.parametrize("sizes,why", [([10] * 1000, None), ([10] * 3, "33%"), ([10] * 100 + [10**6], "has 1e"),
+@pytest.mark.parametrize("sizes,why", [([10] * 1000, None), ([10] * 3, "33%"), ([10, 30, 20], "17%"), ([10] * 100 + [10**6], "has 1e"),
                                        ([2**i for i in range(18)], None), (list(range(1000, 0, -1)), None),
                                        ([10] * 2000 + [10**6], "has 98%"), ([10**5] + [10] * 20000, None)])
 def test_validation_has_its_share_or_says_why(tmp_path, capsys, sizes, why):
