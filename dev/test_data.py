@@ -471,6 +471,25 @@ def test_files(tmp_path):
     assert texts(split, "train") + texts(split, "val") == [b"x\xed\xa0\x80", b"y"]
 
 
+def test_a_long_text_is_no_records(tmp_path):
+    """What a text is read as goes by its first line, not by the one that the second block happens to begin with."""
+    text = (b"x" * 1023 + b"\n") * 1024 + b'{"text": "y"}\n'
+    write(tmp_path / "a.txt", text)
+    _, split = prepared(tmp_path / "out", "--source", "files", "--input", tmp_path / "a.txt", "--val-fraction", "0")
+    assert texts(split, "train") == [text]
+
+
+@pytest.mark.parametrize("change", [lambda f: f.write(b"more"), lambda f: f.truncate(3)])
+def test_a_file_that_changes_while_it_is_read(tmp_path, change):
+    path = str(write(tmp_path / "a.txt", "a text\n"))
+    _, size, chunks = prepare.text_document(path, None, str(tmp_path), 0, prepare.Meter())
+    with open(path, "ab") as f:
+        change(f)
+    with pytest.raises(prepare.Failure, match="a.txt changed its size while it was read"):
+        list(chunks)
+    assert size == 7
+
+
 def test_excluded_folders(tmp_path):
     """A pattern is compared with a folder's path and a slash: 'e/*' leaves it out whole, 'e' is a file's name."""
     for name in ("e/x", "e/y", "f/e", "z"):
@@ -501,6 +520,8 @@ def test_compressed_to_the_end(tmp_path, capsys, kind):
     skipped = b"\x5a\x2a\x4d\x18" + struct.pack("<I", 5) + b"hello" if kind == "zst" else b""
     good = {"one": (one, parts[:1]), "two": (one + two, parts),
             "more": (skipped + one + skipped + two + padding, parts)}
+    if padding:    # the second stream's head is cut where a block of 16 KiB ends
+        good["cut"] = one + bytes((16384 - {"gz": 1, "xz": 4}[kind] - len(one)) % 16384) + two, parts
     for name, (data, want) in good.items():
         for path in (tmp_path / name / ("t.txt." + kind), tmp_path / name / "t.txt"):    # the content tells
             write(path, data)
@@ -698,7 +719,7 @@ def test_weights(tmp_path, capsys, monkeypatch, ahead):
     monkeypatch.setattr(prepare, "LOOK_AHEAD_DOCUMENTS", ahead)
     for name, n in (("a", 300), ("b", 200)):
         lines = ['{"text": "%s%03d"}\n' % (name, i) for i in range(n)]
-        write(tmp_path / (name + ".jsonl"), "".join(lines) + '{"text": ""}')
+        write(tmp_path / (name + ".jsonl"), '{"text": ""}\n' + "".join(lines))
     args = ["--source", "files", "--input", tmp_path / "a.jsonl", "--weight", "0.25", "--input", tmp_path / "b.jsonl",
             "--weight", "2.5"]
     manifest, split = prepared(tmp_path / "out", *args)
@@ -935,6 +956,7 @@ def test_split_by_document():
 
 
 @pytest.mark.parametrize("sizes,why", [([10] * 1000, None), ([10] * 3, "33%"), ([10, 30, 20], "17%"), ([10] * 100 + [10**6], "has 1e"),
+                                       ([10, 10, 700], "2.8%"),
                                        ([2**i for i in range(18)], None), (list(range(1000, 0, -1)), None),
                                        ([10] * 2000 + [10**6], "has 98%"), ([10**5] + [10] * 20000, None)])
 def test_validation_has_its_share_or_says_why(tmp_path, capsys, sizes, why):
@@ -995,6 +1017,11 @@ def test_min_document_tokens(tmp_path, monkeypatch, ranks):
     assert manifest["left_out"] == {"documents shorter than --min-document-tokens": 6}    # one of them has 299
     assert manifest["counts"]["train"] == {"documents": 4, "tokens": 4 + 3 * 2301, "bytes": 5 * 2301}
     assert manifest["options"]["min_document_tokens"] == 300
+    for least, kept in (("4", True), ("5", True), ("6", False)):    # of bytes each is a token
+        write(tmp_path / "short.jsonl", '{"text": "of 5!"}\n{"text": "a line of several"}\n')
+        manifest, split = prepared(tmp_path / ("bytes" + least), "--source", "files", "--input", tmp_path / "short.jsonl",
+                                   "--val-fraction", "0", "--min-document-tokens", least)
+        assert texts(split, "train") == [b"of 5!"] * kept + [b"a line of several"]
     path = word_tokenizer(tmp_path / "words" / "tokenizer.json", ["[UNK]", "</s>", "\u00e9", "x"])
     more = args + ["--tokenizer", str(path), "--min-document-tokens", "200", "--shard-tokens", "1000"]
     manifest, split = prepared(tmp_path / "want", *more)
