@@ -77,10 +77,13 @@ def test_what_is_written_down(queue, tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "work/a").iterdir()) == ["done", "log.jsonl", "screen.txt"]
     rows = capsys.readouterr().out.splitlines()
     assert rows[0] == (f"{'a':20s} 1.2500 3.00 | 4.00 | at the switch 1.5000, dense 2.5000 | first 500.0 ms | 2 s")
-    # What another file has results of is left out.
-    os.rename(tmp_path / "work/results.jsonl", tmp_path / "before.jsonl")
-    assert list(queue([("a", 5, 0, 250), ("c", 5, 0, 4)], "--limit", 500, "--gpus", "0", "--skip",
-                      tmp_path / "before.jsonl")) == ["c"]
+    # A run that has ended is not made again; what another file has results of is left out, if the run came to its end.
+    log = (tmp_path / "work/a/log.jsonl").read_bytes()
+    assert queue([("a", 5, 0, 250)], "--limit", 500, "--gpus", "0") == {"a": a}
+    assert (tmp_path / "work/a/log.jsonl").read_bytes() == log
+    (tmp_path / "before.jsonl").write_text(json.dumps(a) + "\n" + json.dumps(dict(a, name="d", total=None)) + "\n")
+    assert list(queue([("a", 5, 0, 250), ("c", 5, 0, 4), ("d", 5, 0, 4)], "--limit", 500, "--gpus", "0", "--skip",
+                      tmp_path / "before.jsonl")) == ["c", "d"]
 
 
 def test_the_limit_and_the_next_call(queue, tmp_path):
