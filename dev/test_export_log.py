@@ -29,7 +29,7 @@ def step(n, loss, wall=None):
 
 
 def evaluation(n, loss):
-    return {"event": "eval", "step": n, "loss_dense": loss, "loss_first": None, "positions_dense": [3.0, 2.0, None],
+    return {"event": "eval", "step": n, "loss_dense": loss, "loss_first": None, "positions_dense": [3.0, 2.0, None, 1.5],
             "wall_s": n}
 
 
@@ -58,6 +58,7 @@ def curves(folder):
 
 
 def values(seen, tag):
+    assert tag in seen.Tags()["scalars"], tag
     return [(s.step, round(s.value, 5)) for s in seen.Scalars(tag)]
 
 
@@ -71,7 +72,7 @@ def test_tensorboard_gets_every_number_at_its_time(tmp_path):
     seen = curves(tmp_path / "tb" / "run")
     assert values(seen, "step/loss") == [(1, 4.9), (2, 4.8), (3, 4.7)]
     assert values(seen, "eval/loss_dense") == [(0, 5.0), (3, 4.5)]
-    assert values(seen, "eval/positions_dense/from_2") == [(0, 2.0), (3, 2.0)]
+    assert [values(seen, f"eval/positions_dense/from_{n}")[0][1] for n in (1, 2, 8)] == [3.0, 2.0, 1.5]
     assert values(seen, "copying/copies/4096/text_loss") == [(3, 0.7)]
     assert "eval/loss_first" not in seen.Tags()["scalars"] and "step/phase" not in seen.Tags()["scalars"]
     assert set(seen.Tags()["tensors"]) == {"config", "sample"}
@@ -90,14 +91,29 @@ def test_what_a_resumed_run_left_is_not_shown(tmp_path, back):
     assert "eval/loss_dense" not in seen.Tags()["scalars"]
 
 
-@pytest.mark.parametrize("step_of_resume,backs", [(2, []), (1, [1])])
-def test_a_resumed_run_goes_on_at_its_own_time(monkeypatch, step_of_resume, backs):
-    """Its wall_s counts what ran before, but its time is that of its config line. Nothing is taken back unless it went back."""
+def script_as_a_module(monkeypatch):
     loader = importlib.machinery.SourceFileLoader("export_log", SCRIPT)
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("export_log", loader))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     loader.exec_module(module)
-    taken_back, times = [], {}
+    return module
+
+
+def test_a_log_may_begin_anew(tmp_path, monkeypatch):
+    """Cut and written again in the same file, or in another of its name: a new run's events are read from the first on."""
+    path, log = tmp_path / "run" / "log.jsonl", None
+    for n, anew in ((3, False), (2, False), (1, True)):
+        if anew:
+            path.unlink()
+        write(path, [step(i, 1.0) for i in range(n)])
+        log = log or script_as_a_module(monkeypatch).Log(str(path))
+        assert [e["step"] for e in log.events()] == list(range(n)) and log.events() == []
+
+
+@pytest.mark.parametrize("step_of_resume,backs", [(2, []), (1, [1])])
+def test_a_resumed_run_goes_on_at_its_own_time(monkeypatch, step_of_resume, backs):
+    """Its wall_s counts what ran before, but its time is that of its config line. Nothing is taken back unless it went back."""
+    module, taken_back, times = script_as_a_module(monkeypatch), [], {}
 
     class Sink:
         def add(self, when, step, values=(), text=None):

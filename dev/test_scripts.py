@@ -462,6 +462,15 @@ def test_imported_model_computes_the_same(tmp_path, hf, kind, shards):
     assert (tmp_path / "again.bin").read_bytes() == (tmp_path / "model.bin").read_bytes()
 
 
+@pytest.mark.parametrize("vocab,padded", [(255, 256), (256, 256), (257, 384)])
+def test_an_imported_vocabulary_is_padded_to_a_multiple_of_128(tmp_path, vocab, padded):
+    model(tmp_path / "model.bin", vocab_size=vocab, padded_vocab_size=512)
+    run(export_hf, tmp_path / "model.bin", tmp_path / "hf")
+    run(import_hf, tmp_path / "hf", tmp_path / "again.bin")
+    config, tensors = model_file.read_model(tmp_path / "again.bin")
+    assert (config.vocab_size, config.padded_vocab_size) == (vocab, padded) and not tensors["wte"][vocab:].any()
+
+
 @pytest.mark.parametrize("positions", ["learned", "rope"])
 def test_half_precision_round_trip(tmp_path, hf, positions):
     import torch
