@@ -691,6 +691,21 @@ def test_hf_errors_without_a_text(tmp_path, capsys, monkeypatch):
     fails(capsys, base + ["late"], 1, "late stopped after 1 records: Silent. The same command goes on")
 
 
+def test_conditions_and_fields():
+    """What --keep may say, and which field a name with a dot is."""
+    for text, parts in (("a=x=y", ("a", "=", "x=y")), ("n>=-1.5e-3", ("n", ">=", "-1.5e-3")), ("n<3", ("n", "<", "3")),
+                        ("a.b!=", ("a.b", "!=", ""))):
+        assert prepare.parse_keep(text) == parts
+    for have, relation, want, holds in ((1, "=", "1.0", True), ("1", "!=", "1.0", False), (True, "=", "True", True), (-2, "<", "-1", True),
+                                        (None, "<", "3", False), ("x", ">", "3", False), (3, "<=", "3", True), (3, ">", "3", False)):
+        assert prepare.RELATIONS[relation](have, want) == holds, (have, relation, want)
+    records = prepare.Records("text", [], prepare.LeftOut())
+    assert records.find({"a.b": "its own", "a": {"b": "within"}}, "a.b", "here") == "its own"
+    assert records.find({"a": {"b": "within"}}, "a.b", "here") == "within"
+    with pytest.raises(prepare.Failure, match="here has no field 'a.b' .it has: a."):
+        records.find({"a": {"c": 1}}, "a.b", "here")
+
+
 def test_keep(tmp_path, capsys):
     """Conditions on numbers, words and fields of fields, for records of every kind."""
     import pyarrow as pa

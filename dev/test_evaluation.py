@@ -51,6 +51,7 @@ def test_positions(lab, attention, T, window, positions):
         losses = -torch.log_softmax(logits, -1).gather(-1, targets[..., None]).squeeze(-1).mean(0).numpy()
         expected = [losses[0 if i == 0 else 2 ** i:2 ** (i + 1)].mean() for i in range(math.ceil(math.log2(T)))]
         assert len({round(x, 2) for x in expected}) > 3, "the losses must differ to prove anything"
+        assert len(evaluation[f"positions_{kind}"]) == len(expected)
         assert np.allclose(evaluation[f"positions_{kind}"], expected, rtol=1e-5), kind
         assert math.isclose(evaluation[f"loss_{kind}"], losses.mean(), rel_tol=1e-6)
     assert min(margins, default=1) > 1e-5, "no selection is a close call"

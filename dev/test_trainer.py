@@ -1444,7 +1444,7 @@ def test_switch_step(lab):
     assert switched("0.625") == 5 and switched("0.5") == 4 and switched("0.99") == 8
     assert switched("1") == 1 and switched("7") == 7 and switched("8") == 8 and switched("1.0") == 8
     assert switched("0.625", steps=0) == 0 and switched("0.625", steps=1) == 1
-    for value in ["9", "-1", "1.5", "-0.5", "x", "", "nan", "inf", "3x", "1e9"]:
+    for value in ["9", "-1", "1.5", "-0.5", "5e-1", "x", "", "nan", "inf", "3x", "1e9"]:
         lab.refused("--switch-step", f'"{value}"', steps=8, switch_step=value)
 
 
@@ -1518,6 +1518,7 @@ def test_lighthouse_rules(lab):
     lab.refused("levels", levels=9)
     long = lab.data.folder / "large.bin"
     lab.refused("T = 100", "= 8", "96 and 104", seq_len=100, train_data=long)
+    lab.refused("T = 100", "= 16", "the nearest length is 128", seq_len=100, topk=32, tile=8, train_data=long)
     lab.refused("16 coarsest entries, fewer than topk = 32: lower topk to at most 16,", seq_len=64, topk=32, tile=8,
                 train_data=long)
     lab.refused("16 coarsest entries, fewer than topk = 32: lower topk and tile to at most 16,", seq_len=64, topk=32,
