@@ -246,6 +246,18 @@ def test_pieces_do_not_change_tokens(monkeypatch, ranks):
     assert list(prepare.cut_pieces([b"x" * 5000], "line")) == [b"x" * 5000]
 
 
+def test_where_a_line_ends(monkeypatch):
+    """Between a sign that is no space and a letter, each of one byte or several: text of any script is cut, and nowhere else."""
+    for text, cuts in (("a.\nb", True), ("\u044f\u00e9\n\u044f", True), ("\u4e00\u3002\n\u4e00", True), ("a\u00a0\nb", False), ("a\u3000\nb", False),
+                       ("a \nb", False), ("a\n\u00a0b", False), ("a\n b", False), ("a\n1", False), ("\nb", False)):
+        data = bytearray(text.encode())
+        assert prepare.line_end(data, 0, len(data), +1) == (data.index(b"\n") + 1) * cuts, ascii(text)
+    monkeypatch.setattr(prepare, "PIECE", 300)
+    text = "\u0421\u043b\u043e\u0432\u043e \u0438 \u0434\u0435\u043b\u043e.\n".encode() * 100
+    pieces = list(prepare.cut_pieces([text], "line"))
+    assert b"".join(pieces) == text and 200 < min(map(len, pieces[:-1])) and max(map(len, pieces)) <= 300
+
+
 def test_gpt2_words(ranks):
     """Text is cut into words as Hugging Face's own byte-level pre-tokenizer cuts it, contractions in capitals too."""
     from tokenizers import pre_tokenizers
@@ -496,7 +508,8 @@ def test_excluded_folders(tmp_path):
         write(tmp_path / "in" / name, name)
     for pattern, want, left_out in (("e/*", ["f/e", "z"], {"excluded folders": 1}),
                                     ("e", ["e/x", "e/y", "f/e", "z"], {}),
-                                    ("*e", ["e/x", "e/y", "z"], {"excluded files": 1})):
+                                    ("*e", ["e/x", "e/y", "z"], {"excluded files": 1}),
+                                    ("z", ["e/x", "e/y", "f/e"], {"excluded files": 1})):
         manifest, split = prepared(tmp_path / "out", "--source", "files", "--input", tmp_path / "in", "--val-fraction", "0",
                                    "--exclude", pattern, "--force")
         assert texts(split, "train") == [t.encode() for t in want] and manifest["left_out"] == left_out, pattern

@@ -1182,6 +1182,9 @@ def test_unused_tokens_are_said(lab):
     # an epoch is of sequences: one of T tokens, seven
     assert said("short/train_*.bin") == ((str(4 * (T - 4)), str(4 * (T - 4) + T + 1)), True, "3.00")
     assert said(lab.data.small) == (("0", str(len(lab.data.tokens))), False, "0.43")
+    for left, note in ((20, False), (30, True)):  # of 469 and of 479 tokens: from a twentieth on
+        rest = write_shard(lab.folder / "short" / f"rest_{left}.bin", np.resize(lab.data.tokens, 7 * T + 1 + left))
+        assert said(rest) == ((str(left), str(7 * T + 1 + left)), note, "0.43")
 
 
 def test_wide_shards_and_several_shards(lab):
@@ -2282,7 +2285,10 @@ def test_a_sample_may_hold_the_byte_zero(lab):
 
 def test_a_prompt_that_does_not_fit_is_refused(lab):
     """A prompt as long as the window leaves no room for a new token: an error, not a silent cut."""
-    lab.refused("--prompt", prompt="x" * T, sample_every=1, tokenizer=lab.data.tokenizer)
+    for length in (T, T - 1):  # the end of text comes before it
+        lab.refused("--prompt", prompt="x" * length, sample_every=1, tokenizer=lab.data.tokenizer)
+    folder = lab.train("fits", prompt="x" * (T - 2), sample_every=1, steps=1, sample_top_k=1, tokenizer=lab.data.tokenizer)
+    assert events(folder, "sample")[0]["text"].startswith("x" * (T - 2))
 
 
 def test_tokenizer_files(lab):
