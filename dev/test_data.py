@@ -1278,6 +1278,23 @@ def test_done_refused_forced(tmp_path, capsys):
     fails(capsys, args + ["--out", tmp_path / "out"], 1, "progress.json is not what prepare.py writes: --force")
 
 
+def test_whatever_changes_the_data_is_another_data_set(tmp_path, capsys):
+    """Each option that decides on the shards is compared with those that are there."""
+    path = write(tmp_path / "in" / "a.jsonl", '{"text": [1, 2]}\n{"text": [2]}\n')
+    words = [str(word_tokenizer(tmp_path / name / "tokenizer.json", ["[UNK]", "a", name, "</s>"])) for name in ("b", "c")]
+    args = ["--source", "files", "--input", tmp_path / "in", "--detokenize", words[0]]
+    prepared(tmp_path / "out", *args)
+    for name, more in (("exclude", ["--exclude", "x"]), ("max_bytes", ["--max-bytes", "1G"]), ("val_fraction", ["--val-fraction", "0.1"]),
+                       ("seed", ["--seed", "1"]), ("shard_tokens", ["--shard-tokens", "5"]), ("text_field", ["--text-field", "body"]),
+                       ("keep", ["--keep", "n=1"]), ("as_text", ["--as-text", "*.x"]), ("weights", ["--weight", "2"]),
+                       ("min_document_tokens", ["--min-document-tokens", "1"]), ("tokenizer", ["--tokenizer", words[0]]),
+                       ("detokenize_sha256", ["--detokenize", words[1]]), ("input", ["--input", path])):
+        fails(capsys, args + more + ["--out", tmp_path / "out"], 2, r"made with other options .*\b%s was " % name)
+    prepared(tmp_path / "words", *args, "--tokenizer", words[0])
+    for name, more in (("tokenizer_sha256", ["--tokenizer", words[1]]), ("eot_token", ["--tokenizer", words[0], "--eot-token", "a"])):
+        fails(capsys, args + more + ["--out", tmp_path / "words"], 2, r"made with other options .*\b%s was " % name)
+
+
 def test_source_changed_under_a_broken_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "COMMIT_SECONDS", 0.0)
     monkeypatch.setattr(prepare, "PIECE", 1000)

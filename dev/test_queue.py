@@ -98,6 +98,11 @@ def test_the_limit_and_the_next_call(queue, tmp_path):
     assert sorted(p.name for p in (tmp_path / "work/long").iterdir()) == ["done", "log.jsonl", "screen.txt"]
 
 
+def test_nothing_is_begun_in_the_last_seconds(queue):
+    """What would be stopped within 25 s is left to the next call."""
+    assert list(queue([("slow", 60, 3, 4), ("behind", 5, 0, 4)], "--limit", 80, "--gpus", "0")) == ["slow"]
+
+
 def test_final_begins_nothing_that_would_not_end(queue):
     """The second would end in time if the first had not run before it; the third still does."""
     result = queue([("first", 20, 1, 4), ("second", 195, 0, 4), ("third", 20, 0, 4)], "--limit", 200, "--gpus", "0",
