@@ -5,6 +5,7 @@ run goes on to the same bytes, and that each bad input gets one clear message.
 
 It needs tiktoken, tokenizers, pyarrow, zstandard and datasets. GPT-2's ranks are fetched once into data/.cache.
 """
+import argparse
 import codecs
 import errno
 import gzip
@@ -704,11 +705,25 @@ def test_hf_errors_without_a_text(tmp_path, capsys, monkeypatch):
     fails(capsys, base + ["late"], 1, "late stopped after 1 records: Silent. The same command goes on")
 
 
+def test_what_is_said_of_what_is_left_out():
+    left_out = prepare.LeftOut()
+    for name in ["a"] * 3 + ["n%d" % i for i in range(12)]:
+        left_out.add("odd files", name)
+    left_out.add("bytes", "b", 7)
+    assert left_out.names["odd files"] == ["a"] + ["n%d" % i for i in range(9)]
+    assert list(left_out.lines()) == ["left out: 7 bytes (b)", "left out: 15 odd files (a, n0, n1, ...)"]
+
+
 def test_conditions_and_fields():
     """What --keep may say, and which field a name with a dot is."""
-    for text, parts in (("a=x=y", ("a", "=", "x=y")), ("n>=-1.5e-3", ("n", ">=", "-1.5e-3")), ("n<3", ("n", "<", "3")),
-                        ("a.b!=", ("a.b", "!=", ""))):
-        assert prepare.parse_keep(text) == parts
+    def parts(text):
+        try:
+            return prepare.parse_keep(text)
+        except argparse.ArgumentTypeError as e:
+            return str(e)
+    for text, want in (("a=x=y", ("a", "=", "x=y")), ("n>=-1.5e-3", ("n", ">=", "-1.5e-3")), ("n<3", ("n", "<", "3")),
+                       ("a.b!=", ("a.b", "!=", ""))):
+        assert parts(text) == want
     for have, relation, want, holds in ((1, "=", "1.0", True), ("1", "!=", "1.0", False), (True, "=", "True", True), (-2, "<", "-1", True),
                                         (None, "<", "3", False), ("x", ">", "3", False), (3, "<=", "3", True), (3, ">", "3", False)):
         assert prepare.RELATIONS[relation](have, want) == holds, (have, relation, want)

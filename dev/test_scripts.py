@@ -765,14 +765,15 @@ def test_export_knows_the_end_of_text_from_the_manifest_not_from_the_size(tmp_pa
     run(export_hf, tmp_path / "run" / "model.bin", tmp_path / "by_itself")
     for name in os.listdir(tmp_path / "hf"):
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "by_itself" / name).read_bytes(), name
-    left = dict(json.loads((tmp_path / "tokenizer.json").read_text()), truncation={"max_length": 3}, padding={})
-    (tmp_path / "data" / "tokenizer.json").write_text(json.dumps(left))  # settings of an earlier use
-    digest = hashlib.sha256((tmp_path / "data" / "tokenizer.json").read_bytes()).hexdigest()
-    data_manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
-    data_manifest["options"]["tokenizer_sha256"] = digest
-    (tmp_path / "data" / "manifest.json").write_text(json.dumps(data_manifest))
-    run(export_hf, tmp_path / "run" / "model.bin", tmp_path / "hf")
-    assert json.loads((tmp_path / "hf" / "tokenizer.json").read_text()) == {**left, "truncation": None, "padding": None}
+    for of_an_earlier_use in (dict(truncation={"max_length": 3}, padding=None), dict(truncation=None, padding={"pad_id": 3})):
+        left = dict(json.loads((tmp_path / "tokenizer.json").read_text()), **of_an_earlier_use)
+        (tmp_path / "data" / "tokenizer.json").write_text(json.dumps(left))
+        digest = hashlib.sha256((tmp_path / "data" / "tokenizer.json").read_bytes()).hexdigest()
+        data_manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+        data_manifest["options"]["tokenizer_sha256"] = digest
+        (tmp_path / "data" / "manifest.json").write_text(json.dumps(data_manifest))
+        run(export_hf, tmp_path / "run" / "model.bin", tmp_path / "hf")
+        assert json.loads((tmp_path / "hf" / "tokenizer.json").read_text()) == {**left, "truncation": None, "padding": None}
     own_tokenizer(tmp_path / "other.json", 50257, 1)
     assert "other.json is not the tokenizer that" in refused(export_hf, tmp_path / "run" / "model.bin", tmp_path / "x",
                                                              "--tokenizer", tmp_path / "other.json")
@@ -1421,6 +1422,16 @@ def test_compare_smoothing_and_limits():
     assert low == pytest.approx(3.02 - 0.05 * 1.88) and high == pytest.approx(4.9 + 0.05 * 1.88)
     runs[1] = {"steps": [0] * 100, "evals": [{"step": 80, "loss_dense": 900.0, "loss_first": None}]}
     assert compare.loss_limits(runs, good + bad) == (low, high) and compare.loss_limits(runs, [[math.nan]] * 2) is None
+
+
+def test_compare_units_of_the_axes():
+    """A larger unit is taken from two of it on."""
+    for axis, largest, scale, label in (
+            ("tokens", 1999, 1, "tokens"), ("tokens", 2000, 1e3, "tokens (thousands)"), ("tokens", 1.9e6, 1e3, "tokens (thousands)"),
+            ("tokens", 2e6, 1e6, "tokens (millions)"), ("tokens", 5e9, 1e9, "tokens (billions)"),
+            ("train_s", 119, 1, "training time (seconds)"), ("train_s", 120, 60, "training time (minutes)"),
+            ("train_s", 7199, 60, "training time (minutes)"), ("train_s", 7200, 3600, "training time (hours)")):
+        assert compare.axis_scale(axis, largest) == (scale, label)
 
 
 def test_compare_png_with_the_context(tmp_path):

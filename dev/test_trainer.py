@@ -1496,6 +1496,8 @@ def test_windows(lab):
     assert windows("16") == [[16, 0]] and windows("1024") == [[T, 0]] and windows("16:0") == [[16, 0]]
     assert windows("16,32:3") == [[16, 0], [32, 3]] and windows("16:0.0,32:0.25,64:5") == [[16, 0], [32, 2], [64, 5]]
     assert windows("32,8:1") == [[32, 0], [8, 1]]  # they may shrink
+    out = execute(lab.command("shown", steps=8, switch_step=6, attention="W", window="16,32:3") + ["--dry-run"]).out
+    assert re.findall(r"windows of (\d+) tokens from step (\d+) on: ([\d.]+)%", out) == [("16", "0", "25.00"), ("32", "3", "50.00")]
     for value in ["", "x", "0", "-8", "16x", "16:", "16;32:2", "8,8:1,8:2,8:3,8:4,8:5,8:6,8:7,8:8", "1.5", "16,:3"]:
         lab.refused("--window", f'"{value}"', steps=40, switch_step=38, attention="W", window=value)
     for value in ["16,32:9", "16,32:1.5", "16,32:-1", "16,32:2.5.5", "16,32:x"]:
