@@ -649,6 +649,17 @@ def test_import_refuses_doubles_beyond_float32(tmp_path):
     assert "transformer.wpe.weight has 2 values that are no finite float32, the first at (1, 2): inf" in text
 
 
+def test_a_tensor_that_begins_before_the_data(tmp_path):
+    for begin, end in ((-4, 0), (0, 4), (4, 8)):
+        head = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [begin, end]}}).encode()
+        (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + struct.pack("<f", 2))
+        if begin == 0:
+            assert model_file.read_safetensors(tmp_path / "x.safetensors")["x"].tolist() == [2]
+            continue
+        with pytest.raises(model_file.FileError, match=f"tensor x .1,. of type F32 lies at bytes {begin} to {end} of 4"):
+            model_file.read_safetensors(tmp_path / "x.safetensors")
+
+
 def test_import_accepts_what_older_versions_wrote(tmp_path):
     mask = {"h.0.attn.bias": np.tril(np.ones((1, 1, 24, 24), "<f4")),
             "h.1.attn.masked_bias": np.float32(-1e4).reshape(())}
