@@ -5,6 +5,7 @@ knows how frequent each token is.
     python -m pytest dev/test_evaluation.py        (make builds the programs first)
 """
 import math
+import re
 import sys
 
 import numpy as np
@@ -50,6 +51,7 @@ def test_positions(lab, attention, T, window, positions):
         losses = -torch.log_softmax(logits, -1).gather(-1, targets[..., None]).squeeze(-1).mean(0).numpy()
         expected = [losses[0 if i == 0 else 2 ** i:2 ** (i + 1)].mean() for i in range(math.ceil(math.log2(T)))]
         assert len({round(x, 2) for x in expected}) > 3, "the losses must differ to prove anything"
+        assert len(evaluation[f"positions_{kind}"]) == len(expected)
         assert np.allclose(evaluation[f"positions_{kind}"], expected, rtol=1e-5), kind
         assert math.isclose(evaluation[f"loss_{kind}"], losses.mean(), rel_tol=1e-6)
     assert min(margins, default=1) > 1e-5, "no selection is a close call"
@@ -63,19 +65,29 @@ T, N = 2048, 256  # which repeats 256 tokens, from 1,024 and from 1,792 tokens b
 def evaluate(lab, model, tokens):
     """The copies by distance and the evaluation of a model file, without training; and the sequences that they are made of."""
     val = write_shard(lab.folder / "val.bin", tokens)
-    folder = lab.train("run", **FROM_FILE, model=model, train_data=None, val_data=val, val_batches=8, seq_len=T, steps=0)
+    folder, options = lab.folder / "run", dict(FROM_FILE, model=model, train_data=None, val_data=val, val_batches=8)
+    result = lab.run("run", **options, seq_len=T, steps=0)
+    assert result.code == 0, result.err
     copying, = events(folder, "copying")
     assert copying["tokens"] == N - 16
     sequences = [tokens[i % 3 * T:][:T] for i in range(copying["sequences"])]
     evaluation, = events(folder, "eval")
     lines = [dict(w.split(":") for w in line.split(" ")) for line in (folder / "main.log").read_text().splitlines()]
-    for position in (256, 1024):
+    assert [word for word in lines[0] if word[0] == "p"] == ["p256", "p1024"]
+    shown = re.search(r"from position 256: ([\d.]+), 1K: ([\d.]+)\n", result.out).groups()
+    for position, on_screen in zip((256, 1024), shown):
         bucket = evaluation["positions_dense"][int(math.log2(position))]
         assert math.isclose(float(lines[0][f"p{position}"]), bucket, abs_tol=1e-6)
+        assert math.isclose(float(on_screen), bucket, abs_tol=6e-5)
     assert [c["distance"] for c in copying["copies"]] == [1024, 1792]
     for c in copying["copies"]:
         assert math.isclose(float(lines[1][f"copy{c['distance']}"]), c["text_loss"], abs_tol=1e-4)
         assert math.isclose(float(lines[1][f"rcopy{c['distance']}"]), c["random_loss"], abs_tol=1e-4)
+    for kind, name in (("text", "the text"), ("random", "random ids")):
+        figures = r"([\d.]+) \((\d+)% right\)"
+        shown = re.search(rf"copies of {name}: 1K back {figures}, 1792 back {figures}", result.out).groups()
+        logged = [x for c in copying["copies"] for x in (c[f"{kind}_loss"], 100 * c[f"{kind}_right"])]
+        assert all(abs(float(a) - b) < e for a, b, e in zip(shown, logged, (6e-4, 0.51) * 2)), (kind, shown, logged)
     return copying["copies"], sequences
 
 

@@ -5,6 +5,8 @@
 Both are the real packages; what they wrote is read back with TensorBoard's own reader, and out of W&B's files.
 """
 import glob
+import importlib.machinery
+import importlib.util
 import json
 import os
 import subprocess
@@ -27,7 +29,7 @@ def step(n, loss, wall=None):
 
 
 def evaluation(n, loss):
-    return {"event": "eval", "step": n, "loss_dense": loss, "loss_first": None, "positions_dense": [3.0, 2.0, None],
+    return {"event": "eval", "step": n, "loss_dense": loss, "loss_first": None, "positions_dense": [3.0, 2.0, None, 1.5],
             "wall_s": n}
 
 
@@ -56,6 +58,7 @@ def curves(folder):
 
 
 def values(seen, tag):
+    assert tag in seen.Tags()["scalars"], tag
     return [(s.step, round(s.value, 5)) for s in seen.Scalars(tag)]
 
 
@@ -69,7 +72,7 @@ def test_tensorboard_gets_every_number_at_its_time(tmp_path):
     seen = curves(tmp_path / "tb" / "run")
     assert values(seen, "step/loss") == [(1, 4.9), (2, 4.8), (3, 4.7)]
     assert values(seen, "eval/loss_dense") == [(0, 5.0), (3, 4.5)]
-    assert values(seen, "eval/positions_dense/from_2") == [(0, 2.0), (3, 2.0)]
+    assert [values(seen, f"eval/positions_dense/from_{n}")[0][1] for n in (1, 2, 8)] == [3.0, 2.0, 1.5]
     assert values(seen, "copying/copies/4096/text_loss") == [(3, 0.7)]
     assert "eval/loss_first" not in seen.Tags()["scalars"] and "step/phase" not in seen.Tags()["scalars"]
     assert set(seen.Tags()["tensors"]) == {"config", "sample"}
@@ -86,6 +89,48 @@ def test_what_a_resumed_run_left_is_not_shown(tmp_path, back):
     seen = curves(tmp_path / "tb" / "run")
     assert values(seen, "step/loss") == [(1, 5.0), (2, 5.0), (3, 1.0), (4, 1.1)]
     assert "eval/loss_dense" not in seen.Tags()["scalars"]
+
+
+def script_as_a_module(monkeypatch):
+    loader = importlib.machinery.SourceFileLoader("export_log", SCRIPT)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("export_log", loader))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    loader.exec_module(module)
+    return module
+
+
+def test_a_log_may_begin_anew(tmp_path, monkeypatch):
+    """Cut and written again in the same file, or in another of its name: a new run's events are read from the first on."""
+    path, log = tmp_path / "run" / "log.jsonl", None
+    for n, anew in ((3, False), (2, False), (1, True)):
+        if anew:
+            path.unlink()
+        write(path, [step(i, 1.0) for i in range(n)])
+        log = log or script_as_a_module(monkeypatch).Log(str(path))
+        assert [e["step"] for e in log.events()] == list(range(n)) and log.events() == []
+
+
+@pytest.mark.parametrize("step_of_resume,backs", [(2, []), (1, [1])])
+def test_a_resumed_run_goes_on_at_its_own_time(monkeypatch, step_of_resume, backs):
+    """Its wall_s counts what ran before, but its time is that of its config line. Nothing is taken back unless it went back."""
+    module, taken_back, times = script_as_a_module(monkeypatch), [], {}
+
+    class Sink:
+        def add(self, when, step, values=(), text=None):
+            times[step] = when - 1767225600
+
+        def back(self, step):
+            taken_back.append(step)
+
+        def flush(self):
+            pass
+
+    log = [config(), step(1, 5.0, 1), step(2, 4.0, 3), config("2026-01-02T00:00:00Z"),
+           {"event": "resume", "step": step_of_resume}, step(step_of_resume + 1, 3.0, 100), step(step_of_resume + 2, 2.0, 102)]
+    module.send(log, Sink(), module.Clock(), -1)
+    day = 24 * 3600
+    assert taken_back == backs
+    assert (times[step_of_resume + 1], times[step_of_resume + 2]) == (day, day + 2) and times[1] == 0
 
 
 def wait_for(condition):
@@ -122,14 +167,16 @@ def test_it_follows_a_run(tmp_path):
 
 def test_wandb_offline(tmp_path):
     pytest.importorskip("wandb")
-    for name, loss in (("a", 4.25), ("b", 7.5)):
+    losses = 4.2587890625, 7.5126953125  # which stand nowhere else in the files
+    for name, loss in zip("ab", losses):
         write(tmp_path / name / "log.jsonl", [config(), step(1, loss), evaluation(1, 3.5), SAMPLE])
     done = subprocess.run([sys.executable, SCRIPT, "a", "b", "--wandb", "project"], capture_output=True, text=True,
                           cwd=tmp_path, timeout=120, env={**os.environ, "WANDB_DIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     files = [open(f, "rb").read() for f in sorted(glob.glob(str(tmp_path / "wandb" / "offline-run-*" / "*.wandb")))]
     assert len(files) == 2
-    for name, loss, other in ((b"a", b"4.25", b"7.5"), (b"b", b"7.5", b"4.25")):
+    a, b = (str(loss).encode() for loss in losses)
+    for loss, other in ((a, b), (b, a)):
         own = [f for f in files if loss in f]
         assert len(own) == 1 and other not in own[0] and b"step/loss" in own[0] and b"eval/loss_dense" in own[0]
 

@@ -155,7 +155,7 @@ CASES = {
     "dp 2, causal": dict(ranks=2, batch_size=3, attention="WCC", window=32, recompute=4, **FOUR_TILES),
     "cp 2, causal": dict(ranks=2, cp=2, batch_size=2, attention="CLW", window=32, recompute=2, **FOUR_TILES),
     "cp 4, causal, learned": dict(ranks=4, cp=4, batch_size=2, attention="CDC", recompute=4, positions="learned"),
-    "cp 4, windows over ranks": dict(ranks=4, cp=4, batch_size=2, attention="W", window=48, recompute=1),
+    "cp 4, windows over ranks": dict(ranks=4, cp=4, batch_size=2, attention="W", window="48,64:7", recompute=1),
     "cp 4, growing windows": dict(ranks=4, cp=4, batch_size=1, attention="WDW", window="16,48:4,128:8", recompute=3),
     "dp 2, cp 2, windows, learned": dict(ranks=4, cp=2, batch_size=1, attention="WDW", window=96, positions="learned"),
     "dp 2, dense": dict(ranks=2, batch_size=1, program="dense"),
@@ -263,6 +263,15 @@ def test_sums_are_in_the_order_of_the_ranks(lab, ranks):
     assert result.code == 0 and result.out.count("\n8 passed, 0 failed") + result.out.startswith("8 passed") == ranks, result.out
 
 
+def test_sums_of_more_numbers_than_are_exchanged_at_once(lab):
+    """A layer of 640 channels has 4.9 million parameters; 4 million at once are exchanged and summed."""
+    options = dict(program="dense", depth=1, channels=640, heads=10, steps=3, total_batch_size=2 * T, val_data="",
+                   sample_every=0, learning_rate=1e-3)
+    losses = [[(e["loss"], e["norm"]) for e in step_events(lab.train(f"of_{ranks}", ranks=ranks, **options))]
+              for ranks in (1, 2)]
+    assert np.allclose(*losses, rtol=1e-4), losses
+
+
 # ---- 2. files
 
 def test_checkpoints_go_from_any_number_of_ranks_to_any_other(lab, reference):
@@ -291,6 +300,9 @@ def test_the_final_model_is_the_same_file_whatever_the_ranks(lab, reference, pos
         options = dict(positions=positions, ranks=ranks, cp=cp)
         new.append(model_bytes(lab.train(f"new_{ranks}", **options, steps=0, switch_step=0)))
         loaded.append(model_bytes(lab.continued(f"loaded_{ranks}", one, STEPS, **options)))
+        weights = lab.train(f"weights_{ranks}", **options, model=checkpoint(one, STEPS), depth=None, channels=None, heads=None,
+                            steps=1, learning_rate=0, switch_step=0)
+        assert model_bytes(weights)[1024:] == loaded[-1][1024:], "where a checkpoint's weights end, its last chunk goes on"
     assert new[0] == new[1] == new[2] and new[0] != model_bytes(one)
     assert loaded[0] == loaded[1] == loaded[2] == model_bytes(one)
 

@@ -47,12 +47,15 @@ export_hf, import_hf, export_llmc, export_gguf, compare = map(load, ("export_hf"
 
 
 def run(script, *args):
-    script.main([str(a) for a in args])
+    try:
+        script.main([str(a) for a in args])
+    except SystemExit as e:
+        pytest.fail(f"refused: {e.code}")
 
 
 def refused(script, *args):
     with pytest.raises(SystemExit) as e:
-        run(script, *args)
+        script.main([str(a) for a in args])
     assert isinstance(e.value.code, str), e.value.code
     return e.value.code
 
@@ -459,6 +462,15 @@ def test_imported_model_computes_the_same(tmp_path, hf, kind, shards):
     assert (tmp_path / "again.bin").read_bytes() == (tmp_path / "model.bin").read_bytes()
 
 
+@pytest.mark.parametrize("vocab,padded", [(255, 256), (256, 256), (257, 384)])
+def test_an_imported_vocabulary_is_padded_to_a_multiple_of_128(tmp_path, vocab, padded):
+    model(tmp_path / "model.bin", vocab_size=vocab, padded_vocab_size=512)
+    run(export_hf, tmp_path / "model.bin", tmp_path / "hf")
+    run(import_hf, tmp_path / "hf", tmp_path / "again.bin")
+    config, tensors = model_file.read_model(tmp_path / "again.bin")
+    assert (config.vocab_size, config.padded_vocab_size) == (vocab, padded) and not tensors["wte"][vocab:].any()
+
+
 @pytest.mark.parametrize("positions", ["learned", "rope"])
 def test_half_precision_round_trip(tmp_path, hf, positions):
     import torch
@@ -582,6 +594,8 @@ def test_import_reads_both_spellings_of_theta(tmp_path, kind, old_key, other, th
     for changes, drop in ((new, (old_key, *other)), ({old_key: theta}, ("rope_parameters",))):
         run(import_hf, folder_of(tmp_path, kind, changes, drop), tmp_path / "out.bin")
         assert model_file.read_model(tmp_path / "out.bin")[0].rope_theta == theta
+    run(import_hf, folder_of(tmp_path, kind, {}, ("rope_parameters", old_key)), tmp_path / "out.bin")
+    assert model_file.read_model(tmp_path / "out.bin")[0].rope_theta == 10000, "that of the class"
 
 
 @pytest.mark.parametrize("kind,wte,head", [("learned", "transformer.wte.weight", "lm_head.weight"),
@@ -633,6 +647,17 @@ def test_import_refuses_doubles_beyond_float32(tmp_path):
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + body)
     text = refused(import_hf, folder, tmp_path / "out.bin")
     assert "transformer.wpe.weight has 2 values that are no finite float32, the first at (1, 2): inf" in text
+
+
+def test_a_tensor_that_begins_before_the_data(tmp_path):
+    for begin, end in ((-4, 0), (0, 4), (4, 8)):
+        head = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [begin, end]}}).encode()
+        (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + struct.pack("<f", 2))
+        if begin == 0:
+            assert model_file.read_safetensors(tmp_path / "x.safetensors")["x"].tolist() == [2]
+            continue
+        with pytest.raises(model_file.FileError, match=f"tensor x .1,. of type F32 lies at bytes {begin} to {end} of 4"):
+            model_file.read_safetensors(tmp_path / "x.safetensors")
 
 
 def test_import_accepts_what_older_versions_wrote(tmp_path):
@@ -751,14 +776,15 @@ def test_export_knows_the_end_of_text_from_the_manifest_not_from_the_size(tmp_pa
     run(export_hf, tmp_path / "run" / "model.bin", tmp_path / "by_itself")
     for name in os.listdir(tmp_path / "hf"):
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "by_itself" / name).read_bytes(), name
-    left = dict(json.loads((tmp_path / "tokenizer.json").read_text()), truncation={"max_length": 3}, padding={})
-    (tmp_path / "data" / "tokenizer.json").write_text(json.dumps(left))  # settings of an earlier use
-    digest = hashlib.sha256((tmp_path / "data" / "tokenizer.json").read_bytes()).hexdigest()
-    data_manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
-    data_manifest["options"]["tokenizer_sha256"] = digest
-    (tmp_path / "data" / "manifest.json").write_text(json.dumps(data_manifest))
-    run(export_hf, tmp_path / "run" / "model.bin", tmp_path / "hf")
-    assert json.loads((tmp_path / "hf" / "tokenizer.json").read_text()) == {**left, "truncation": None, "padding": None}
+    for of_an_earlier_use in (dict(truncation={"max_length": 3}, padding=None), dict(truncation=None, padding={"pad_id": 3})):
+        left = dict(json.loads((tmp_path / "tokenizer.json").read_text()), **of_an_earlier_use)
+        (tmp_path / "data" / "tokenizer.json").write_text(json.dumps(left))
+        digest = hashlib.sha256((tmp_path / "data" / "tokenizer.json").read_bytes()).hexdigest()
+        data_manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+        data_manifest["options"]["tokenizer_sha256"] = digest
+        (tmp_path / "data" / "manifest.json").write_text(json.dumps(data_manifest))
+        run(export_hf, tmp_path / "run" / "model.bin", tmp_path / "hf")
+        assert json.loads((tmp_path / "hf" / "tokenizer.json").read_text()) == {**left, "truncation": None, "padding": None}
     own_tokenizer(tmp_path / "other.json", 50257, 1)
     assert "other.json is not the tokenizer that" in refused(export_hf, tmp_path / "run" / "model.bin", tmp_path / "x",
                                                              "--tokenizer", tmp_path / "other.json")
@@ -1407,6 +1433,16 @@ def test_compare_smoothing_and_limits():
     assert low == pytest.approx(3.02 - 0.05 * 1.88) and high == pytest.approx(4.9 + 0.05 * 1.88)
     runs[1] = {"steps": [0] * 100, "evals": [{"step": 80, "loss_dense": 900.0, "loss_first": None}]}
     assert compare.loss_limits(runs, good + bad) == (low, high) and compare.loss_limits(runs, [[math.nan]] * 2) is None
+
+
+def test_compare_units_of_the_axes():
+    """A larger unit is taken from two of it on."""
+    for axis, largest, scale, label in (
+            ("tokens", 1999, 1, "tokens"), ("tokens", 2000, 1e3, "tokens (thousands)"), ("tokens", 1.9e6, 1e3, "tokens (thousands)"),
+            ("tokens", 2e6, 1e6, "tokens (millions)"), ("tokens", 5e9, 1e9, "tokens (billions)"),
+            ("train_s", 119, 1, "training time (seconds)"), ("train_s", 120, 60, "training time (minutes)"),
+            ("train_s", 7199, 60, "training time (minutes)"), ("train_s", 7200, 3600, "training time (hours)")):
+        assert compare.axis_scale(axis, largest) == (scale, label)
 
 
 def test_compare_png_with_the_context(tmp_path):

@@ -210,6 +210,7 @@ class ModelFile:
 
 def checkpoint_body(path):
     """Weights and both moments of a checkpoint: everything that the run computes from."""
+    assert path.exists(), path
     data = path.read_bytes()
     return data[struct.unpack("<q", data[2048:2056])[0]:]
 
@@ -234,6 +235,7 @@ def main_log(folder):
 
 def events(folder, kind=None):
     lines = []
+    assert (folder / "log.jsonl").exists(), f"no run in {folder}"
     for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(line))
@@ -700,7 +702,7 @@ def test_a_crafted_checkpoint_is_refused(lab, saved):
                         ("version", 2), ("version", 4)]:
         falls_back(lab, saved, f"{name}_{value}", lambda path: path.write_bytes(crafted(data, **{name: value})))
     for name, value in [("step", -4), ("step", 5), ("step", 2 ** 62), ("sequences", -1), ("sequences", 2 ** 62), ("updates", -1),
-                        ("updates", 5), ("train_s", math.nan), ("train_s", -1.0), ("lighthouse_steps", -1), ("dense_steps", 9),
+                        ("updates", 5), ("train_s", math.nan), ("train_s", -1.0), ("lighthouse_steps", -1), ("lighthouse_steps", 1), ("dense_steps", 9),
                         ("loss_seen", -3), ("norm_seen", -2 ** 62), ("seq_len", 0), ("seq_len", -T), ("total_batch", 0),
                         ("total_batch", 2 ** 62), ("not_finite", -1), ("not_finite", 10)]:
         changed = crafted(data, state=[(STATE[name], value)])
@@ -709,6 +711,31 @@ def test_a_crafted_checkpoint_is_refused(lab, saved):
         folder, result = resumed_from(lab, saved, f"name_{name}", lambda path: path.rename(checkpoint(path.parent, name)))
         assert result.code == 0 and f"ckpt_{name:08d}.bin holds step 4; trying the one before" in result.out
         assert [e["step"] for e in events(folder, "resume")] == [2]
+
+
+STOPPED_AT_ITS_START = r'''
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+FILE* fopen(const char* path, const char* mode) {
+    FILE* (*real)(const char*, const char*) = dlsym(RTLD_NEXT, "fopen");
+    if (strstr(path, "main.log")) raise(SIGTERM);
+    return real(path, mode);
+}
+'''
+
+
+def test_a_resumed_run_does_not_write_its_checkpoint_again(lab, saved, monkeypatch):
+    """Stopped before its first step, it leaves the checkpoint that it began from as it is."""
+    folder = shutil.copytree(saved, lab.folder / "run")
+    (folder / "log.jsonl").unlink()
+    before = checkpoint(folder, 4).stat().st_ino
+    preload(lab, STOPPED_AT_ITS_START, monkeypatch)
+    result = lab.run("run", depth=1, attention="L", steps=8, resume=1)
+    assert result.code == 128 + signal.SIGTERM and "stopped by signal at step 4;" in result.out, result.err
+    assert checkpoint(folder, 4).stat().st_ino == before and not events(folder, "checkpoint")
 
 
 UNLISTABLE = r'''
@@ -1071,9 +1098,9 @@ def test_vocabulary_follows_the_data(lab):
     assert padded() == (257, 384)
     assert padded(vocab_size=384) == (384, 384) and padded(vocab_size=385) == (385, 512)
     tokens = lab.data.tokens.copy()
-    tokens[3] = 50256
     (lab.folder / "alone").mkdir()
-    assert padded(train_data=write_shard(lab.folder / "alone" / "gpt2.bin", tokens), val_data="") == (50257, 50304)
+    for tokens[3] in (50256, 257):
+        assert padded(train_data=write_shard(lab.folder / "alone" / "gpt2.bin", tokens), val_data="") == (50257, 50304)
     tokens[3] = 256
     bare = write_shard(lab.folder / "alone" / "bytes.bin", tokens)
     assert padded(train_data=bare, val_data="") == (257, 384)
@@ -1098,10 +1125,11 @@ def test_data_of_another_tokenizer(lab):
     lab.refused("vocabulary of 2000 ids", "a/tokenizer.bin has 257 tokens", train_data=folders["a"], **start)
     lab.refused("vocabulary of 2000 ids", "has 257 tokens", train_data=folders["large"], tokenizer=lab.data.tokenizer,
                 sample_every=1, **start)
-    write_tokenizer(lab.folder / "a" / "tokenizer.bin", [b"%d" % i for i in range(1990)], 0)
+    write_tokenizer(lab.folder / "a" / "tokenizer.bin", [b"%d" % i for i in range(977)], 0)  # padded by up to 1023
     lab.train("padded", train_data=folders["a"], steps=1, **start)
-    write_tokenizer(lab.folder / "a" / "tokenizer.bin", [b"%d" % i for i in range(2001)], 0)
-    lab.refused("vocabulary of 2000 ids", "a/tokenizer.bin has 2001 tokens", train_data=folders["a"], **start)
+    for count in (976, 2001):
+        write_tokenizer(lab.folder / "a" / "tokenizer.bin", [b"%d" % i for i in range(count)], 0)
+        lab.refused("vocabulary of 2000 ids", f"a/tokenizer.bin has {count} tokens", train_data=folders["a"], **start)
 
 
 def test_an_unfinished_data_set_is_refused(lab):
@@ -1147,11 +1175,16 @@ def test_unused_tokens_are_said(lab):
     for i in range(5):
         write_shard(lab.folder / "short" / ("train_%d.bin" % i), np.resize(lab.data.tokens, T + 1 if i == 4 else T - 4))
     def said(pattern):
-        result = execute(lab.command("out", train_data=lab.folder / pattern, val_data="") + ["--dry-run"])
+        result = execute(lab.command("out", train_data=lab.folder / pattern, val_data="", steps=3) + ["--dry-run"])
         assert result.code == 0, result.err
-        return re.search(r"(\d+) of (\d+) tokens in none", result.out).groups(), "note: " in result.out
-    assert said("short/train_*.bin") == ((str(4 * (T - 4)), str(4 * (T - 4) + T + 1)), True)
-    assert said(lab.data.small) == (("0", str(len(lab.data.tokens))), False)
+        return re.search(r"(\d+) of (\d+) tokens in none", result.out).groups(), "note: " in result.out, \
+            re.search(r"([\d.]+) epochs", result.out).group(1)
+    # an epoch is of sequences: one of T tokens, seven
+    assert said("short/train_*.bin") == ((str(4 * (T - 4)), str(4 * (T - 4) + T + 1)), True, "3.00")
+    assert said(lab.data.small) == (("0", str(len(lab.data.tokens))), False, "0.43")
+    for left, note in ((20, False), (30, True)):  # of 469 and of 479 tokens: from a twentieth on
+        rest = write_shard(lab.folder / "short" / f"rest_{left}.bin", np.resize(lab.data.tokens, 7 * T + 1 + left))
+        assert said(rest) == ((str(left), str(7 * T + 1 + left)), note, "0.43")
 
 
 def test_wide_shards_and_several_shards(lab):
@@ -1424,7 +1457,7 @@ def test_switch_step(lab):
     assert switched("0.625") == 5 and switched("0.5") == 4 and switched("0.99") == 8
     assert switched("1") == 1 and switched("7") == 7 and switched("8") == 8 and switched("1.0") == 8
     assert switched("0.625", steps=0) == 0 and switched("0.625", steps=1) == 1
-    for value in ["9", "-1", "1.5", "-0.5", "x", "", "nan", "inf", "3x", "1e9"]:
+    for value in ["9", "-1", "1.5", "-0.5", "5e-1", "x", "", "nan", "inf", "3x", "1e9"]:
         lab.refused("--switch-step", f'"{value}"', steps=8, switch_step=value)
 
 
@@ -1487,6 +1520,8 @@ def test_windows(lab):
     assert windows("16") == [[16, 0]] and windows("1024") == [[T, 0]] and windows("16:0") == [[16, 0]]
     assert windows("16,32:3") == [[16, 0], [32, 3]] and windows("16:0.0,32:0.25,64:5") == [[16, 0], [32, 2], [64, 5]]
     assert windows("32,8:1") == [[32, 0], [8, 1]]  # they may shrink
+    out = execute(lab.command("shown", steps=8, switch_step=6, attention="W", window="16,32:3") + ["--dry-run"]).out
+    assert re.findall(r"windows of (\d+) tokens from step (\d+) on: ([\d.]+)%", out) == [("16", "0", "25.00"), ("32", "3", "50.00")]
     for value in ["", "x", "0", "-8", "16x", "16:", "16;32:2", "8,8:1,8:2,8:3,8:4,8:5,8:6,8:7,8:8", "1.5", "16,:3"]:
         lab.refused("--window", f'"{value}"', steps=40, switch_step=38, attention="W", window=value)
     for value in ["16,32:9", "16,32:1.5", "16,32:-1", "16,32:2.5.5", "16,32:x"]:
@@ -1512,6 +1547,7 @@ def test_lighthouse_rules(lab):
     lab.refused("levels", levels=9)
     long = lab.data.folder / "large.bin"
     lab.refused("T = 100", "= 8", "96 and 104", seq_len=100, train_data=long)
+    lab.refused("T = 100", "= 16", "the nearest length is 128", seq_len=100, topk=32, tile=8, train_data=long)
     lab.refused("16 coarsest entries, fewer than topk = 32: lower topk to at most 16,", seq_len=64, topk=32, tile=8,
                 train_data=long)
     lab.refused("16 coarsest entries, fewer than topk = 32: lower topk and tile to at most 16,", seq_len=64, topk=32,
@@ -1543,11 +1579,15 @@ def test_default_geometry_fits_every_usual_length(lab):
         assert length < 4096 or length % 4096 or int(tiles) == length // 4096 and int(slots) == int(tiles) * 208, result.out
         assert f"levels {4 if length >= 512 else 3 if length >= 128 else 2}, pool 4" in result.out and float(share) <= (
             100 if length <= 8192 else 40 if length < 32768 else 20 if length < 98304 else 10), (length, share)
+    # a tile is at least twice the pool
+    assert "pool 16, topk 128, tile 32 (4 tiles)" in execute(lab.command(
+        "out", train_data=path, seq_len=32768, attention="C", topk=None, tile=None, pool=16, levels=2) + ["--dry-run"]).out
 
 
 def test_sizes_that_do_not_go_together(lab):
     """Batch, heads, warmup and length are checked against each other before anything is written."""
     lab.refused("--total-batch-size is 100", "multiple of", "= 64", "try 128", total_batch_size=100)
+    lab.refused("--total-batch-size is 192", "= 128", "try 256", batch_size=2, total_batch_size=3 * T)
     lab.refused("--total-batch-size is 129", "= 128", "try 256", total_batch_size=129, batch_size=2)
     lab.refused("--channels 16", "--heads 3", heads=3)
     lab.refused("even", heads=16)  # one channel a head cannot be rotated
@@ -1636,6 +1676,17 @@ def test_steps_that_are_not_finite_push_out_no_checkpoint(lab):
     result = lab.run("run", steps=100, checkpoint_every=2, resume=1, **options)
     assert result.code != 0 and re.search(rf"step {first + 9}: .* in any of 10 steps: .* of step {first - 1} or before", result.err), result.err
     assert checkpoints(run) == [good, first + 3]
+
+
+def test_a_finite_step_ends_the_count(lab, saved):
+    """After three steps that were not finite, one that is: checkpoints are written and pruned again, and nothing is left of the
+    count."""
+    folder = lab.folder / "run"
+    folder.mkdir()
+    checkpoint(folder, 4).write_bytes(crafted(checkpoint(saved, 4).read_bytes(), state=[(STATE["not_finite"], 3)]))
+    lab.train("run", depth=1, attention="L", steps=7, checkpoint_every=1, keep_last=2, resume=1)
+    assert [e["step"] for e in events(folder, "checkpoint")] == [5, 6, 7] and checkpoints(folder) == [6, 7]
+    assert struct.unpack_from("<q", checkpoint(folder, 7).read_bytes(), 4096 + STATE["not_finite"]) == (0,)
 
 
 def test_closed_standard_streams(lab):
@@ -1806,9 +1857,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(lab):
     result = lab.run("run", steps=4, checkpoint_every=1, **start)
     lab.fails(result, "step 1", "nan", "--learning-rate")
     assert not checkpoints(lab.folder / "run") and not (lab.folder / "run/model.bin").exists()
-    folder = lab.train("skipping", steps=4, skip_grad_z=5, **start)  # asked to, it passes over such steps
-    assert all(e["skipped"] and e["loss"] is None for e in step_events(folder))
-    assert model_bytes(folder)[1024:] == start["model"].read_bytes()[1024:]
+    for option in ("skip_grad_z", "skip_loss_z"):  # asked to, it passes over such steps
+        folder = lab.train(option, steps=4, **{option: 5}, **start)
+        assert all(e["skipped"] and e["loss"] is None for e in step_events(folder))
+        assert model_bytes(folder)[1024:] == start["model"].read_bytes()[1024:]
 
 
 # ---- 6. logs
@@ -2122,6 +2174,9 @@ def test_options_with_a_model_file(lab):
     lab.refused("--positions is learned", "rope positions", **from_file(rope, positions="learned"))
     lab.refused("--seq-len is 128", "up to 64", **from_file(learned, seq_len=2 * T))
     lab.refused("--resume 1 with --steps 0", "--model", **from_file(learned, steps=0, resume=1, val_data=lab.data.val))
+    for val_data, kinds in ((lab.data.val, {"eval", "copying", "sample"}), (None, {"sample"})):  # a sample alone needs no data
+        folder = lab.train(f"samples_{len(kinds)}", **from_file(rope, steps=0, val_data=val_data, sample_every=1))
+        assert {e["event"] for e in events(folder)} - {"config", "memory", "total"} == kinds
     shorter = lab.train("shorter", **from_file(learned, seq_len=T // 2, topk=4, steps=2, learning_rate=1e-3))
     assert ModelFile(model_bytes(shorter)).max_T == T
     longer = lab.train("longer", **from_file(rope, seq_len=2 * T, rope_theta=1e6))
@@ -2221,6 +2276,11 @@ def test_samples(lab):
     assert len(set(texts[0])) == 2, "another step, another draw"
     greedy = [[e["text"] for e in events(lab.train(f"k{k}", **dict(options, sample_top_k=1, temperature=k)), "sample")] for k in (1, 2)]
     assert greedy[0] == greedy[1], "the likeliest token alone does not depend on the temperature"
+    # the end of text before the prompt takes a place of its own: with it these 64 tokens lie in a sequence of 128
+    letters = write_tokenizer(lab.folder / "letters.bin", [b"x"] * 256 + [b"<|endoftext|>"], 256)
+    folder = lab.train("long", steps=1, seq_len=2 * T, sample_every=1, prompt="xx", sample_tokens=62, sample_top_k=1,
+                       tokenizer=letters)
+    assert events(folder, "sample")[-1]["text"] == "x" * 64
 
 
 def test_samples_of_a_trained_model(lab):
@@ -2252,7 +2312,10 @@ def test_a_sample_may_hold_the_byte_zero(lab):
 
 def test_a_prompt_that_does_not_fit_is_refused(lab):
     """A prompt as long as the window leaves no room for a new token: an error, not a silent cut."""
-    lab.refused("--prompt", prompt="x" * T, sample_every=1, tokenizer=lab.data.tokenizer)
+    for length in (T, T - 1):  # the end of text comes before it
+        lab.refused("--prompt", prompt="x" * length, sample_every=1, tokenizer=lab.data.tokenizer)
+    folder = lab.train("fits", prompt="x" * (T - 2), sample_every=1, steps=1, sample_top_k=1, tokenizer=lab.data.tokenizer)
+    assert events(folder, "sample")[0]["text"].startswith("x" * (T - 2))
 
 
 def test_tokenizer_files(lab):

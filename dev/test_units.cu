@@ -222,18 +222,19 @@ static void test_schedules() {
     for (const char* name : names) {
         parse_options(&c, 1, arguments);
         c.lr_schedule = name;
-        c.learning_rate = 1; c.final_lr_frac = 0.25; c.warmup_steps = 10;
+        c.learning_rate = 0.5; c.final_lr_frac = 0.25; c.warmup_steps = 10;
         bool falls = true, bounded = true;
         for (int64_t s = 0; s < 100; s++) {
             double lr = learning_rate(&c, s, 100);
-            bounded &= lr > 0 && lr <= 1 && (s < 10 || lr >= 0.25);
+            bounded &= lr > 0 && lr <= 0.5 && (s < 10 || lr >= 0.125);
             if (s > 10) falls &= lr <= learning_rate(&c, s - 1, 100);
         }
         check(bounded && falls, "schedule %s: within its bounds, never rising after the warmup", name);
-        check(fabs(learning_rate(&c, 0, 100) - 0.1) < 1e-12 && fabs(learning_rate(&c, 9, 100) - 1) < 1e-12,
+        check(fabs(learning_rate(&c, 0, 100) - 0.05) < 1e-12 && fabs(learning_rate(&c, 9, 100) - 0.5) < 1e-12,
               "schedule %s: the warmup goes from 1/10 to the peak in 10 steps", name);
         double end = learning_rate(&c, 100, 100);
-        check(fabs(end - (strcmp(name, "constant") ? 0.25 : 1)) < 1e-12, "schedule %s: reaches its final rate (%.3f)", name, end);
+        check(fabs(end - (strcmp(name, "constant") ? 0.125 : 0.5)) < 1e-12, "schedule %s: reaches its final rate (%.3f)",
+              name, end);
     }
 }
 
@@ -328,6 +329,14 @@ static void test_flops() {
     check(fabs(got / dense - 1) < 1e-12, "operations of a dense step: %.6g (%.6g)", dense, got);
     got = step_flops(&m, FIRST_PHASE, 100, T, tokens);
     check(fabs(got / first - 1) < 1e-12, "operations of a step of two dense, two Lighthouse and a window layer: %.6g (%.6g)", first, got);
+    end_if(lighthouse_shape(&m.shape, T, 4, 8, 3, 2, 32, 8));  // 4 tiles of 64 tokens, each with 16 + 8 + 8 leaves
+    choose_attention(&m, "DC");
+    double pairs = 0;
+    for (int tile = 0; tile < 4; tile++) pairs += 64 * (64 / 2 + 32 * tile);  // its own tokens, the leaves of those before
+    first = 3 * (matrices * tokens + 3 * 3 * attention(T) + 2 * 3 * 4 * C * pairs);
+    got = step_flops(&m, FIRST_PHASE, 0, T, tokens);
+    check(fabs(got / first - 1) < 1e-12, "operations of a step of three dense and two Causal Lighthouse layers: %.6g (%.6g)",
+          first, got);
 }
 
 // Of 100 steps the first 60 have one dense layer and one of Lighthouse.
@@ -355,6 +364,14 @@ static void test_seconds_left() {
     check(is(left(0, 0, 5, 10), 95 * 2), "time left: of a dense run");
     t.switch_step = 100;
     check(is(left(25, 50, 0, 0), 75 * 2), "time left: of a run without a dense phase");
+}
+
+static void test_durations() {
+    struct { double seconds; const char* text; } cases[] = {
+        {0, "0:00:00"}, {59.4, "0:00:59"}, {59.6, "0:01:00"}, {3725, "1:02:05"}, {86399, "23:59:59"}, {86400, "1d00h"},
+        {3 * 86400 + 7 * 3600 + 3599, "3d07h"}};
+    for (auto& c : cases)
+        check(duration(c.seconds) == c.text, "%.9g s are %s (%s)", c.seconds, c.text, duration(c.seconds).c_str());
 }
 
 // ---- checksum, random numbers
@@ -535,6 +552,7 @@ int main(int argc, char** argv) {
     test_json();
     test_flops();
     test_seconds_left();
+    test_durations();
     test_checksum();
     test_sums();
     test_layout();
