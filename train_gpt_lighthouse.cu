@@ -172,7 +172,7 @@ static const Option options[] = {
      "skip the update when the loss lies this many standard deviations above its last 128 values; 0: never"},
     {"skip-grad-z", "sg", OPT_REAL, AT(skip_grad_z), "0", 0, 1e9, "the same for the gradient norm"},
 #ifndef DENSE_ONLY
-    {"attention", "", OPT_TEXT, AT(attention), "windows", 0, 0,
+    {"attention", "", OPT_TEXT, AT(attention), "mixed", 0, 0,
      "[attention] of the layers up to the switch, a letter each, repeated to the depth: D dense, W window, L "
      "Lighthouse, C Causal Lighthouse, which sees no later token; or windows: W, but every eighth layer dense, below "
      "eight layers the last; or mixed: windows, but with C halfway between the dense ones, where at least 4 layers "

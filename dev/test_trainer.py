@@ -1222,7 +1222,7 @@ batch-size b int 1 1 65536 | seq-len t int 32768 1 1073741824 | total-batch-size
 learning-rate l real 3e-4 0 10 | lr-schedule k text cosine | warmup-steps u int -1 -1 1e12 | final-lr-frac q real 0.1 0 1
 decay-frac - real 0.2 0 1 | weight-decay c real 0.1 0 10 | beta1 - real 0.9 0 0.999999 | beta2 - real 0.95 0 0.999999
 adam-eps - real 1e-8 1e-30 1 | grad-clip - real 1.0 0 1e9 | skip-loss-z sl real 0 0 1e9 | skip-grad-z sg real 0 0 1e9
-attention - text windows | window - text 1024 | levels - int 0 0 8 | pool - int 4 2 64 | topk - int 0 0 1e9 | tile - int 0 0 4096
+attention - text mixed | window - text 1024 | levels - int 0 0 8 | pool - int 4 2 64 | topk - int 0 0 1e9 | tile - int 0 0 4096
 switch-step - text 0.875 | val-every v int 250 0 1e12 | copy-every - int 0 0 1e12 | val-batches m int 20 1 1e9
 sample-every s int 0 0 1e12 | sample-tokens g int 64 1 65536 | sample-top-k - int 50 0 16777216 | prompt - text | tokenizer - text
 temperature - real 1.0 0.01 100 | recompute r int -1 -1 4 | deterministic - int 0 0 1 | dry-run - int 0 0 1
@@ -1479,7 +1479,7 @@ def test_attention(lab):
     assert pattern("paper", 1) == "L" and pattern("paper", 2) == "LL" and pattern("paper", 3) == "DLD"
     assert pattern("paper", 11) == "D" + 9 * "L" + "D" and pattern("paper", 12) == "DD" + 8 * "L" + "DD"
     assert pattern("windows", 1) == "D" and pattern("windows", 3) == "WWD" and pattern("windows", 7) == "WWWWWWD"
-    assert pattern(None, 8) == "WWWWWWWD" and pattern("windows", 17) == 2 * "WWWWWWWD" + "W"
+    assert pattern(None, 8) == "WWWCWWWD" and pattern("windows", 8) == "WWWWWWWD" and pattern("windows", 17) == 2 * "WWWWWWWD" + "W"
     fits = dict(levels=None, pool=None, topk=None, tile=None)
     assert pattern("mixed", 8, **fits) == "WWWCWWWD" and pattern("mixed", 6, **fits) == "WWCWWD"
     assert pattern("mixed", 4, **fits) == "WCWD" and pattern("mixed", 3, **fits) == "WWD"
