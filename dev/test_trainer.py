@@ -553,6 +553,9 @@ def test_a_resume_that_moves_the_switch_says_so(lab):
     assert [e["step"] for e in events(copies[1], "switch")] == [4, 10]
     options = dict(steps=8, val_data=lab.data.val, val_every=0, val_batches=1)
     sparse = lab.train("sparse", **options, switch_step="1.0", checkpoint_every=6, keep_last=0)
+    (lab.folder / "before").mkdir()
+    shutil.copy(checkpoint(sparse, 6), lab.folder / "before")
+    assert "note: this run" not in lab.run("before", **options, switch_step="1.0", resume=1).out
     for switch, planned in ((3, True), (0, False)):
         folder = lab.folder / f"late_{switch}"
         folder.mkdir()

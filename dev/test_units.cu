@@ -305,7 +305,8 @@ static void test_json() {
         {"\xC3\xA9", "\"\xC3\xA9\""}, {"\xE2\x82\xAC", "\"\xE2\x82\xAC\""}, {"\xF0\x9F\x98\x80", "\"\xF0\x9F\x98\x80\""},
         {"\x80", "\"\\ufffd\""}, {"\xC3", "\"\\ufffd\""}, {"\xC3(", "\"\\ufffd(\""}, {"\xE2\x82", "\"\\ufffd\\ufffd\""},
         {"\xC0\x80", "\"\\ufffd\\ufffd\""}, {"\xED\xA0\x80", "\"\\ufffd\\ufffd\\ufffd\""}, {"\xF5\x80", "\"\\ufffd\\ufffd\""},
-        {"\xF4\x90\x80\x80", "\"\\ufffd\\ufffd\\ufffd\\ufffd\""}, {"\xE0\x80\xAF", "\"\\ufffd\\ufffd\\ufffd\""}};
+        {"\xF4\x90\x80\x80", "\"\\ufffd\\ufffd\\ufffd\\ufffd\""}, {"\xF0\x8F\xBF\xBF", "\"\\ufffd\\ufffd\\ufffd\\ufffd\""},
+        {"\xE0\x80\xAF", "\"\\ufffd\\ufffd\\ufffd\""}};
     for (auto& c : cases) {
         std::string s = json_string(c.in);
         check(s == c.out, "JSON %s (%s)", c.out, s.c_str());
