@@ -18,10 +18,12 @@ $(error this user may not write to $(CURDIR), where make builds and .venv, data 
 endif
 endif
 
-# What the machine has. It is looked at on every make, and what depends on it is rebuilt only when it has changed.
+# What the machine has. It is looked at on every make, and what depends on it is rebuilt only when it has changed. Several
+# makes at once each write a file of their own.
 ifneq ($(filter-out help clean deps deps-test quickstart test test-mpi test-gpu,$(or $(MAKECMDGOALS),all)),)
-ifneq ($(shell mkdir -p build && CXX="$(CXX)" GPU_COMPUTE_CAPABILITY="$(GPU_COMPUTE_CAPABILITY)" scripts/probe > build/config.new && \
-        (cmp -s build/config.new build/config.mk || cp build/config.new build/config.mk) && echo ok),ok)
+ifneq ($(shell mkdir -p build && new=build/config.$$$$ && \
+        CXX="$(CXX)" GPU_COMPUTE_CAPABILITY="$(GPU_COMPUTE_CAPABILITY)" scripts/probe > $$new && \
+        if cmp -s $$new build/config.mk; then rm $$new; else mv $$new build/config.mk; fi && echo ok),ok)
 $(error scripts/probe failed)
 endif
 include build/config.mk

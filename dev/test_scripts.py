@@ -1895,6 +1895,23 @@ def test_make_installs_what_its_tests_need(tmp_path, target):
         assert calls() == ["scripts/probe", end]
 
 
+def test_several_makes_at_once_see_the_same_machine(tmp_path):
+    """Each looks for itself; what they found is whole and, unchanged, keeps its time, so that nothing is built again."""
+    shutil.copy(os.path.join(ROOT, "Makefile"), tmp_path)
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "probe").write_text("#!/bin/sh\necho PROBE_BLAS = a\nsleep 0.$(($$ % 5 + 1))\necho PROBE_MPI = b\n")
+    (tmp_path / "scripts" / "probe").chmod(0o755)
+    command = ["make", "found", "PYTHON=python3"]
+    env = {k: v for k, v in os.environ.items() if "MAKE" not in k}
+    subprocess.run(command, cwd=tmp_path, env=env, check=True, stdout=subprocess.DEVNULL)
+    found = tmp_path / "build" / "config.mk"
+    before = found.stat().st_mtime_ns
+    makes = [subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL) for _ in range(6) if not time.sleep(0.1)]
+    assert [make.wait() for make in makes] == [0] * 6
+    assert found.read_text() == "PROBE_BLAS = a\nPROBE_MPI = b\n" and found.stat().st_mtime_ns == before
+    assert os.listdir(tmp_path / "build") == ["config.mk"]
+
+
 def test_make_in_a_folder_of_somebody_else():
     """One line says what to do, whatever the target; make help needs no more than to be read."""
     with tempfile.TemporaryDirectory() as folder:  # tmp_path is nobody else's to enter

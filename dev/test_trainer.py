@@ -6,6 +6,7 @@ Several processes: test_mpi.py.
 
 The models are tiny and the data is made here, in llm.c's shard format. Everything runs on one thread.
 """
+import fcntl
 import json
 import math
 import os
@@ -60,7 +61,9 @@ class Programs(dict):
         self.folder = folder
 
     def __missing__(self, key):
-        subprocess.run(["make", self.names[key]], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        with open(ROOT / "dev" / "run_one") as lock:  # pytest's processes build one after the other
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            subprocess.run(["make", self.names[key]], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         self[key] = shutil.copy(ROOT / self.names[key], self.folder)
         return self[key]
 
