@@ -1323,11 +1323,11 @@ def test_help_lists_every_option(lab, table, program):
 
 
 def test_a_switch_alone_is_on(lab, table):
-    """Every option of 0 and 1 may stand without a value, before another option and at the end, and means 1."""
+    """Every option of 0 and 1 may stand without a value, before another option or a letter, and means 1."""
     switches = [option["name"] for option in table if option["type"] == "int" and option["max"] == 1]
     assert set(switches) == {"shuffle", "resume", "fp8", "deterministic", "dry-run"}
     command = lab.command("out", steps=1, shuffle=0)
-    result = execute(command + [*(f"--{name}" for name in switches), "--dry-run", "0", "-y"])
+    result = execute(command + [*(f"--{name}" for name in switches), "-y", "--dry-run", "0"])
     assert result.code == 0, result.err
     configured = events(lab.folder / "out", "config")[0]["options"]
     assert {str(configured[name]) for name in switches if name != "dry-run"} == {"1"} and configured["dry-run"] == 0
