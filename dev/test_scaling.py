@@ -134,7 +134,7 @@ def test_memory_that_the_trainer_takes(tmp_path, ranks, cp, level, attention, sw
 @pytest.mark.parametrize("cp", [1, 2])
 def test_memory_and_bytes_of_mixed_levels(tmp_path, monkeypatch, counter, cp):
     """Where the first layers have recompute level 2 and the others 3: what fits into memory between that of the two."""
-    options = ("--cp", cp, "--depth", 5, "--switch-step", 1, "--checkpoint-every", 0)
+    options = ("--cp", cp, "--depth", 5, "--switch-step", 1, "--checkpoint-every", 0, "--attention", "windows")
     taken = [run_ranks(tmp_path / "run", 2, *options, "--steps", 2, "--recompute", level)[0]["memory"]["total_bytes"]
              for level in (2, 3)]
     preload, line = (variable.partition("=")[2] for variable in little_memory(tmp_path, sum(taken)))  # for both ranks
@@ -143,6 +143,8 @@ def test_memory_and_bytes_of_mixed_levels(tmp_path, monkeypatch, counter, cp):
     events, (less, more) = runs[0][0], (sum(sent) for _, sent in runs)
     shape = shape_of(events["config"])
     assert set(shape["recompute"]) == {2, 3}
+    with pytest.raises(ValueError, match="C, is not in this arithmetic"):
+        scaling_model.memory(dict(shape, attention="WCWWD"), 2, cp, element=4)
     for name, size in scaling_model.memory(shape, 2, cp, element=4).items():
         assert size == pytest.approx(events["memory"]["parts"][name], rel=0.005), name
     calls = scaling_model.collectives(shape, "dense", 2, cp, element=4)

@@ -136,6 +136,8 @@ def memory(shape, world, cp, element=2):
 
 def activations(shape, phase, cp, element, window):
     """Bytes of the activations of a training pass, the largest kind of pass."""
+    if "C" in shape["attention"]:
+        raise ValueError(f"attention {shape['attention']}: Causal Lighthouse, C, is not in this arithmetic")
     L, C, NH = shape["layers"], shape["channels"], shape["heads"]
     N = shape["B"] * shape["T"] // cp              # rows on this rank; or all rows of its NH/cp heads
     u, statistic = element * N * C, 4 * N
