@@ -58,9 +58,9 @@ static size_t sdpa_prepare(int B, int64_t T, int H, int D, bool, bool backward) 
 // The same, and the parts of a rectangle with their statistics and, backward, the gradients of all slots.
 static int64_t causal_prepare(int, const LighthouseShape* s, bool backward) {
     if (floatx_bytes == sizeof(floatX)) return 0;
-    int64_t C = (int64_t)s->H * s->D, parts = s->levels * (s->T / 2 * C * floatx_bytes + s->H * s->T * sizeof(float));
-    if (!backward) return parts;
-    return sdpa_prepare(1, s->T, s->H, s->D, true, true) + parts + leaf_shape(s).S * 3 * C * floatx_bytes;
+    int64_t C = (int64_t)s->H * s->D, part = s->T / 2 * C * floatx_bytes;
+    if (!backward) return part + s->T / 2 * s->H * sizeof(float);
+    return sdpa_prepare(1, s->T, s->H, s->D, true, true) + part + leaf_shape(s).S * 3 * C * floatx_bytes;
 }
 static void operations_allocate(size_t, size_t) {}
 static void fp8_open() {}
